@@ -1,0 +1,203 @@
+"""Floor 0: user errors, dotted targets and their aliases, YAML configs with `defaults:`, small helpers."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class InputError(ValueError):
+    """Bad input from the user: its message is one line (what was wrong, what was expected, what to do).
+
+    Commands print it without a traceback and exit with code 2, see `run_command`.
+    """
+
+
+def run_command(main: Callable[[list[str] | None], int | None]) -> None:
+    """Run a command's `main`, turning `InputError` into one line on stderr and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        code = main(None)
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    sys.exit(code or 0)
+
+
+# Targets which the configs of the published repositories name, and what they mean here.
+# In the originals these are copies of the class on the right, in files of their own.
+ALIASES = {
+    "ldm.models.diffusion.ddpm_dream.LatentDiffusion": "ldm.models.diffusion.ddpm.LatentDiffusion",
+    "ldm.models.diffusion.ddpm_dream.DDPM": "ldm.models.diffusion.ddpm.DDPM",
+    "ldm.modules.diffusionmodules.openaimodel_inject.UNetModel_inject": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+    "ldm.modules.diffusionmodules.openaimodel_inject.UNetModel": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+    "ldm.data.personalized_dream.PersonalizedBase": "ldm.data.dreambooth.PersonalizedBase",
+    "ldm.data.personalized.PersonalizedBase": "ldm.data.dreambooth.PersonalizedBase",
+    "main_dream_booth.DataModuleFromConfig": "ldm.train.datamodule.DataModuleFromConfig",
+    "main_dream_booth.ImageLogger": "ldm.train.callbacks.ImageLogger",
+    "main.DataModuleFromConfig": "ldm.train.datamodule.DataModuleFromConfig",
+    "main.ImageLogger": "ldm.train.callbacks.ImageLogger",
+    "ldm.modules.losses.LPIPSWithDiscriminator": "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator",
+}
+
+
+def get_obj_from_str(string: str, reload: bool = False) -> Any:
+    """Import the object with a dotted name, after looking it up in `ALIASES`.
+
+    Raises `InputError` if the module or the name in it does not exist.
+    """
+    target = ALIASES.get(string, string)
+    module_name, _, name = target.rpartition(".")
+    if not module_name:
+        raise InputError(f"target {string!r} is not a dotted name: expected package.module.Class")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # Only a missing part of the target itself is the user's mistake; a missing dependency is told as such.
+        if error.name and (module_name + ".").startswith(error.name + "."):
+            raise InputError(f"target {string!r}: there is no module {error.name!r}; check the spelling in the config") from None
+        raise InputError(f"target {string!r} needs the package {error.name!r}, which is not installed") from error
+    if reload:
+        module = importlib.reload(module)
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        raise InputError(f"target {string!r}: module {module_name!r} has no {name!r}; check the spelling in the config") from None
+
+
+def instantiate_from_config(config: Mapping | str | None, **extra: Any) -> Any:
+    """Build `{target: dotted.name, params: {...}}`; `extra` is added to the parameters.
+
+    LDM's markers `__is_first_stage__` and `__is_unconditional__` give None.
+    Raises `InputError` for a missing target and for parameters that the target does not take.
+    """
+    if config in ("__is_first_stage__", "__is_unconditional__"):
+        return None
+    if not isinstance(config, Mapping) or "target" not in config:
+        raise InputError(f"expected a config with the key 'target', got {short(config)}")
+    target = get_obj_from_str(config["target"])
+    params = {**plain(config.get("params") or {}), **extra}
+    try:
+        inspect.signature(target).bind(**params)
+    except TypeError as error:
+        raise InputError(f"params of {config['target']}: {error}; it takes {takes(target)}") from None
+    except ValueError:  # a builtin without a signature
+        pass
+    return target(**params)
+
+
+def takes(target: Callable) -> str:
+    """The parameter names of a callable, for error messages."""
+    return ", ".join(name for name in inspect.signature(target).parameters if name not in ("self", "args", "kwargs"))
+
+
+def plain(config: Any) -> Any:
+    """OmegaConf containers as dicts and lists, everything else unchanged."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def short(value: Any, limit: int = 80) -> str:
+    """repr, cut to fit into a one-line message."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Any:
+    """Read a YAML config, the files named by its `defaults:` first, then `a.b.c=value` overrides.
+
+    `defaults:` is one path or a list of paths, relative to the file that names them (as in Hydra); later ones win over
+    earlier ones and the file itself over all of them. Lists are replaced, mappings are merged.
+
+    Raises `InputError` for a missing or malformed file, a circle of defaults and a malformed override.
+    """
+    from omegaconf import OmegaConf
+
+    config = _load_with_defaults(Path(path), seen=())
+    return OmegaConf.merge(config, parse_overrides(overrides))
+
+
+def parse_overrides(overrides: Iterable[str]) -> Any:
+    """`["model.params.reg_weight=0.5"]` as an OmegaConf tree. A leading `--` is accepted. Raises `InputError`."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    items = [item.removeprefix("--") for item in overrides]
+    for item in items:
+        if "=" not in item or not item.split("=")[0].replace(".", "").replace("_", "").replace("-", "").isalnum():
+            raise InputError(f"cannot read {item!r}: expected an override such as model.params.reg_weight=0.5 or an option of --help")
+    try:
+        return OmegaConf.from_dotlist(items)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(f"cannot read the overrides {items}: {first_line(error)}") from None
+
+
+def _load_with_defaults(path: Path, seen: tuple[Path, ...]) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = path.resolve()
+    if path in seen:
+        raise InputError(f"config {path}: its defaults form a circle: {' -> '.join(p.name for p in (*seen, path))}")
+    if not path.is_file():
+        named = f" (named in the defaults of {seen[-1]})" if seen else ""
+        raise InputError(f"config {path} does not exist{named}; the shipped ones are under configs/")
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise InputError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(config):
+        raise InputError(f"config {path} must be a mapping with keys such as model and data, got {short(plain(config))}")
+    defaults = config.pop("defaults", [])
+    names = [defaults] if isinstance(defaults, str) else plain(defaults)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"config {path}: defaults must be a relative path or a list of them, got {short(names)}")
+    bases = [_load_with_defaults(path.parent / name, (*seen, path)) for name in names]
+    return OmegaConf.merge(*bases, config)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, for wrapping it into a one-line `InputError`."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def explain(prefix: str, *kinds: type[BaseException]):
+    """Turn exceptions of the given kinds into an `InputError` whose line starts with `prefix`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        raise InputError(f"{prefix}: {first_line(error)}") from error
+
+
+def exists(value: Any) -> bool:
+    """True unless the value is None."""
+    return value is not None
+
+
+def default(value: Any, fallback: Any) -> Any:
+    """`value`, or `fallback` (called if it is a function) where the value is None."""
+    if value is not None:
+        return value
+    return fallback() if inspect.isfunction(fallback) else fallback
+
+
+def count_params(model: Any, verbose: bool = False) -> int:
+    """The number of parameters of a module."""
+    total = sum(p.numel() for p in model.parameters())
+    if verbose:
+        log.info("%s has %.2f M parameters", type(model).__name__, total * 1e-6)
+    return total
