@@ -126,6 +126,26 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Any:
     return OmegaConf.merge(config, parse_overrides(overrides))
 
 
+def find_file(path: str | Path) -> Path:
+    """A relative path as seen from here or, where that does not exist, from the checkout that this package lies in."""
+    path = Path(path).expanduser()
+    shipped = Path(__file__).resolve().parent.parent / path
+    return shipped if not path.exists() and shipped.exists() else path
+
+
+def load_model_from_config(config: Any, ckpt: str | Path | None = None, verbose: bool = False) -> Any:
+    """The model of a config with the weights of a checkpoint, on the CPU, in evaluation mode.
+
+    Without `ckpt` the config's own `checkpoint` is used. Raises `InputError`, see `ldm.checkpoints`.
+    """
+    from ldm.checkpoints import build_model, choose_checkpoint
+
+    model = build_model(config, *choose_checkpoint(config, ckpt)).eval()
+    if verbose:
+        count_params(model, verbose=True)
+    return model
+
+
 def parse_overrides(overrides: Iterable[str]) -> Any:
     """`["model.params.reg_weight=0.5"]` as an OmegaConf tree. A leading `--` is accepted. Raises `InputError`."""
     import yaml

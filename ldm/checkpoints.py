@@ -1,0 +1,306 @@
+"""Floor 0: every read and write of weights.
+
+Weights are untrusted: pickles are read with `weights_only=True`, nothing else is ever unpickled. Files are memory-mapped
+and models are built without initialising what is then overwritten, so that loading costs about what reading costs.
+Nothing is left half-written: files and folders are written beside their place and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ldm.util import InputError, find_file, first_line, instantiate_from_config, short
+
+log = logging.getLogger(__name__)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, memory-mapped where the format allows.
+
+    Reads `.safetensors` and torch files (told apart by their content, not by their names), with or without a
+    `state_dict` level. Raises `InputError` for whatever is not a checkpoint, in one line.
+    """
+    content = read_object(path)
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds a {type(content).__name__}, not weights by name")
+    weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise InputError(f"{path} holds no tensors; its keys are {short(list(content)[:5])}")
+    return weights
+
+
+def read_object(path: str | Path) -> Any:
+    """Whatever a `.safetensors` or torch file holds: tensors, containers and plain values, never code.
+
+    Raises `InputError` for a missing, empty, truncated or foreign file and for a pickle that asks for code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; expected a .ckpt, .pt or .safetensors file")
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise InputError(f"{path} is empty; download it again")
+    if head.lstrip().startswith(b"<"):
+        raise InputError(f"{path} is a web page, not a checkpoint: the download went wrong (a login or licence page?)")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer, not the checkpoint itself; run 'git lfs pull'")
+    if head[8:9] == b"{":
+        return _read_safetensors(path)
+    if head.startswith(b"PK") or head[0] == 0x80:
+        return _read_torch(path, mmap=head.startswith(b"PK"))
+    raise InputError(f"{path} is neither a safetensors nor a torch file (it begins with {head[:8]!r})")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is truncated or damaged ({first_line(error)}); download or save it again") from None
+
+
+def _read_torch(path: Path, mmap: bool) -> Any:
+    if mmap and not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is truncated: its table of contents is missing; download or save it again")
+    try:
+        with torch.serialization.safe_globals(_inert_globals()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)|`?([\w.]+)`? was not an allowed global|class ([\w.]+)", str(error))
+        name = next((group for group in wanted.groups() if group), None) if wanted else None
+        if name:
+            raise InputError(
+                f"{path} refused: its pickle asks for {name}, which is code, not weights; get a .safetensors file"
+            ) from None
+        raise InputError(f"{path} is damaged or not a torch file ({first_line(error)})") from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError, IndexError) as error:
+        raise InputError(f"{path} is truncated or damaged ({first_line(error)}); download or save it again") from None
+
+
+def _inert_globals() -> list[Any]:
+    """What released SD v1 checkpoints name beside tensors: Lightning's bookkeeping (here an empty class) and numpy numbers."""
+    import numpy as np
+
+    scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
+    known = {
+        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": type(
+            "ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"}
+        ),
+        "numpy.core.multiarray.scalar": scalar,
+        "numpy._core.multiarray.scalar": scalar,
+        "numpy.dtype": np.dtype,
+        **{f"numpy.dtypes.{kind.__name__}": kind for kind in (type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "?"))},
+    }
+    takes_names = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
+    return [(value, name) for name, value in known.items()] if takes_names else list(dict.fromkeys(known.values()))
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write a file or a folder to; renames it into place when the block succeeds.
+
+    Whatever happens, `path` holds either its old content or the whole new one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    try:
+        yield holder / path.name
+        _flush(holder / path.name)
+        if path.is_dir():  # a folder cannot be replaced in one step: move the old one aside first
+            os.replace(path, holder / "old")
+        os.replace(holder / path.name, path)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Make sure that the content is on the disk before its name is."""
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors by name as one safetensors file, atomically. `metadata` maps strings to strings."""
+    from safetensors.torch import save_file
+
+    with atomic_write(path) as beside:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside, dict(metadata or {}))
+
+
+def save_torch(path: str | Path, content: Any) -> None:
+    """Write a torch file, atomically."""
+    with atomic_write(path) as beside:
+        torch.save(content, beside)
+
+
+def save_json(path: str | Path, content: Any) -> None:
+    """Write indented JSON, atomically."""
+    with atomic_write(path) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n")
+
+
+# --- building models and filling them ----------------------------------------------------------------------------------
+
+
+class skip_init(TorchFunctionMode):
+    """Within this context modules are built with uninitialised parameters: the caller overwrites every one of them.
+
+    `load_weights` does, and calls `reset_parameters` for those that it was allowed to miss.
+    """
+
+    FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        if func in self.FILLS and isinstance(args[0], nn.Parameter):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def load_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str, may_lack: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Put `weights` into a model, without copying where the dtype is the model's.
+
+    Names that the model does not have (EMA copies, bookkeeping) are left out. Buffers may be absent, the model has computed
+    its own. Parameters may be absent if `may_lack(name)`; their modules are then initialised by `reset_parameters`.
+    Raises `InputError`, with the first few names, if other parameters are absent or shapes differ.
+    """
+    own = model.state_dict()
+    renamed = _parameter_names(model, own)
+    found = {name: value for name, value in weights.items() if name in own}
+    lacking = [name for name in own if name not in found and name in renamed]
+    wrong = [name for name, value in found.items() if value.shape != own[name].shape]
+    if wrong:
+        name = wrong[0]
+        raise InputError(
+            f"{source} does not fit this config: {name} has shape {list(found[name].shape)}, the model wants "
+            f"{list(own[name].shape)} ({len(wrong)} such); use the config that the checkpoint was made with"
+        )
+    unexpected = [name for name in lacking if not may_lack(name)]
+    if unexpected:
+        raise InputError(
+            f"{source} lacks {len(unexpected)} of {len(renamed)} weights ({', '.join(unexpected[:3])}, ...); "
+            "expected a checkpoint of the model in this config"
+        )
+    if extra := len(weights) - len(found):
+        log.debug("%s: %d tensors which the model does not have are left out", source, extra)
+    model.load_state_dict({k: v.to(own[k].dtype) for k, v in found.items()}, strict=False, assign=True)
+    reset(model, {renamed[name] for name in lacking})
+
+
+def _parameter_names(model: nn.Module, saved: Mapping[str, Tensor]) -> dict[str, str]:
+    """From names in the state dict to names of parameters: a module may spell them differently, see FrozenCLIPEmbedder."""
+
+    def place(tensor: Tensor) -> tuple:
+        return tensor.data_ptr(), tuple(tensor.shape)
+
+    own = {place(parameter): name for name, parameter in model.named_parameters()}
+    return {name: own[place(value)] for name, value in saved.items() if place(value) in own}
+
+
+def reset(model: nn.Module, names: set[str]) -> None:
+    """Initialise the named parameters: the outermost module that has `reset_parameters` and owns only such ones does it."""
+    left = set(names)
+    for prefix, module in model.named_modules():
+        owned = {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()}
+        if owned & left and owned <= names and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+            left -= owned
+    assert not left, f"no module can initialise {sorted(left)}"
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a state-dict name belongs to a position adapter (`...adapter_inout.adp.0.weight`, `...0.adapter_1.2.bias`)."""
+    return re.search(r"(^|\.)adapter(_inout)?(_\d+)?\.", name) is not None
+
+
+def build_model(config: Mapping, ckpt: str | Path | None, random_seed: int | None = None) -> nn.Module:
+    """The model of a config with the weights of a checkpoint, or with seeded random ones where `ckpt` is None.
+
+    `config` is a whole config (its `model` is built). Adapters of the config start fresh. Raises `InputError`.
+    """
+    if "model" not in config:
+        raise InputError(f"the config has no 'model' section; its keys are {list(config)}")
+    if ckpt is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random_seed or 0)
+            model = instantiate_from_config(config["model"])
+            fill_zeros(model)
+        return model
+    weights = read_weights(ckpt)
+    with skip_init():
+        model = instantiate_from_config(config["model"])
+    load_weights(model, weights, source=str(ckpt), may_lack=is_adapter)
+    return model
+
+
+def fill_zeros(model: nn.Module) -> None:
+    """Give a random base what training would: layers that start at zero block every gradient, so draw N(0, 1/fan_in)."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not is_adapter(name) and not parameter.detach().any():
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+
+
+def choose_checkpoint(config: Mapping, given: str | None) -> tuple[str | None, int | None]:
+    """Which checkpoint to start from: the one given, else the config's `checkpoint: {path, random_seed}`.
+
+    Returns (path, None), or (None, seed) where the config's own file is absent and it allows a random base.
+    Raises `InputError` where there is neither.
+    """
+    if given:
+        return given, None
+    own = config.get("checkpoint") or {}
+    if own.get("path") and find_file(own["path"]).is_file():
+        return str(find_file(own["path"])), None
+    if own.get("random_seed") is not None:
+        log.warning(
+            "%s does not exist: starting from random base weights (seed %s)", own.get("path"), own["random_seed"]
+        )
+        return None, int(own["random_seed"])
+    raise InputError("no checkpoint: name a Stable Diffusion v1 .ckpt or .safetensors file")
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A short digest that tells base models apart: names, shapes and eight values of each tensor, rounded to fp16.
+
+    Reads almost nothing, so that it costs nothing on a memory-mapped checkpoint, and is the same for fp16 and fp32 copies.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        values = tensors[name].detach().flatten()
+        picked = values[torch.linspace(0, len(values) - 1, min(8, len(values))).long().to(values.device)]
+        digest.update(f"{name}{list(tensors[name].shape)}".encode() + picked.half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
