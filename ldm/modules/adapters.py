@@ -1,0 +1,154 @@
+"""The forms of an adapter (any module can be one) and the YAML that attaches them to the blocks of a UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.modules.taps import TappedBlock
+from ldm.util import InputError, plain, short
+
+# `method` in the YAML. The published code calls ReLU `default`.
+ACTIVATIONS = {"relu": F.relu, "sig": F.sigmoid, "silu": F.silu, "ident": lambda x: x, "default": F.relu}
+STARTS = ("zero", "default")
+
+
+class Activation(nn.Module):
+    """A named activation without parameters."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.method](x)
+
+
+def start(layers: nn.Sequential, init: str) -> None:
+    """The start of training: torch's own initialisation; with `init="zero"` zeros in the last layer.
+
+    Then the untrained adapter changes nothing. `init="default"` is the random start of the published code.
+    """
+    for layer in layers:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    if init == "zero":
+        nn.init.zeros_(layers[-1].weight)
+        nn.init.zeros_(layers[-1].bias)
+
+
+class BottleneckMLP(nn.Module):
+    """Down-projection, activation, up-projection on tokens: [b, n, dim_in] to [b, n, dim_out] (arXiv 2303.18181, 3.2)."""
+
+    def __init__(self, dim_in: int, dim_out: int, mid_dim: int, method: str = "default", init: str = "zero") -> None:
+        super().__init__()
+        self.adp = nn.Sequential(nn.Linear(dim_in, mid_dim), Activation(method), nn.Linear(mid_dim, dim_out))
+        self.config = {"mid_dim": mid_dim, "method": method, "init": init}
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        start(self.adp, self.config["init"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adp(x)
+
+
+class BottleneckConv(nn.Sequential):
+    """Group norm, SiLU, 3x3 convolution, activation, 3x3 convolution: [b, dim_in, h, w] to [b, dim_out, h, w]."""
+
+    def __init__(self, dim_in: int, dim_out: int, mid_dim: int, method: str = "default", init: str = "zero") -> None:
+        super().__init__(
+            nn.GroupNorm(32, dim_in),
+            nn.SiLU(),
+            nn.Conv2d(dim_in, mid_dim, 3, padding=1),
+            Activation(method),
+            nn.Conv2d(mid_dim, dim_out, 3, padding=1),
+        )
+        self.config = {"mid_dim": mid_dim, "method": method, "init": init}
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        start(self, self.config["init"])
+
+
+# One row per key of `adapter_config`: which blocks it speaks of and the form that they get.
+KINDS = {"transformer_adp_config": "BasicTransformerBlock", "resblock_adp_config": "ResBlock"}
+FORMS = {"transformer_adp_config": BottleneckMLP, "resblock_adp_config": BottleneckConv}
+ENTRY = {"type": "inout", "din": None, "dout": None, "mid_dim": None, "method": "default", "scale": 1.0, "init": "zero"}
+
+
+def tapped_blocks(model: nn.Module, kind: str | None = None) -> Iterator[tuple[str, TappedBlock]]:
+    """The blocks of a model that adapters can be attached to, by name; of one kind (a key of `KINDS`) if given."""
+    for name, module in model.named_modules():
+        if isinstance(module, TappedBlock) and (kind is None or type(module).__name__ == KINDS[kind]):
+            yield name, module
+
+
+def attach_adapters(model: nn.Module, adapter_config: Mapping | None) -> list[str]:
+    """Attach every adapter of an `adapter_config` to every block of its kind; the names of the new adapter modules.
+
+    `{"transformer_adp_config": [entry, ...], "resblock_adp_config": entry or [entry, ...]}` with entries
+    `{type: inout, din, dout, mid_dim, method, scale, init}`. Raises `InputError` naming the key that is wrong.
+    """
+    return [
+        name
+        for kind, entries in read_adapter_config(adapter_config).items()
+        for entry in entries
+        for name in attach_one(model, kind, entry)
+    ]
+
+
+def attach_one(model: nn.Module, kind: str, entry: Mapping) -> list[str]:
+    """Attach one checked entry to every block of its kind; the names of the new adapter modules."""
+    names = []
+    for prefix, block in tapped_blocks(model, kind):
+        name = block.next_adapter_name()
+        width = block.width(entry["din"]), block.width(entry["dout"])
+        form = FORMS[kind](*width, entry["mid_dim"], entry["method"], entry["init"])
+        block.attach(name, form, entry["din"], entry["dout"], entry["scale"])
+        names.append(f"{prefix}.{name}")
+    if not names:
+        raise InputError(f"{kind}: this model has no {KINDS[kind]} to attach an adapter to")
+    return names
+
+
+def read_adapter_config(config: Mapping | None) -> dict[str, list[dict]]:
+    """A checked, completed copy of an `adapter_config`: a list of full entries for each kind that it names."""
+    config = plain(config) or {}
+    if not isinstance(config, Mapping):
+        raise InputError(f"adapter_config must be a mapping with {' and/or '.join(KINDS)}, got {short(config)}")
+    for kind in config:
+        if kind not in KINDS:
+            raise InputError(f"adapter_config has the unknown key {kind!r}: expected {' and/or '.join(KINDS)}")
+    return {kind: [_entry(kind, e) for e in ([entries] if isinstance(entries, Mapping) else entries or [])]
+            for kind, entries in config.items()}
+
+
+def _entry(kind: str, entry: Any) -> dict:
+    if not isinstance(entry, Mapping):
+        raise InputError(f"{kind}: expected entries with {', '.join(ENTRY)}, got {short(entry)}")
+    for key in entry:
+        if key not in ENTRY:
+            raise InputError(f"{kind} has the unknown key {key!r}: expected {', '.join(ENTRY)}")
+    entry = {**ENTRY, **entry}
+    for key in ("din", "dout", "mid_dim"):
+        if entry[key] is None:
+            raise InputError(f"{kind} lacks the key {key!r}")
+    if entry["type"] != "inout":
+        raise InputError(f"{kind}: type must be 'inout', got {entry['type']!r}")
+    if entry["method"] not in ACTIVATIONS:
+        raise InputError(f"{kind}: method must be one of {', '.join(ACTIVATIONS)}, got {entry['method']!r}")
+    if entry["init"] not in STARTS:
+        raise InputError(f"{kind}: init must be one of {', '.join(STARTS)}, got {entry['init']!r}")
+    if not _is_number(entry["mid_dim"], int) or entry["mid_dim"] < 1:
+        raise InputError(f"{kind}: mid_dim must be a whole number of at least 1, got {entry['mid_dim']!r}")
+    if not _is_number(entry["scale"], (int, float)):
+        raise InputError(f"{kind}: scale must be a number, got {entry['scale']!r}")
+    return {**entry, "scale": float(entry["scale"])}
+
+
+def _is_number(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

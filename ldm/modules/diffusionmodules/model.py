@@ -1,0 +1,254 @@
+"""The convolutional encoder and decoder of the first stage: pictures to latents and back.
+
+LDM (arXiv 2112.10752) App. G.1, after VQGAN (arXiv 2012.09841). Shapes: b batch, c channels, h w, n = h w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.util import InputError
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of 32 groups as the first stage has it: eps 1e-6, where the UNet's residual blocks have 1e-5."""
+    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width, nearest neighbour, then a 3x3 convolution if `with_conv`."""
+
+    def __init__(self, in_channels: int, with_conv: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1) if with_conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # b c 2h 2w
+
+
+class Downsample(nn.Module):
+    """Half the height and width: a strided 3x3 convolution that pads right and bottom only, or average pooling."""
+
+    def __init__(self, in_channels: int, with_conv: bool = True):
+        super().__init__()
+        if with_conv:
+            self.conv = nn.Conv2d(in_channels, in_channels, 3, stride=2, padding=0)
+        self.with_conv = with_conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1))) if self.with_conv else F.avg_pool2d(x, 2)  # b c h/2 w/2
+
+
+class ResnetBlock(nn.Module):
+    """Twice norm, SiLU, 3x3 convolution, beside a shortcut: b in_channels h w -> b out_channels h w."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        # Not an Identity: released checkpoints have no such layer where the widths agree, and neither have we.
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.same_width = in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (x if self.same_width else self.nin_shortcut(x))
+
+
+class AttnBlock(nn.Module):
+    """Self-attention of all places in one head of the full width, beside a shortcut: b c h w -> b c h w."""
+
+    def __init__(self, in_channels: int):
+        super().__init__()
+        self.norm = group_norm(in_channels)
+        self.q = nn.Conv2d(in_channels, in_channels, 1)
+        self.k = nn.Conv2d(in_channels, in_channels, 1)
+        self.v = nn.Conv2d(in_channels, in_channels, 1)
+        self.proj_out = nn.Conv2d(in_channels, in_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))  # b 1 n c
+        # "Attention Is All You Need" (arXiv 1706.03762) Eq. 1
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # b c h w
+        return x + self.proj_out(h)
+
+
+class LinearAttnBlock(nn.Module):
+    """Attention at a cost linear in the number of places, one head: b c h w -> b c h w. As in LDM, no shortcut.
+
+    Efficient Attention (arXiv 1812.01243) Eq. 6, with the softmax on the keys alone.
+    """
+
+    def __init__(self, in_channels: int):
+        super().__init__()
+        self.to_qkv = nn.Conv2d(in_channels, 3 * in_channels, 1, bias=False)
+        self.to_out = nn.Conv2d(in_channels, in_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_qkv(x).flatten(2).chunk(3, dim=1)  # b c n
+        context = k.softmax(dim=-1) @ v.transpose(1, 2)  # b c c
+        return self.to_out((context.transpose(1, 2) @ q).reshape(x.shape))
+
+
+ATTENTION = {"vanilla": AttnBlock, "linear": LinearAttnBlock, "none": lambda in_channels: nn.Identity()}
+
+
+def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
+    """The attention block of a kind: vanilla, linear or none. Raises `InputError` for another."""
+    if attn_type not in ATTENTION:
+        raise InputError(f"unknown attn_type {attn_type!r} in ddconfig: expected {', '.join(ATTENTION)}")
+    return ATTENTION[attn_type](in_channels)
+
+
+class Encoder(nn.Module):
+    """Pictures to latents: b in_channels h w -> b z_channels (twice as many if `double_z`) h/f w/f.
+
+    f = 2 ** (len(ch_mult) - 1). The arguments are those of LDM's `ddconfig`, which the decoder gets as well:
+    `out_ch`, `give_pre_end` and `tanh_out` mean nothing here.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        double_z: bool = True,
+        give_pre_end: bool = False,
+        tanh_out: bool = False,
+        use_linear_attn: bool = False,
+        attn_type: str = "vanilla",
+    ):
+        super().__init__()
+        attn_type = "linear" if use_linear_attn else attn_type
+        widths = [ch * m for m in ch_mult]
+
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        block_in = ch
+        for i, width in enumerate(widths):
+            level = nn.Module()
+            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks):
+                level.block.append(ResnetBlock(block_in, width, dropout))
+                block_in = width
+                if resolution // 2**i in attn_resolutions:
+                    level.attn.append(make_attn(block_in, attn_type))
+            if i < len(widths) - 1:
+                level.downsample = Downsample(block_in, resamp_with_conv)
+            self.down.append(level)
+
+        self.mid = middle(block_in, dropout, attn_type)
+        self.norm_out = group_norm(block_in)
+        self.conv_out = nn.Conv2d(block_in, 2 * z_channels if double_z else z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = run_level(level, h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        h = run_middle(self.mid, h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Latents to pictures: b z_channels h w -> b out_ch fh fw, f = 2 ** (len(ch_mult) - 1).
+
+    The arguments are those of LDM's `ddconfig`, which the encoder gets as well: `in_channels` and `double_z` mean
+    nothing here. `give_pre_end` returns the features before the last norm, `tanh_out` puts a tanh behind the output.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        double_z: bool = True,
+        give_pre_end: bool = False,
+        tanh_out: bool = False,
+        use_linear_attn: bool = False,
+        attn_type: str = "vanilla",
+    ):
+        super().__init__()
+        self.give_pre_end, self.tanh_out = give_pre_end, tanh_out
+        attn_type = "linear" if use_linear_attn else attn_type
+        widths = [ch * m for m in ch_mult]
+
+        block_in = widths[-1]
+        self.conv_in = nn.Conv2d(z_channels, block_in, 3, padding=1)
+        self.mid = middle(block_in, dropout, attn_type)
+        levels = []
+        for i, width in reversed(list(enumerate(widths))):
+            level = nn.Module()
+            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                level.block.append(ResnetBlock(block_in, width, dropout))
+                block_in = width
+                if resolution // 2**i in attn_resolutions:
+                    level.attn.append(make_attn(block_in, attn_type))
+            if i > 0:
+                level.upsample = Upsample(block_in, resamp_with_conv)
+            levels.append(level)
+        self.up = nn.ModuleList(reversed(levels))  # up.0 is the finest level, as in released checkpoints
+        self.norm_out = group_norm(block_in)
+        self.conv_out = nn.Conv2d(block_in, out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = run_middle(self.mid, self.conv_in(z))
+        for level in reversed(self.up):
+            h = run_level(level, h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        if self.give_pre_end:
+            return h
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return torch.tanh(h) if self.tanh_out else h
+
+
+def middle(width: int, dropout: float, attn_type: str) -> nn.Module:
+    """The blocks at the lowest resolution: residual, attention, residual."""
+    mid = nn.Module()
+    mid.block_1 = ResnetBlock(width, width, dropout)
+    mid.attn_1 = make_attn(width, attn_type)
+    mid.block_2 = ResnetBlock(width, width, dropout)
+    return mid
+
+
+def run_middle(mid: nn.Module, h: Tensor) -> Tensor:
+    return mid.block_2(mid.attn_1(mid.block_1(h)))
+
+
+def run_level(level: nn.Module, h: Tensor) -> Tensor:
+    """The residual blocks of one resolution, each followed by its attention where there is one."""
+    for i, block in enumerate(level.block):
+        h = block(h)
+        if len(level.attn):
+            h = level.attn[i](h)
+    return h

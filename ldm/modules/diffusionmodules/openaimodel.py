@@ -1,0 +1,306 @@
+"""The UNet of latent diffusion: residual blocks that know the time step, attention, skip connections (arXiv 2112.10752)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.modules import adapter_files
+from ldm.modules.adapters import attach_adapters, tapped_blocks
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.util import checkpoint, normalization, timestep_embedding, zero_module
+from ldm.modules.taps import TappedBlock
+from ldm.util import InputError
+
+
+class Upsample(nn.Module):
+    """Twice the height and width by repetition, then a 3x3 convolution if `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Half the height and width by a strided 3x3 convolution, or by averaging unless `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, out_channels or channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(TappedBlock):
+    """Two 3x3 convolutions around a residual path, shifted (or scaled and shifted) by the time embedding.
+
+    With `up` or `down` the resolution changes within the block.
+    """
+
+    positions = {"resi": "picture features", "reso": "picture features"}
+    writable = ("resi", "reso")
+    first_adapter = "adapter"
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        use_scale_shift_norm: bool = False,
+        use_checkpoint: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ) -> None:
+        super().__init__()
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.use_scale_shift_norm, self.use_checkpoint = use_scale_shift_norm, use_checkpoint
+        self.in_layers = nn.Sequential(
+            normalization(channels), nn.SiLU(), nn.Conv2d(channels, self.out_channels, 3, padding=1)
+        )
+        if up or down:
+            self.h_upd = Upsample(channels, use_conv=False) if up else Downsample(channels, use_conv=False)
+            self.positions = {"resi": "features before resampling", "reso": "features after resampling"}
+        else:
+            self.h_upd = nn.Identity()
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, self.out_channels * (2 if use_scale_shift_norm else 1))
+        )
+        self.out_layers = nn.Sequential(
+            normalization(self.out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1)),
+        )
+        same = self.out_channels == channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, self.out_channels, 1)
+
+    def width(self, position: str) -> int:
+        """Channels of the value at a position."""
+        return {"resi": self.channels, "reso": self.out_channels}[position]
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Features [b, channels, h, w] and time embedding [b, emb_channels] to features [b, out_channels, h', w']."""
+        return checkpoint(self._forward, (x, emb), self.use_checkpoint)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        tap = self.taps()
+        x = tap("resi", x)
+        norm, activation, conv = self.in_layers
+        h = conv(self.h_upd(activation(norm(x))))
+        h = self._modulate(h, self.emb_layers(emb)[:, :, None, None])
+        return tap("reso", self.skip_connection(self.h_upd(x)) + h)
+
+    def _modulate(self, h: Tensor, emb: Tensor) -> Tensor:
+        if not self.use_scale_shift_norm:
+            return self.out_layers(h + emb)
+        scale, shift = emb.chunk(2, dim=1)
+        return self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over a picture [b, c, h, w], without text: the attention of unconditional latent diffusion.
+
+    Channels of the fused projection are ordered (head, q/k/v, d), or (q/k/v, head, d) with `use_new_attention_order`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_checkpoint: bool = False,
+        use_new_attention_order: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        self.use_checkpoint = use_checkpoint
+        self.order = "(qkv heads d)" if use_new_attention_order else "(heads qkv d)"
+        self.norm = normalization(channels)
+        self.qkv = nn.Conv1d(channels, channels * 3, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._forward, (x,), self.use_checkpoint)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        tokens = self.qkv(self.norm(rearrange(x, "b c h w -> b c (h w)")))
+        q, k, v = rearrange(tokens, f"b {self.order} n -> qkv b heads n d", qkv=3, heads=self.num_heads)
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = self.proj_out(rearrange(h, "b heads n d -> b (heads d) n"))
+        return x + h.view_as(x)
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """Layers in a row, each given what it asks for: residual blocks the time embedding, transformers the context."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNetModel(nn.Module):
+    """Epsilon-prediction eps(x_t, t, context) with LDM's constructor arguments and state-dict names.
+
+    `attention_resolutions` are downsampling rates at which attention is used; `num_heads` or `num_head_channels` must be
+    given where there is attention. `adapter_config` attaches position adapters (see `ldm.modules.adapters`).
+    Raises `InputError` for arguments that contradict each other.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_spatial_transformer: bool = False,
+        transformer_depth: int = 1,
+        context_dim: int | Sequence[int] | None = None,
+        n_embed: int | None = None,
+        legacy: bool = True,  # chose between two ways to write the same head widths
+        adapter_config: Mapping | None = None,
+    ) -> None:
+        super().__init__()
+        if dims != 2 or use_fp16 or n_embed is not None:
+            raise InputError("UNetModel: only dims=2, use_fp16=false (use .half()) and n_embed=null are supported")
+        if use_spatial_transformer != (context_dim is not None):
+            raise InputError("UNetModel: use_spatial_transformer and context_dim go together; give both or neither")
+        if num_heads == -1 and num_head_channels == -1:
+            raise InputError("UNetModel: give num_heads or num_head_channels")
+        context_dim = context_dim[0] if isinstance(context_dim, Sequence) else context_dim
+        self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
+        self.model_channels, self.num_classes, self.context_dim = model_channels, num_classes, context_dim
+        emb_channels = model_channels * 4
+
+        def res_block(channels: int, out: int, **resample: bool) -> ResBlock:
+            return ResBlock(channels, emb_channels, dropout, out, use_scale_shift_norm, use_checkpoint, **resample)
+
+        def attention(channels: int, heads: int) -> nn.Module:
+            if not use_spatial_transformer:
+                return AttentionBlock(channels, heads, num_head_channels, use_checkpoint, use_new_attention_order)
+            heads = heads if num_head_channels == -1 else channels // num_head_channels
+            return SpatialTransformer(
+                channels, heads, channels // heads, transformer_depth, context_dim=context_dim, use_checkpoint=use_checkpoint
+            )
+
+        def down(channels: int) -> nn.Module:
+            return res_block(channels, channels, down=True) if resblock_updown else Downsample(channels, conv_resample)
+
+        def up(channels: int) -> nn.Module:
+            return res_block(channels, channels, up=True) if resblock_updown else Upsample(channels, conv_resample)
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb_channels)
+
+        ch, rate = model_channels, 1
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(nn.Conv2d(in_channels, ch, 3, padding=1))])
+        skips = [ch]
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers = [res_block(ch, mult * model_channels)]
+                ch = mult * model_channels
+                if rate in attention_resolutions:
+                    layers.append(attention(ch, num_heads))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                skips.append(ch)
+            if level != len(channel_mult) - 1:
+                self.input_blocks.append(TimestepEmbedSequential(down(ch)))
+                skips.append(ch)
+                rate *= 2
+
+        self.middle_block = TimestepEmbedSequential(res_block(ch, ch), attention(ch, num_heads), res_block(ch, ch))
+
+        heads_up = num_heads if num_heads_upsample == -1 or use_spatial_transformer else num_heads_upsample
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [res_block(ch + skips.pop(), mult * model_channels)]
+                ch = mult * model_channels
+                if rate in attention_resolutions:
+                    layers.append(attention(ch, heads_up))
+                if level and i == num_res_blocks:
+                    layers.append(up(ch))
+                    rate //= 2
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
+
+        self.out = nn.Sequential(
+            normalization(ch), nn.SiLU(), zero_module(nn.Conv2d(model_channels, out_channels, 3, padding=1))
+        )
+        attach_adapters(self, adapter_config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the network computes in."""
+        return self.time_embed[0].weight.dtype
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
+    ) -> Tensor:
+        """Noisy latents [b, c, h, w], time steps [b], context [b, m, context_dim], classes y [b] to epsilon [b, c, h, w].
+
+        Height and width must be divisible by 2 ** (number of levels - 1).
+        """
+        if (y is not None) != (self.num_classes is not None):
+            raise ValueError("class labels y must be given if and only if the model is class-conditional (num_classes)")
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h, skips = x.to(self.dtype), []
+        context = context if context is None else context.to(self.dtype)
+        for block in self.input_blocks:
+            h = block(h, emb, context)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+        return self.out(h).to(x.dtype)
+
+    def adapters_enable(self, enabled: bool = True) -> None:
+        """Switch all adapters on or off; off gives the base model exactly."""
+        for _, block in tapped_blocks(self):
+            block.adapters_enabled = enabled
+
+    def save_adapter_to_dir(self, path: str | Path, **notes) -> None:
+        """Write the adapters as a folder, see `ldm.modules.adapter_files`. `notes` (step, class word, ...) go along."""
+        adapter_files.save(self, path, notes)
+
+    def load_adapter_from_dir(self, path: str | Path, scale: float = 1.0, add: bool = False) -> None:
+        """Read such a folder, or one of the published code. Raises `InputError` if it does not fit this model.
+
+        `scale` multiplies the scale of each adapter read. A model without adapters takes those of the folder; one that has
+        some must have the same, unless `add`, which attaches those of the folder beside them.
+        """
+        adapter_files.load(self, path, scale, add)

@@ -1,0 +1,60 @@
+"""An exponential moving average of a model's trainable parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ldm.util import InputError
+
+
+class LitEma(nn.Module):
+    """Shadow copies of the trainable parameters of `model`; frozen ones are not tracked.
+
+    The copies are buffers named as the parameters with the dots removed, which is how released checkpoints have them,
+    beside `decay` and `num_updates`. With `use_num_upates` (LDM's spelling) the decay starts low and grows.
+
+    Raises `InputError` unless 0 <= decay <= 1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True):
+        super().__init__()
+        if not 0 <= decay <= 1:
+            raise InputError(f"the decay of a moving average lies between 0 and 1, got {decay}")
+        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
+        self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int))
+        self.m_name2s_name = {name: name.replace(".", "") for name, p in model.named_parameters() if p.requires_grad}
+        for name, shadow_name in self.m_name2s_name.items():
+            self.register_buffer(shadow_name, model.get_parameter(name).detach().clone())
+        self.collected_params: list[Tensor] = []
+
+    @torch.no_grad()
+    def forward(self, model: nn.Module) -> None:
+        """One update: shadow <- d shadow + (1 - d) parameter, d = min(decay, (1 + n) / (10 + n)) at the n-th update."""
+        self.num_updates += self.num_updates >= 0  # -1: no counting. Tensors throughout, so that a GPU need not wait.
+        warm_up = (1 + self.num_updates) / (10 + self.num_updates)
+        decay = torch.where(self.num_updates < 0, self.decay, torch.minimum(self.decay, warm_up))
+        for shadow, parameter in self._pairs(model):
+            shadow.sub_((1 - decay).to(shadow.dtype) * (shadow - parameter))
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Put the averages into the model."""
+        for shadow, parameter in self._pairs(model):
+            parameter.copy_(shadow)
+
+    def store(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Remember the present values of `parameters`, to bring them back by `restore`."""
+        self.collected_params = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def restore(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Bring back the values remembered by `store`."""
+        for stored, parameter in zip(self.collected_params, parameters, strict=True):
+            parameter.copy_(stored)
+        self.collected_params = []
+
+    def _pairs(self, model: nn.Module) -> list[tuple[Tensor, nn.Parameter]]:
+        return [(self.get_buffer(s), model.get_parameter(name)) for name, s in self.m_name2s_name.items()]
