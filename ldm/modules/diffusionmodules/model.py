@@ -5,7 +5,7 @@ LDM (arXiv 2112.10752) App. G.1, after VQGAN (arXiv 2012.09841). Shapes: b batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -101,14 +101,44 @@ class LinearAttnBlock(nn.Module):
         return self.to_out((context.transpose(1, 2) @ q).reshape(x.shape))
 
 
-ATTENTION = {"vanilla": AttnBlock, "linear": LinearAttnBlock, "none": lambda in_channels: nn.Identity()}
+ATTENTION = {"vanilla": AttnBlock, "linear": LinearAttnBlock, "none": nn.Identity}
 
 
-def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
-    """The attention block of a kind: vanilla, linear or none. Raises `InputError` for another."""
+def attention_kind(attn_type: str) -> Callable[[int], nn.Module]:
+    """What builds the attention of a kind: vanilla, linear or none. Raises `InputError` for another."""
     if attn_type not in ATTENTION:
         raise InputError(f"unknown attn_type {attn_type!r} in ddconfig: expected {', '.join(ATTENTION)}")
-    return ATTENTION[attn_type](in_channels)
+    return ATTENTION[attn_type]
+
+
+class Level(nn.Module):
+    """`count` residual blocks at one resolution, each followed by attention if `attention` is a function that builds it."""
+
+    def __init__(self, in_channels: int, out_channels: int, count: int, dropout: float, attention: Callable | None = None):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * count
+        self.block = nn.ModuleList(ResnetBlock(widths[i], widths[i + 1], dropout) for i in range(count))
+        self.attn = nn.ModuleList(attention(out_channels) for _ in range(count) if attention)
+
+    def forward(self, h: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            h = block(h)
+            if self.attn:
+                h = self.attn[i](h)
+        return h
+
+
+class Middle(nn.Module):
+    """The blocks at the lowest resolution: residual, attention, residual."""
+
+    def __init__(self, channels: int, dropout: float, attention: Callable):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, dropout)
+        self.attn_1 = attention(channels)
+        self.block_2 = ResnetBlock(channels, channels, dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(h)))
 
 
 class Encoder(nn.Module):
@@ -138,35 +168,25 @@ class Encoder(nn.Module):
         attn_type: str = "vanilla",
     ):
         super().__init__()
-        attn_type = "linear" if use_linear_attn else attn_type
-        widths = [ch * m for m in ch_mult]
+        attention = attention_kind("linear" if use_linear_attn else attn_type)
+        widths = [ch] + [ch * m for m in ch_mult]
 
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
-        block_in = ch
-        for i, width in enumerate(widths):
-            level = nn.Module()
-            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
-            for _ in range(num_res_blocks):
-                level.block.append(ResnetBlock(block_in, width, dropout))
-                block_in = width
-                if resolution // 2**i in attn_resolutions:
-                    level.attn.append(make_attn(block_in, attn_type))
-            if i < len(widths) - 1:
-                level.downsample = Downsample(block_in, resamp_with_conv)
-            self.down.append(level)
-
-        self.mid = middle(block_in, dropout, attn_type)
-        self.norm_out = group_norm(block_in)
-        self.conv_out = nn.Conv2d(block_in, 2 * z_channels if double_z else z_channels, 3, padding=1)
+        for i in range(len(ch_mult)):
+            attend = resolution // 2**i in attn_resolutions
+            self.down.append(Level(widths[i], widths[i + 1], num_res_blocks, dropout, attention if attend else None))
+        for level, width in zip(self.down[:-1], widths[1:], strict=False):
+            level.downsample = Downsample(width, resamp_with_conv)
+        self.mid = Middle(widths[-1], dropout, attention)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
-        for level in self.down:
-            h = run_level(level, h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        h = run_middle(self.mid, h)
+        for level in self.down[:-1]:
+            h = level.downsample(level(h))
+        h = self.mid(self.down[-1](h))
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -198,57 +218,27 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.give_pre_end, self.tanh_out = give_pre_end, tanh_out
-        attn_type = "linear" if use_linear_attn else attn_type
+        attention = attention_kind("linear" if use_linear_attn else attn_type)
         widths = [ch * m for m in ch_mult]
+        widths.append(widths[-1])
 
-        block_in = widths[-1]
-        self.conv_in = nn.Conv2d(z_channels, block_in, 3, padding=1)
-        self.mid = middle(block_in, dropout, attn_type)
-        levels = []
-        for i, width in reversed(list(enumerate(widths))):
-            level = nn.Module()
-            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
-            for _ in range(num_res_blocks + 1):
-                level.block.append(ResnetBlock(block_in, width, dropout))
-                block_in = width
-                if resolution // 2**i in attn_resolutions:
-                    level.attn.append(make_attn(block_in, attn_type))
-            if i > 0:
-                level.upsample = Upsample(block_in, resamp_with_conv)
-            levels.append(level)
-        self.up = nn.ModuleList(reversed(levels))  # up.0 is the finest level, as in released checkpoints
-        self.norm_out = group_norm(block_in)
-        self.conv_out = nn.Conv2d(block_in, out_ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], dropout, attention)
+        self.up = nn.ModuleList()  # up.0 has the full resolution and is the last to run
+        for i in range(len(ch_mult)):
+            attend = resolution // 2**i in attn_resolutions
+            self.up.append(Level(widths[i + 1], widths[i], num_res_blocks + 1, dropout, attention if attend else None))
+        for level, width in zip(self.up[1:], widths[1:], strict=False):
+            level.upsample = Upsample(width, resamp_with_conv)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = run_middle(self.mid, self.conv_in(z))
-        for level in reversed(self.up):
-            h = run_level(level, h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up[1:]):
+            h = level.upsample(level(h))
+        h = self.up[0](h)
         if self.give_pre_end:
             return h
         h = self.conv_out(F.silu(self.norm_out(h)))
         return torch.tanh(h) if self.tanh_out else h
-
-
-def middle(width: int, dropout: float, attn_type: str) -> nn.Module:
-    """The blocks at the lowest resolution: residual, attention, residual."""
-    mid = nn.Module()
-    mid.block_1 = ResnetBlock(width, width, dropout)
-    mid.attn_1 = make_attn(width, attn_type)
-    mid.block_2 = ResnetBlock(width, width, dropout)
-    return mid
-
-
-def run_middle(mid: nn.Module, h: Tensor) -> Tensor:
-    return mid.block_2(mid.attn_1(mid.block_1(h)))
-
-
-def run_level(level: nn.Module, h: Tensor) -> Tensor:
-    """The residual blocks of one resolution, each followed by its attention where there is one."""
-    for i, block in enumerate(level.block):
-        h = block(h)
-        if len(level.attn):
-            h = level.attn[i](h)
-    return h

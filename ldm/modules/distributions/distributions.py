@@ -53,5 +53,5 @@ def normal_kl(mean1: Tensor, logvar1: Tensor | float, mean2: Tensor | float, log
     arXiv 1312.6114 App. B for a general second Gaussian.
     """
     like = next(x for x in (mean1, logvar1, mean2, logvar2) if isinstance(x, Tensor))
-    logvar1, logvar2 = (torch.as_tensor(x).to(like) for x in (logvar1, logvar2))
+    logvar1, logvar2 = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in (logvar1, logvar2))
     return 0.5 * (logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))

@@ -1,0 +1,115 @@
+"""LDM's learning-rate schedules: factors for `torch.optim.lr_scheduler.LambdaLR`, as functions of the step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+from ldm.util import InputError
+
+log = logging.getLogger(__name__)
+
+
+def ramp(n: int, steps: int, start: float, end: float) -> float:
+    """From `start` to `end` in a straight line of `steps` steps."""
+    return start + (end - start) * n / steps
+
+
+def half_cosine(fraction: float, start: float, end: float) -> float:
+    """From `start` to `end` on half a cosine; SGDR (arXiv 1608.03983) Eq. 5."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * fraction))
+
+
+class LambdaWarmUpCosineScheduler:
+    """A linear warm-up from lr_start to lr_max, half a cosine down to lr_min at `max_decay_steps`, then lr_min.
+
+    Use with a base learning rate of 1.0, or read the values as factors. Raises `InputError` if the decay would end
+    before the warm-up.
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: int,
+        lr_min: float,
+        lr_max: float,
+        lr_start: float,
+        max_decay_steps: int,
+        verbosity_interval: int = 0,
+    ):
+        if max_decay_steps <= warm_up_steps:
+            raise InputError(f"max_decay_steps {max_decay_steps} must be larger than warm_up_steps {warm_up_steps}")
+        self.warm_up_steps, self.max_decay_steps = warm_up_steps, max_decay_steps
+        self.lr_min, self.lr_max, self.lr_start = lr_min, lr_max, lr_start
+        self.verbosity_interval = verbosity_interval
+
+    def schedule(self, n: int) -> float:
+        """The factor at step n."""
+        if n < self.warm_up_steps:
+            factor = ramp(n, self.warm_up_steps, self.lr_start, self.lr_max)
+        else:
+            fraction = (n - self.warm_up_steps) / (self.max_decay_steps - self.warm_up_steps)
+            factor = half_cosine(min(fraction, 1.0), self.lr_max, self.lr_min)
+        return _told(self, n, factor)
+
+    def __call__(self, n: int) -> float:
+        return self.schedule(n)
+
+
+class LambdaWarmUpCosineScheduler2:
+    """Cycles, each with a linear warm-up from f_start to f_max and half a cosine down to f_min.
+
+    One entry per cycle in every list. After the last cycle its f_min is held.
+    Raises `InputError` for lists of different lengths.
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: Sequence[int],
+        f_min: Sequence[float],
+        f_max: Sequence[float],
+        f_start: Sequence[float],
+        cycle_lengths: Sequence[int],
+        verbosity_interval: int = 0,
+    ):
+        lists = dict(
+            warm_up_steps=warm_up_steps, f_min=f_min, f_max=f_max, f_start=f_start, cycle_lengths=cycle_lengths
+        )
+        lengths = {name: len(values) for name, values in lists.items()}
+        if len(set(lengths.values())) != 1 or not cycle_lengths:
+            raise InputError(f"a learning-rate schedule needs one value per cycle in each of its lists, got {lengths}")
+        self.cycles = list(zip(cycle_lengths, warm_up_steps, f_start, f_max, f_min, strict=True))
+        self.verbosity_interval = verbosity_interval
+
+    def schedule(self, n: int) -> float:
+        """The factor at step n."""
+        return _told(self, n, self._factor(n))
+
+    def _factor(self, n: int) -> float:
+        for length, warm_up, start, top, bottom in self.cycles:
+            if n <= length:
+                return ramp(n, warm_up, start, top) if n < warm_up else self.decay(n, length, warm_up, top, bottom)
+            n -= length
+        return bottom
+
+    def decay(self, n: int, length: int, warm_up: int, top: float, bottom: float) -> float:
+        """The way down after the warm-up of one cycle."""
+        return half_cosine((n - warm_up) / max(length - warm_up, 1), top, bottom)
+
+    def __call__(self, n: int) -> float:
+        return self.schedule(n)
+
+
+class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
+    """The same cycles with a straight way down. As published it aims from f_max at step 0 of the cycle, so that
+    the factor jumps from f_max to a point below it where the warm-up ends.
+    """
+
+    def decay(self, n: int, length: int, warm_up: int, top: float, bottom: float) -> float:
+        return ramp(n, length, top, bottom)
+
+
+def _told(scheduler, n: int, factor: float) -> float:
+    if scheduler.verbosity_interval > 0 and n % scheduler.verbosity_interval == 0:
+        log.info("step %d: learning-rate factor %g", n, factor)
+    return factor

@@ -1,0 +1,50 @@
+"""The training loss of latent diffusion as functions of tensors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.util import InputError
+
+
+def simple_loss(pred: Tensor, target: Tensor, kind: str = "l2") -> Tensor:
+    """The error of every sample: [b, c, h, w] twice -> [b], the mean over c, h, w.
+
+    DDPM (arXiv 2006.11239) Eq. 14 for `l2`; `l1` takes absolute values. Raises `InputError` for another kind.
+    """
+    errors = {"l2": F.mse_loss, "l1": F.l1_loss}
+    if kind not in errors:
+        raise InputError(f"unknown loss_type {kind!r}: expected l1 or l2")
+    return errors[kind](pred, target, reduction="none").flatten(1).mean(1)
+
+
+def diffusion_loss(
+    per_sample: Tensor,
+    t: Tensor,
+    logvar: Tensor,
+    lvlb_weights: Tensor,
+    l_simple_weight: float = 1.0,
+    elbo_weight: float = 0.0,
+    learn_logvar: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(total, what to log) from the errors [b] at the steps t [b]; logvar and lvlb_weights are [T].
+
+    The log has loss_simple, loss_vlb and loss, with `learn_logvar` loss_gamma and logvar too.
+    """
+    logvar_t = logvar.to(per_sample.device)[t]
+    # A Gaussian likelihood with variance exp(logvar_t); with logvar 0 it is DDPM (arXiv 2006.11239) Eq. 14
+    weighted = per_sample / logvar_t.exp() + logvar_t
+    # DDPM Eq. 12
+    loss_vlb = (lvlb_weights[t] * per_sample).mean()
+    total = l_simple_weight * weighted.mean() + elbo_weight * loss_vlb
+
+    log = {"loss_simple": per_sample.mean(), "loss_vlb": loss_vlb, "loss": total}
+    if learn_logvar:
+        log |= {"loss_gamma": weighted.mean(), "logvar": logvar.mean()}
+    return total, log
+
+
+def dreambooth_loss(loss: Tensor, loss_reg: Tensor, reg_weight: float = 1.0) -> Tensor:
+    """Instance loss plus prior preservation on class pictures, DreamBooth (arXiv 2208.12242) Eq. 2."""
+    return loss + reg_weight * loss_reg
