@@ -1,0 +1,215 @@
+"""DreamBooth's two sets of pictures with captions, of the subject and of its class (arXiv:2208.12242, section 3)."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kornia.geometry.transform import hflip
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.data.pictures import INTERPOLATIONS, find_pictures, fit_square, normalize, read_picture
+from ldm.util import InputError, short
+
+Item = dict[str, Any]
+
+SETS = ("train", "val", "validation", "test")
+CACHE_BYTES = 512 * 2**20  # pictures kept in memory per dataset and worker: 680 of 512 pixels
+
+
+class PersonalizedBase(Dataset):
+    """The pictures of one folder with captions; the k-th item drawn is a function of (`seed`, k) alone.
+
+    `dataset[k]` is draw k, counted over the whole run: k may exceed `len()`, and epoch `k // len()` has its own order.
+    No global random state is read, so workers, epoch boundaries and restarts do not change what draw k is.
+
+    An item is `{"image": float32 [size, size, 3] (h w c) in [-1, 1], "caption": str}`.
+
+    Args:
+        data_root: folder with the pictures, see `find_pictures`.
+        size: side of the square in pixels.
+        repeats: how often one epoch shows each picture, `len()` is pictures * repeats.
+        interpolation: one of `ldm.data.pictures.INTERPOLATIONS`.
+        flip_p: probability of a horizontal flip (`set="train"` only).
+        set: "train" shuffles and flips; "val", "validation" and "test" go through the pictures in order.
+        placeholder_token: the identifier, in LDM's name for it.
+        per_image_tokens: with probability `mixing_prob` a draw names its picture by an identifier of its own, which is
+            the shared one followed by the picture's number: `sks0`, `sks1`, ...
+        center_crop: keep the central square; False squeezes the whole picture into the square, as LDM did.
+        mixing_prob: see `per_image_tokens`.
+        coarse_class_text: words before the identifier, for instance an adjective that all pictures share.
+        reg: the pictures show the class, not the subject: captions have no identifier.
+        class_word: what the subject is, for instance "dog".
+        templates: one caption or several to choose from. `{}` stands for the subject ("sks dog"; in class captions
+            "dog"), `{identifier}` and `{word}` for its parts.
+        identifier: the rare token that names the subject; wins over `placeholder_token`.
+        seed: of the order, the flips and the choice of templates.
+        cache: keep decoded pictures in memory, up to `CACHE_BYTES`.
+
+    Raises `InputError`, naming the argument, for values that cannot be used, and for what `find_pictures` and
+    `read_picture` refuse.
+    """
+
+    def __init__(
+        self,
+        data_root: str | Path,
+        size: int | None = None,
+        repeats: int = 100,
+        interpolation: str = "bicubic",
+        flip_p: float = 0.5,
+        set: str = "train",
+        placeholder_token: str = "sks",
+        per_image_tokens: bool = False,
+        center_crop: bool = True,
+        mixing_prob: float = 0.25,
+        coarse_class_text: str | None = None,
+        reg: bool = False,
+        class_word: str | None = None,
+        templates: str | Sequence[str] = "photo of a {}",
+        identifier: str | None = None,
+        seed: int = 0,
+        cache: bool = True,
+    ) -> None:
+        _check("data_root", data_root, isinstance(data_root, (str, Path)), "the path of a folder with pictures")
+        _check("size", size, _is_count(size), "a number of pixels such as 512")
+        _check("repeats", repeats, _is_count(repeats), "a whole number of at least 1")
+        kinds = tuple(INTERPOLATIONS)
+        _check("interpolation", interpolation, interpolation in kinds, f"one of {', '.join(kinds)}")
+        _check("flip_p", flip_p, _is_probability(flip_p), "a probability from 0 to 1")
+        _check("mixing_prob", mixing_prob, _is_probability(mixing_prob), "a probability from 0 to 1")
+        _check("set", set, set in SETS, f"one of {', '.join(SETS)}")
+        _check("seed", seed, seed == 0 or _is_count(seed), "a whole number that is not negative")
+        flags = {"per_image_tokens": per_image_tokens, "center_crop": center_crop, "reg": reg, "cache": cache}
+        for name, value in flags.items():
+            _check(name, value, isinstance(value, bool), "true or false")
+        identifier = placeholder_token if identifier is None else identifier
+        _check("identifier", identifier, _is_text(identifier), "a rare token such as sks")
+        _check("class_word", class_word, _is_text(class_word) or class_word is None and not reg, "a word such as dog")
+        coarse = coarse_class_text
+        _check("coarse_class_text", coarse, coarse is None or isinstance(coarse, str), "some words or nothing")
+
+        self.size, self.interpolation, self.center_crop, self.cache = size, interpolation, center_crop, cache
+        self.shuffle = set == "train"
+        self.flip_p = flip_p if self.shuffle else 0.0
+        self.mixing_prob = mixing_prob if per_image_tokens else 0.0
+        self.reg, self.seed = reg, seed
+        self.identifier, self.class_word, self.coarse_class_text = identifier, class_word, coarse
+        self.templates = _read_templates(templates, self._parts(identifier))
+        self.paths = find_pictures(data_root)
+        self._length = len(self.paths) * repeats
+        self._pixels: dict[int, Tensor] = {}
+        self._order: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        """Draws in one epoch."""
+        return self._length
+
+    def __iter__(self) -> Iterator[Item]:
+        """The draws of the first epoch. Without this, iterating would never end, as any k is a draw."""
+        return (self[k] for k in range(len(self)))
+
+    def __getitem__(self, k: int) -> Item:
+        return self.draw(k)
+
+    def draw(self, k: int) -> Item:
+        """Item number k of the run, k >= 0; the shapes are given above. Raises `IndexError` for a negative k."""
+        if k < 0:
+            raise IndexError(f"draws are counted from 0, got {k}")
+        number = self._picture_of(k)
+        flip, mix, choice = torch.rand(3, generator=self._generator("draw", k)).tolist()
+        pixels = normalize(self._read(number))
+        image = hflip(pixels) if flip < self.flip_p else pixels
+        identifier = f"{self.identifier}{number}" if mix < self.mixing_prob else self.identifier
+        template = self.templates[int(choice * len(self.templates))]
+        caption = template.format_map(self._parts(identifier))
+        return {"image": image.permute(1, 2, 0).contiguous(), "caption": caption}  # c h w -> h w c
+
+    def _picture_of(self, k: int) -> int:
+        """The number of the picture that draw k shows."""
+        epoch, place = divmod(k, len(self))
+        if self.shuffle:
+            if self._order is None or self._order[0] != epoch:
+                self._order = epoch, torch.randperm(len(self), generator=self._generator("order", epoch))
+            place = int(self._order[1][place])
+        return place % len(self.paths)
+
+    def _generator(self, purpose: str, number: int) -> torch.Generator:
+        """A generator of its own for every draw and every epoch; the two sets of a pair have different ones."""
+        key = (self.seed, self.reg, ("draw", "order").index(purpose), number)
+        state = np.random.SeedSequence([int(part) for part in key]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+    def _read(self, number: int) -> Tensor:
+        """uint8 [3, size, size], from memory where it was read before."""
+        if number in self._pixels:
+            return self._pixels[number]
+        pixels = fit_square(read_picture(self.paths[number]), self.size, self.interpolation, self.center_crop)
+        if self.cache and (len(self._pixels) + 1) * pixels.nbytes <= CACHE_BYTES:
+            self._pixels[number] = pixels
+        return pixels
+
+    def _parts(self, identifier: str) -> dict[str, str]:
+        """What the fields of a template stand for."""
+        named = {"word": self.class_word} if self.reg else {"identifier": identifier, "word": self.class_word}
+        named = {field: text for field, text in named.items() if text}
+        return {"subject": " ".join(filter(None, (self.coarse_class_text, *named.values()))), **named}
+
+
+class DreamBoothPairs(Dataset):
+    """Draw k of the subject with draw k of its class; collated, LDM's `[train batch, class batch]`.
+
+    An item is `(instance item,)` or `(instance item, class item)`; `len()` is that of the instance set, and a shorter
+    class set starts over in a new order.
+    """
+
+    def __init__(self, instance: PersonalizedBase, reg: PersonalizedBase | None = None) -> None:
+        self.sets = (instance,) if reg is None else (instance, reg)
+
+    def __len__(self) -> int:
+        return len(self.sets[0])
+
+    def __iter__(self) -> Iterator[tuple[Item, ...]]:
+        return (self[k] for k in range(len(self)))
+
+    def __getitem__(self, k: int) -> tuple[Item, ...]:
+        return tuple(pictures[k] for pictures in self.sets)
+
+
+def _read_templates(templates: str | Sequence[str], parts: dict[str, str]) -> list[str]:
+    """The templates as a list, with `{}` spelt `{subject}`; raises `InputError` for fields that mean nothing."""
+    templates = [templates] if isinstance(templates, str) else templates
+    usable = isinstance(templates, Sequence) and len(templates) > 0 and all(map(_is_text, templates))
+    _check("templates", templates, usable, "a caption such as 'photo of a {}', or a list of them")
+    templates = [template.replace("{}", "{subject}") for template in templates]
+    for template in templates:
+        try:
+            fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        except ValueError as error:
+            raise InputError(f"templates: {template!r} cannot be read: {error}; a field is {{}} or {{word}}") from None
+        if not fields <= parts.keys():
+            unknown = ", ".join(sorted(fields - parts.keys()))
+            known = ", ".join(f"{{{field}}}" for field in parts if field != "subject")
+            raise InputError(f"templates: {template!r} has the field {unknown!r}, expected {{}} or {known}")
+    return templates
+
+
+def _check(name: str, value: Any, good: bool, expected: str) -> None:
+    if not good:
+        raise InputError(f"{name}: expected {expected}, got {short(value)}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_probability(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())

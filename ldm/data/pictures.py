@@ -1,0 +1,122 @@
+"""Finding picture files, reading every kind as RGB, and fitting them into the square tensors of LDM."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ldm.util import InputError, first_line, short
+
+log = logging.getLogger(__name__)
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "linear": Image.Resampling.BILINEAR,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def is_picture(path: Path) -> bool:
+    """True for a visible file with one of the `EXTENSIONS`, in any case."""
+    return path.suffix[1:].lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+
+
+def find_pictures(folder: str | Path) -> list[Path]:
+    """The pictures that lie in a folder, sorted by name; sub-folders are not entered.
+
+    Everything else in the folder is skipped, with one warning that names a few.
+    Raises `InputError` if the folder does not exist, is no folder, or holds no picture.
+    """
+    folder = Path(folder)
+    expected = f"expected a folder with pictures ({', '.join(EXTENSIONS)})"
+    if not folder.exists():
+        raise InputError(f"the folder {folder} does not exist: {expected}; check the path")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file: {expected}; give the folder that it lies in")
+    entries = sorted(folder.iterdir())
+    pictures = [path for path in entries if is_picture(path)]
+    skipped = [path.name for path in entries if path not in set(pictures)]
+    if not pictures:
+        found = f"has no pictures, only {_some(skipped)}" if skipped else "is empty"
+        raise InputError(f"the folder {folder} {found}: {expected}, directly in it; put some there or name another")
+    if skipped:
+        log.warning("%s: skipped %d that are not pictures: %s", folder, len(skipped), _some(skipped))
+    return pictures
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """A picture file as upright 8-bit RGB: EXIF orientation applied, transparency on white, first frame of several.
+
+    Palette, grey, CMYK, 1-bit and 16-bit pictures are converted; 16-bit grey is scaled, not clipped.
+    Raises `InputError`, naming the file, if it is missing, broken, cut off, or larger than Pillow's safety limit.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return _rgb(ImageOps.exif_transpose(picture))
+    except Exception as error:  # Pillow's decoders raise a dozen different kinds for a damaged file
+        raise InputError(f"cannot read the picture {path}: {first_line(error)}; replace or remove it") from error
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I") or picture.mode == "F":
+        picture = _grey_from_wide(picture)
+    if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def _grey_from_wide(picture: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey. Pillow's own `convert` would clip everything above 255 to white."""
+    values = np.asarray(picture)
+    if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise InputError("its grey values have 32 bits, expected 8 or 16")
+    grey = (values.astype(np.uint32) + 128) // 257  # 65535 = 255 * 257
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def fit_square(picture: Image.Image, size: int, interpolation: str = "bicubic", center_crop: bool = True) -> Tensor:
+    """An RGB picture resized to a square, antialiased: uint8 [3, size, size].
+
+    With `center_crop` the largest central square is kept, without it the whole picture is squeezed into the square.
+    The resizing is Pillow's, as in LDM, because it has all five `INTERPOLATIONS` in one call and filters properly:
+    kornia 0.9 blurs with a Gaussian and then samples sparsely, which for a photograph of 780 pixels agrees with
+    Pillow's bicubic result by only 41 dB PSNR at 64 pixels (blurred) and 46 dB at 512 (aliased), and is slower.
+
+    Raises `InputError` for an unknown interpolation.
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise InputError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {short(interpolation)}")
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    if center_crop:
+        picture = picture.crop((left, top, left + side, top + side))
+    square = picture.resize((size, size), INTERPOLATIONS[interpolation])
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # h w c -> c h w
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """uint8 [c, h, w] in 0..255 -> float32 [c, h, w] in [-1, 1]."""
+    from kornia.enhance import normalize  # a third of a second to import: not for those who only read pictures
+
+    return normalize(pixels[None].float() / 255, mean=torch.tensor(0.5), std=torch.tensor(0.5))[0]
+
+
+def to_tensor(picture: Image.Image, size: int, interpolation: str = "bicubic", center_crop: bool = True) -> Tensor:
+    """An RGB picture as float32 [3, size, size] in [-1, 1], see `fit_square`. Raises `InputError`."""
+    return normalize(fit_square(picture, size, interpolation, center_crop))

@@ -1,0 +1,54 @@
+"""Which draws make up which batch: a function of the batch number and the rank, so that a run resumes anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.utils.data import Sampler
+
+from ldm.util import InputError
+
+
+class ResumableBatches(Sampler[list[int]]):
+    """A batch sampler over draw numbers that never repeat: `DataLoader(dataset, batch_sampler=ResumableBatches(...))`.
+
+    With B = `batch_size` and W = `world_size`, batch j (counted over the whole run) on rank r holds the draws
+    jBW + rB ... jBW + rB + B - 1, so the ranks are disjoint and together leave no gap. An epoch is `batches_per_epoch`
+    batches. The first pass starts at `start_batch`, which may lie within an epoch, and yields the rest of that epoch;
+    each later pass yields the next epoch.
+
+    `len()` is that of a full epoch: Lightning asks for it once per run and counts the batches that were done before
+    a resume by itself. Lightning must not wrap this sampler (`use_distributed_sampler=False`).
+
+    Raises `InputError` unless the counts are positive, the start is not negative and the rank is below the world size.
+    """
+
+    def __init__(
+        self, batch_size: int, start_batch: int = 0, batches_per_epoch: int = 1, rank: int = 0, world_size: int = 1
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("world_size", world_size)):
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        if batches_per_epoch < 1:
+            raise InputError(
+                f"an epoch has {batches_per_epoch} batches, expected at least 1: lower batch_size or raise repeats"
+            )
+        if start_batch < 0 or not 0 <= rank < world_size:
+            raise InputError(
+                f"expected start_batch >= 0 and 0 <= rank < world_size, got {start_batch}, rank {rank} of {world_size}"
+            )
+        self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
+        self.rank, self.world_size = rank, world_size
+        self.next_batch = start_batch
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.next_batch
+        end = (start // self.batches_per_epoch + 1) * self.batches_per_epoch
+        for batch in range(start, end):
+            if batch == end - 1:  # before the last yield: a reader that knows the length does not come back after it
+                self.next_batch = end
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
