@@ -18,7 +18,8 @@ class ResumableBatches(Sampler[list[int]]):
     each later pass yields the next epoch.
 
     `len()` is that of a full epoch: Lightning asks for it once per run and counts the batches that were done before
-    a resume by itself. Lightning must not wrap this sampler (`use_distributed_sampler=False`).
+    a resume by itself. It must not wrap this sampler (`use_distributed_sampler=False`). Save the checkpoints to resume
+    from in `on_train_batch_end`: from one saved after the end of an epoch, Lightning itself miscounts the next epoch.
 
     Raises `InputError` unless the counts are positive, the start is not negative and the rank is below the world size.
     """
