@@ -1,0 +1,54 @@
+# Everything happens in .venv: it is created when absent, and installed into again only when the files that name the
+# dependencies change.
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
+# What `make demo` trains on. The class pictures keep the adapter from turning every dog into this one.
+DEMO_PHOTOS ?= examples/subjects/dog
+DEMO_CLASS ?= examples/class_images/dog
+DEMO_CONFIG ?= configs/sd-mini/attn2o-ffni.yaml
+
+.PHONY: help demo test lint bench clean
+
+help:  ## list these targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 10
+
+demo: .venv/runtime.stamp  ## train an adapter on a few photographs, sample with it, print where the pictures are
+	$(PY) main_dream_booth.py --base $(DEMO_CONFIG) -t --data_root $(DEMO_PHOTOS) --reg_data_root $(DEMO_CLASS) \
+		--class_word dog --name demo
+	$(PY) sample.py --config $(DEMO_CONFIG) --prompt "photo of a sks dog" --H 64 --W 64 --f 4 --n_samples 4 \
+		--adapter_path "$$(ls -td logs/*_demo/checkpoints/*-adapters | head -n 1)" --outdir outputs/demo
+
+test: .venv/test.stamp  ## check the style, then run all tests
+	.venv/bin/ruff check .
+	$(PY) -m pytest
+
+lint: .venv/test.stamp  ## check the style and mend what can be mended
+	.venv/bin/ruff check --fix .
+
+bench: .venv/bench.stamp  ## measure against peers in the same run
+	for file in benchmarks/*.py; do $(PY) $$file || exit 1; done
+
+clean:  ## remove the environment and everything that tests and builds leave; logs and outputs stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "error: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.11"; \
+		exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/runtime.stamp: setup.py constraints.txt | .venv/bin/pip
+	$(PIP) -e .
+	@touch $@
+
+.venv/test.stamp: setup.py constraints.txt requirements-vq.txt | .venv/bin/pip
+	$(PIP) -e '.[test]'
+	$(PIP) --no-deps -r requirements-vq.txt
+	@touch $@ .venv/runtime.stamp
+
+.venv/bench.stamp: setup.py constraints.txt | .venv/bin/pip
+	$(PIP) -e '.[bench]'
+	@touch $@ .venv/runtime.stamp

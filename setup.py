@@ -1,0 +1,37 @@
+"""Package `ldm` and the two programs; the exact tested versions are in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9"]
+
+setup(
+    name="position-adapters-ldm",
+    version="0.1.0",
+    description="Small adapters wired into the frozen UNet of a latent diffusion model at named positions",
+    author="the authors",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ldm", "ldm.*"]),
+    py_modules=["main_dream_booth", "sample"],
+    install_requires=[
+        "torch>=2.4",
+        "pytorch-lightning>=2.2,<3",
+        "transformers>=4.46,<6",
+        "omegaconf>=2.3",
+        "einops>=0.7",
+        "kornia>=0.7",
+        "pillow>=10",
+        "numpy>=1.26",
+        "tqdm>=4.66",
+        "safetensors>=0.4.3",
+        "tensorboard>=2.15",
+    ],
+    extras_require={
+        "test": TEST,
+        "bench": ["diffusers>=0.31", "peft>=0.13"],
+        # Its metadata also asks for torchvision, which nothing here imports: `pip install .[vq]` brings both, while
+        # `pip install --no-deps -r requirements-vq.txt` (what the Makefile does) brings only what is used.
+        "vq": ["taming-transformers-rom1504>=0.0.6"],
+        "wandb": ["wandb>=0.17"],
+    },
+)
