@@ -103,10 +103,10 @@ def test_cmyk_jpeg(tmp_path):
 
 @pytest.mark.parametrize("extension", ["png", "tif"])
 def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, extension):
-    values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
+    values = np.array([[0, 200, 257, 32768, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / f"a.{extension}")
     picture = read_picture(tmp_path / f"a.{extension}")
-    assert np.asarray(picture)[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert np.asarray(picture)[0, :, 0].tolist() == [0, 1, 1, 128, 255]
 
 
 def test_16_bit_values_in_a_32_bit_picture_are_scaled_and_larger_ones_refused(tmp_path):

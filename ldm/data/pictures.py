@@ -65,7 +65,6 @@ def read_picture(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as picture:
-            picture.load()
             return _rgb(ImageOps.exif_transpose(picture))
     except Exception as error:  # Pillow's decoders raise a dozen different kinds for a damaged file
         raise InputError(f"cannot read the picture {path}: {first_line(error)}; replace or remove it") from error
