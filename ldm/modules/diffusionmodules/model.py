@@ -1,6 +1,6 @@
 """The convolutional encoder and decoder of the first stage: pictures to latents and back.
 
-LDM (arXiv 2112.10752) App. G.1, after VQGAN (arXiv 2012.09841). Shapes: b batch, c channels, h w, n = h w.
+LDM (arXiv 2112.10752) App. G, after VQGAN (arXiv 2012.09841). Shapes: b batch, c channels, h w, n = h w.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class AttnBlock(nn.Module):
 class LinearAttnBlock(nn.Module):
     """Attention at a cost linear in the number of places, one head: b c h w -> b c h w. As in LDM, no shortcut.
 
-    Efficient Attention (arXiv 1812.01243) Eq. 6, with the softmax on the keys alone.
+    Efficient Attention (arXiv 1812.01243) Sec. 3.2, with the softmax on the keys alone.
     """
 
     def __init__(self, in_channels: int):
@@ -112,9 +112,11 @@ def attention_kind(attn_type: str) -> Callable[[int], nn.Module]:
 
 
 class Level(nn.Module):
-    """`count` residual blocks at one resolution, each followed by attention if `attention` is a function that builds it."""
+    """`count` residual blocks at one resolution, each followed by attention where `attention` builds one."""
 
-    def __init__(self, in_channels: int, out_channels: int, count: int, dropout: float, attention: Callable | None = None):
+    def __init__(
+        self, in_channels: int, out_channels: int, count: int, dropout: float, attention: Callable | None = None
+    ):
         super().__init__()
         widths = [in_channels] + [out_channels] * count
         self.block = nn.ModuleList(ResnetBlock(widths[i], widths[i + 1], dropout) for i in range(count))

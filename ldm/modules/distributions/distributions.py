@@ -23,7 +23,7 @@ class DiagonalGaussianDistribution:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """mean + std * noise; the noise is drawn on the CPU, so that a seed means the same on every device."""
-        # Auto-Encoding Variational Bayes (arXiv 1312.6114) Eq. 10
+        # Auto-Encoding Variational Bayes (arXiv 1312.6114) Sec. 3
         noise = torch.randn(self.mean.shape, generator=generator)
         return self.mean + self.std * noise.to(self.mean)
 

@@ -1,0 +1,59 @@
+"""Classifier-free guidance, as a wrapper around the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.util import InputError
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+
+
+def guided(apply_model: Callable[[Tensor, Tensor, Any], Tensor], cond: Any, uncond: Any, scale: float) -> Denoise:
+    """denoise(x [b, c, h, w], t [b]) -> predicted noise [b, c, h, w].
+
+    `cond` and `uncond` are a tensor [b, ...], a list of those, or a dict of tensors and lists (LDM's hybrid
+    conditioning `{"c_concat": [...], "c_crossattn": [...]}`). One call with the batch [uncond, cond], or a single
+    conditional call where scale is 1 or uncond is None. Raises `InputError` if the two do not have the same form.
+    """
+    if uncond is None or scale == 1:
+        return lambda x, t: apply_model(x, t, cond)
+    both = batched(uncond, cond)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        eps_uncond, eps_cond = apply_model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)  # 2b c h w
+        # Classifier-Free Diffusion Guidance (arXiv 2207.12598) Eq. 6, scale = 1 + w
+        return eps_uncond + scale * (eps_cond - eps_uncond)
+
+    return denoise
+
+
+def batched(first: Any, second: Any) -> Any:
+    """Two conditionings of the same form as one: tensors joined along the batch, lists and dicts entry by entry."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if first.shape != second.shape:
+            raise InputError(
+                f"unconditional_conditioning has shape {list(first.shape)}, the conditioning {list(second.shape)}: "
+                "guidance needs the same shape, so encode as many empty prompts as there are prompts"
+            )
+        return torch.cat([first, second])
+    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+        return {key: batched(first[key], second[key]) for key in second}
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
+        return [batched(a, b) for a, b in zip(first, second, strict=True)]
+    raise InputError(
+        f"unconditional_conditioning is {_form(first)}, the conditioning is {_form(second)}: "
+        "guidance needs the same form for both"
+    )
+
+
+def _form(cond: Any) -> str:
+    if isinstance(cond, dict):
+        return f"a dict with {sorted(cond)}"
+    if isinstance(cond, (list, tuple)):
+        return f"a list of {len(cond)}"
+    return f"a {type(cond).__name__}"

@@ -1,0 +1,216 @@
+"""What the samplers share: where their noise comes from, inpainting, and the face of LDM's sampler classes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.models.diffusion.guidance import Denoise, guided
+from ldm.modules.diffusionmodules.schedules import make_ddim_sampling_parameters, make_ddim_timesteps
+from ldm.util import InputError
+
+log = logging.getLogger(__name__)
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+Draw = Callable[[], Tensor]
+Blend = Callable[[Tensor, float], Tensor]
+Progress = Callable[[Iterable], Iterable]
+
+
+class Step(NamedTuple):
+    """One visited step of a DDIM schedule. Host numbers: the loop then never waits for the device."""
+
+    t: int
+    alpha: float  # the paper's alpha, DDPM's alpha_bar
+    alpha_prev: float
+    sigma: float
+
+
+def draw(shape: Sequence[int], device: torch.device | str, generator: Generators = None) -> Tensor:
+    """N(0, 1) noise [b, ...] on `device`, float32.
+
+    Drawn on the CPU from the global generator, so that a seed means the same on every device. With a generator it
+    comes from that one; with a list of one per sample, no sample depends on the batch in which it was drawn.
+    Raises `InputError` if the list does not have one generator per sample.
+    """
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != shape[0]:
+            raise InputError(f"{len(generator)} generators for a batch of {shape[0]}: expected one per sample")
+        return torch.stack([draw(shape[1:], device, one) for one in generator])
+    source = "cpu" if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, device=source).to(device, non_blocking=True)
+
+
+def unchanged(x: Tensor, *_: Any) -> Tensor:
+    """The part that does nothing."""
+    return x
+
+
+def keep_known(x0: Tensor, mask: Tensor, draw_noise: Draw) -> Blend:
+    """Inpainting with a model that was not trained for it: blend(x [b, c, h, w], alpha_bar).
+
+    Before every call of the model the places where `mask` is 1 are replaced by `x0`, noised to the present level:
+    RePaint (arXiv 2201.09865) Eq. 8.
+    """
+
+    def blend(x: Tensor, alpha_bar: float) -> Tensor:
+        # DDPM (arXiv 2006.11239) Eq. 4
+        known = alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * draw_noise()
+        return known * mask + (1 - mask) * x
+
+    return blend
+
+
+class LatentSampler:
+    """The face of LDM's samplers: `.sample(...)` with LDM's arguments over one function `run`.
+
+    `model` offers apply_model(x, t, cond), betas and alphas_cumprod [T]; pictures are made on the device of its betas.
+    """
+
+    def __init__(self, model: Any, schedule: str = "linear", **kwargs: Any):
+        self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.betas.device
+
+    def make_schedule(
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str = "uniform",
+        ddim_eta: float = 0.0,
+        verbose: bool = True,
+    ) -> None:
+        """Choose the steps to visit; called by `sample`. Raises `InputError`, see `make_ddim_timesteps`."""
+        alphas_cumprod = self.model.alphas_cumprod.detach().cpu().float()
+        self.ddim_timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, len(alphas_cumprod))
+        self.ddim_eta = ddim_eta
+        self.ddim_sigmas, self.ddim_alphas, self.ddim_alphas_prev = make_ddim_sampling_parameters(
+            alphas_cumprod, self.ddim_timesteps, ddim_eta
+        )
+
+    def steps(self) -> list[Step]:
+        """The steps of `make_schedule`, ascending."""
+        columns = self.ddim_timesteps, self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas
+        return [Step(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        S: int,
+        batch_size: int,
+        shape: Sequence[int],
+        conditioning: Any = None,
+        callback: Callable[[int], None] | None = None,
+        normals_sequence: Any = None,
+        img_callback: Callable[[Tensor, int], None] | None = None,
+        quantize_x0: bool = False,
+        eta: float = 0.0,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: dict | None = None,
+        verbose: bool = True,
+        x_T: Tensor | None = None,
+        log_every_t: int = 100,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Any = None,
+        generator: Generators = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Latents [batch_size, *shape] from noise in S steps, and {"x_inter", "pred_x0"}: the way there.
+
+        shape: (c, h, w). conditioning: see `guided`. mask [b, 1 or c, h, w]: 1 keeps `x0` [b, c, h, w].
+        x_T [b, c, h, w]: the noise to start from. generator: see `draw`; by default the global one of the CPU.
+        The way is kept every `log_every_t` updates and at the end. callback(i) and img_callback(pred_x0, i) are called
+        after every update. normals_sequence has no effect, as in LDM. Raises `InputError`.
+        """
+        if kwargs:
+            log.warning("%s.sample: arguments without effect: %s", type(self).__name__, ", ".join(sorted(kwargs)))
+        _check_batch(conditioning, batch_size)
+        if mask is not None and x0 is None:
+            raise InputError("sampling with a mask needs x0, the latents to keep where the mask is 1")
+        if noise_dropout and generator is not None:
+            raise InputError("noise_dropout draws from the global generator: use it without generator=")
+        self.make_schedule(S, ddim_eta=eta, verbose=verbose)
+
+        draw_noise = partial(draw, (batch_size, *shape), self.device, generator)
+        x = draw_noise() if x_T is None else x_T.to(self.device)
+        for name, given in (("x_T", x), ("x0", x0 if mask is not None else None), ("mask", mask)):
+            if given is not None and not _fits(given, (batch_size, *shape), broadcast=name == "mask"):
+                raise InputError(f"{name} has shape {list(given.shape)}, the samples have {[batch_size, *shape]}")
+        denoise = guided(self.model.apply_model, conditioning, unconditional_conditioning, unconditional_guidance_scale)
+        if score_corrector is not None:
+            denoise = _corrected(denoise, score_corrector, self.model, conditioning, corrector_kwargs or {})
+        trace = Trace(x, log_every_t, callback, img_callback)
+        samples = self.run(
+            denoise,
+            x,
+            draw_noise,
+            temperature=temperature,
+            noise_dropout=noise_dropout,
+            blend=unchanged if mask is None else keep_known(x0.to(x), mask.to(x), draw_noise),
+            fix_x0=_quantizer(self.model) if quantize_x0 else unchanged,
+            on_step=trace,
+            progress=self.progress(verbose),
+        )
+        return samples, trace.intermediates
+
+    def run(self, denoise: Denoise, x: Tensor, draw_noise: Draw, **parts: Any) -> Tensor:
+        """Call the sampler's function with the steps of `make_schedule`."""
+        raise NotImplementedError
+
+    def progress(self, verbose: bool) -> Progress:
+        """A progress bar around the steps."""
+        return partial(tqdm, desc=type(self).__name__, disable=not verbose)
+
+
+class Trace:
+    """Called after every update: keeps every `log_every_t`-th one and the last, and tells LDM's callbacks."""
+
+    def __init__(self, x: Tensor, log_every_t: int, callback: Callable | None, img_callback: Callable | None):
+        self.intermediates = {"x_inter": [x], "pred_x0": [x]}
+        self.log_every_t, self.callback, self.img_callback = log_every_t, callback, img_callback
+
+    def __call__(self, i: int, total: int, x: Tensor, pred_x0: Tensor) -> None:
+        if self.callback:
+            self.callback(i)
+        if self.img_callback:
+            self.img_callback(pred_x0, i)
+        left = total - 1 - i
+        if left % self.log_every_t == 0 or i == 0:  # as LDM counts: from the end, and the first
+            self.intermediates["x_inter"].append(x)
+            self.intermediates["pred_x0"].append(pred_x0)
+
+
+def _quantizer(model: Any) -> Callable[[Tensor], Tensor]:
+    """Snaps latents to the codebook of a VQ first stage."""
+    return lambda x0: model.first_stage_model.quantize(x0)[0]
+
+
+def _corrected(denoise: Denoise, corrector: Any, model: Any, cond: Any, kwargs: dict) -> Denoise:
+    """LDM's hook for changing the predicted noise: corrector.modify_score(model, eps, x, t, cond, **kwargs)."""
+    return lambda x, t: corrector.modify_score(model, denoise(x, t), x, t, cond, **kwargs)
+
+
+def _fits(tensor: Tensor, size: tuple[int, ...], broadcast: bool) -> bool:
+    pairs = zip(tensor.shape, size, strict=False)
+    return tensor.dim() == len(size) and all(n == m or (broadcast and n == 1) for n, m in pairs)
+
+
+def _check_batch(cond: Any, batch_size: int) -> None:
+    if isinstance(cond, dict):
+        cond = list(cond.values())
+    if isinstance(cond, (list, tuple)):
+        for entry in cond:
+            _check_batch(entry, batch_size)
+    elif isinstance(cond, Tensor) and len(cond) != batch_size:
+        raise InputError(f"the conditioning is for {len(cond)} samples, batch_size is {batch_size}: they must agree")
