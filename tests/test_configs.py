@@ -1,0 +1,124 @@
+"""Every shipped config: loads, says how to run it, names what exists, and resolves to the published values."""
+
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from ldm.util import ALIASES, get_obj_from_str, load_config
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+ALL = sorted(CONFIGS.rglob("*.yaml"))
+NOT_ROUTES = {"model", "inference", "dreambooth"}  # what the routes of configs/sd-mini share
+ROUTES = [
+    path
+    for folder in ("sd-inject-dreambooth", "sd-mini")
+    for path in sorted((CONFIGS / folder).glob("*.yaml"))
+    if path.stem not in NOT_ROUTES
+]
+
+# The published config each of ours stands for, in ../shared/reference/manifests/published_configs.json.
+PUBLISHED = {
+    "sd-inject-dreambooth/attn2o-ffni.yaml": "unet-finetune",
+    "sd-inject-dreambooth/resi-reso.yaml": "unet-finetune",
+    "sd-dream.yaml": "unet-finetune",
+    "stable-diffusion/v1-inference.yaml": "stable-diffusion",
+    **{
+        str(path.relative_to(CONFIGS)): "stable-diffusion"
+        for folder in ("autoencoder", "latent-diffusion")
+        for path in sorted((CONFIGS / folder).glob("*.yaml"))
+    },
+}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+def resolved(path: Path) -> dict:
+    return OmegaConf.to_container(load_config(path), resolve=True)
+
+
+def targets(config) -> set[str]:
+    if isinstance(config, dict):
+        own = {config["target"]} if "target" in config else set()
+        return own.union(*map(targets, config.values()))
+    return set().union(*map(targets, config)) if isinstance(config, list) else set()
+
+
+def test_the_walk_finds_the_configs():
+    assert len(ROUTES) == 40
+    assert set(PUBLISHED) <= {name(path) for path in ALL}
+
+
+@pytest.mark.parametrize("path", ALL, ids=name)
+def test_opens_with_its_command_and_what_it_needs(path):
+    header = [line for line in path.read_text().split("\n\n")[0].splitlines() if line.startswith("#")]
+    text = "\n".join(header)
+    assert path.read_text().startswith("# ")
+    assert "# Run:    python " in text and "# Needs: " in text
+    assert len(header) <= 8
+
+
+@pytest.mark.parametrize("path", ALL, ids=name)
+def test_command_in_the_header_names_files_that_exist(path):
+    words = path.read_text().split("\nmodel:")[0].replace("'", " ").split()
+    named = [word for word in words if word.startswith("configs/")]
+    assert named
+    for word in named:
+        assert (CONFIGS.parent / word).is_file(), word
+
+
+@pytest.mark.parametrize("path", ALL, ids=name)
+def test_targets_exist(path):
+    for target in sorted(targets(resolved(path))):
+        get_obj_from_str(target)
+
+
+@pytest.mark.parametrize("path", ROUTES, ids=name)
+def test_route_is_named_after_its_positions(path):
+    config = resolved(path)["model"]["params"]["unet_config"]["params"]["adapter_config"]
+    (entries,) = config.values()
+    (entry,) = entries if isinstance(entries, list) else [entries]
+    assert path.stem == f"{entry['din']}-{entry['dout']}"
+
+
+def test_both_folders_have_the_published_routes(golden):
+    manifest = json.loads((golden / "manifests/adapters_manifest.json").read_text())["configs"]
+    for folder in ("sd-inject-dreambooth", "sd-mini"):
+        assert {path.stem for path in ROUTES if path.parent.name == folder} == set(manifest)
+    for route, facts in manifest.items():
+        config = resolved(CONFIGS / f"sd-inject-dreambooth/{route}.yaml")["model"]["params"]
+        assert config["unet_config"]["params"]["adapter_config"] == facts["adapter_config"]
+        assert facts["other_params"].items() <= config.items()
+
+
+@pytest.mark.parametrize("ours,folder", PUBLISHED.items(), ids=PUBLISHED)
+def test_resolves_to_the_published_values(golden, ours, folder):
+    published = json.loads((golden / "manifests/published_configs.json").read_text())[f"{folder}/configs/{ours}"]
+    assert comparable(resolved(CONFIGS / ours)) == comparable(published)
+
+
+def comparable(config):
+    """A config with today's targets, less what we leave out or correct on purpose.
+
+    - Datasets of other packages (faces, LSUN, ImageNet) are not named in ours.
+    - Three published files give the path of a YAML file where a first-stage checkpoint is meant.
+    """
+    if isinstance(config, list):
+        return [comparable(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    result = {key: comparable(value) for key, value in config.items() if not is_foreign_dataset(value)}
+    if "target" in result:
+        result["target"] = ALIASES.get(result["target"], result["target"])
+    if "ckpt_path" in result:
+        parts = Path(result["ckpt_path"]).parts
+        result["ckpt_path"] = Path("models", *parts[1:]).with_name("model.ckpt").as_posix()
+    return result
+
+
+def is_foreign_dataset(value) -> bool:
+    target = value.get("target", "") if isinstance(value, dict) else ""
+    return target.startswith(("taming.data.", "ldm.data.imagenet.", "ldm.data.lsun."))
