@@ -115,7 +115,10 @@ def _inert_globals() -> list[Any]:
         "numpy.core.multiarray.scalar": scalar,
         "numpy._core.multiarray.scalar": scalar,
         "numpy.dtype": np.dtype,
-        **{f"numpy.dtypes.{kind.__name__}": kind for kind in (type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "?"))},
+        **{
+            f"numpy.dtypes.{kind.__name__}": kind
+            for kind in (type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "?"))
+        },
     }
     takes_names = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
     return [(value, name) for name, value in known.items()] if takes_names else list(dict.fromkeys(known.values()))
@@ -150,7 +153,9 @@ def _flush(path: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors by name as one safetensors file, atomically. `metadata` maps strings to strings."""
     from safetensors.torch import save_file
 
@@ -198,37 +203,33 @@ def load_weights(
     its own. Parameters may be absent if `may_lack(name)`; their modules are then initialised by `reset_parameters`.
     Raises `InputError`, with the first few names, if other parameters are absent or shapes differ.
     """
-    own = model.state_dict()
-    renamed = _parameter_names(model, own)
-    found = {name: value for name, value in weights.items() if name in own}
-    lacking = [name for name in own if name not in found and name in renamed]
-    wrong = [name for name, value in found.items() if value.shape != own[name].shape]
-    if wrong:
-        name = wrong[0]
-        raise InputError(
-            f"{source} does not fit this config: {name} has shape {list(found[name].shape)}, the model wants "
-            f"{list(own[name].shape)} ({len(wrong)} such); use the config that the checkpoint was made with"
+    parameters = dict(model.named_parameters())
+    dtypes = {name: value.dtype for name, value in (*parameters.items(), *model.named_buffers())}
+    try:
+        result = model.load_state_dict(weights, strict=False, assign=True)
+    except RuntimeError as error:
+        wrong = re.findall(
+            r"size mismatch for ([^:]+): .*?shape (?:torch\.Size\()?(\[.*?\]).*?model is (?:torch\.Size\()?(\[.*?\])",
+            str(error),
         )
+        if not wrong:
+            raise
+        name, theirs, ours = wrong[0]
+        raise InputError(
+            f"{source} does not fit this config: {name} has shape {theirs}, the model wants {ours} "
+            f"({len(wrong)} such); use the config that the checkpoint was made with"
+        ) from None
+    lacking = [name for name in result.missing_keys if name in parameters]
     unexpected = [name for name in lacking if not may_lack(name)]
     if unexpected:
         raise InputError(
-            f"{source} lacks {len(unexpected)} of {len(renamed)} weights ({', '.join(unexpected[:3])}, ...); "
+            f"{source} lacks {len(unexpected)} of {len(parameters)} weights ({', '.join(unexpected[:3])}, ...); "
             "expected a checkpoint of the model in this config"
         )
-    if extra := len(weights) - len(found):
-        log.debug("%s: %d tensors which the model does not have are left out", source, extra)
-    model.load_state_dict({k: v.to(own[k].dtype) for k, v in found.items()}, strict=False, assign=True)
-    reset(model, {renamed[name] for name in lacking})
-
-
-def _parameter_names(model: nn.Module, saved: Mapping[str, Tensor]) -> dict[str, str]:
-    """From names in the state dict to names of parameters: a module may spell them differently, see FrozenCLIPEmbedder."""
-
-    def place(tensor: Tensor) -> tuple:
-        return tensor.data_ptr(), tuple(tensor.shape)
-
-    own = {place(parameter): name for name, parameter in model.named_parameters()}
-    return {name: own[place(value)] for name, value in saved.items() if place(value) in own}
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.dtype != dtypes[name]:
+            value.data = value.data.to(dtypes[name])
+    reset(model, set(lacking))
 
 
 def reset(model: nn.Module, names: set[str]) -> None:

@@ -63,14 +63,18 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     except ModuleNotFoundError as error:
         # Only a missing part of the target itself is the user's mistake; a missing dependency is told as such.
         if error.name and (module_name + ".").startswith(error.name + "."):
-            raise InputError(f"target {string!r}: there is no module {error.name!r}; check the spelling in the config") from None
+            raise InputError(
+                f"target {string!r}: there is no module {error.name!r}; check the spelling in the config"
+            ) from None
         raise InputError(f"target {string!r} needs the package {error.name!r}, which is not installed") from error
     if reload:
         module = importlib.reload(module)
     try:
         return getattr(module, name)
     except AttributeError:
-        raise InputError(f"target {string!r}: module {module_name!r} has no {name!r}; check the spelling in the config") from None
+        raise InputError(
+            f"target {string!r}: module {module_name!r} has no {name!r}; check the spelling in the config"
+        ) from None
 
 
 def instantiate_from_config(config: Mapping | str | None, **extra: Any) -> Any:
@@ -85,18 +89,34 @@ def instantiate_from_config(config: Mapping | str | None, **extra: Any) -> Any:
         raise InputError(f"expected a config with the key 'target', got {short(config)}")
     target = get_obj_from_str(config["target"])
     params = {**plain(config.get("params") or {}), **extra}
-    try:
-        inspect.signature(target).bind(**params)
-    except TypeError as error:
-        raise InputError(f"params of {config['target']}: {error}; it takes {takes(target)}") from None
-    except ValueError:  # a builtin without a signature
-        pass
+    required, known = parameters_of(target)
+    if known is not None:
+        if unknown := [name for name in params if name not in known]:
+            raise InputError(f"params of {config['target']}: unknown {', '.join(unknown)}; it takes {', '.join(known)}")
+        if lacking := [name for name in required if name not in params]:
+            raise InputError(f"params of {config['target']}: {', '.join(lacking)} missing")
     return target(**params)
 
 
-def takes(target: Callable) -> str:
-    """The parameter names of a callable, for error messages."""
-    return ", ".join(name for name in inspect.signature(target).parameters if name not in ("self", "args", "kwargs"))
+def parameters_of(target: Callable) -> tuple[list[str], list[str] | None]:
+    """The names of a callable's required parameters, and of all (None: any).
+
+    A class that passes `**more` on to its parent takes the parent's parameters too.
+    """
+    required, known = [], []
+    for cls in inspect.getmro(target) if inspect.isclass(target) else (target,):
+        if inspect.isclass(cls) and "__init__" not in vars(cls):
+            continue
+        try:
+            parameters = inspect.signature(cls).parameters.values()
+        except ValueError:  # a builtin without a signature
+            return [], None
+        by_name = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        required += [p.name for p in by_name if p.default is p.empty and p.name not in known]
+        known += [p.name for p in by_name if p.name not in known]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return required, known
+    return [], None
 
 
 def plain(config: Any) -> Any:
@@ -155,7 +175,9 @@ def parse_overrides(overrides: Iterable[str]) -> Any:
     items = [item.removeprefix("--") for item in overrides]
     for item in items:
         if "=" not in item or not item.split("=")[0].replace(".", "").replace("_", "").replace("-", "").isalnum():
-            raise InputError(f"cannot read {item!r}: expected an override such as model.params.reg_weight=0.5 or an option of --help")
+            raise InputError(
+                f"cannot read {item!r}: expected an override such as model.params.reg_weight=0.5 or an option of --help"
+            )
     try:
         return OmegaConf.from_dotlist(items)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -178,7 +200,9 @@ def _load_with_defaults(path: Path, seen: tuple[Path, ...]) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise InputError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(config):
-        raise InputError(f"config {path} must be a mapping with keys such as model and data, got {short(plain(config))}")
+        raise InputError(
+            f"config {path} must be a mapping with keys such as model and data, got {short(plain(config))}"
+        )
     defaults = config.pop("defaults", [])
     names = [defaults] if isinstance(defaults, str) else plain(defaults)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -117,7 +117,9 @@ def test_names_and_counts_at_full_size(golden, route):
     tensors = adapter_tensors(model)
     assert len(tensors) == expected["n_adapter_tensors"]
     assert sum(t.numel() for t in tensors.values()) == expected["n_adapter_params"]
-    for which, name in zip(("first_adapter_key", "last_adapter_key"), (list(tensors)[0], list(tensors)[-1]), strict=True):
+    for which, name in zip(
+        ("first_adapter_key", "last_adapter_key"), (list(tensors)[0], list(tensors)[-1]), strict=True
+    ):
         assert expected[which] == [name, list(tensors[name].shape)]
     listed = json.loads((golden / "manifests/adapter_keys_full_size.json").read_text()).get(route)
     if listed:

@@ -35,7 +35,13 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
     for kind in KINDS:
         for prefix, block in tapped_blocks(model, kind):
             for route in block.routes:
-                entry = {"kind": kind, "name": route.name, "din": route.reads, "dout": route.writes, "scale": route.scale}
+                entry = {
+                    "kind": kind,
+                    "name": route.name,
+                    "din": route.reads,
+                    "dout": route.writes,
+                    "scale": route.scale,
+                }
                 entry |= getattr(getattr(block, route.name), "config", {})
                 entries.setdefault(route.name, {**entry, "blocks": []})["blocks"].append(prefix)
     return list(entries.values())
@@ -89,14 +95,18 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The adapter tensors of a folder by their names in the UNet, from either format. Raises `InputError`."""
     path = Path(path)
     if not path.is_dir():
-        raise InputError(f"adapter folder {path} does not exist; expected one that training wrote, such as checkpoints/500-adapters")
+        raise InputError(
+            f"adapter folder {path} does not exist; expected one that training wrote, such as checkpoints/500-adapters"
+        )
     if (path / TENSORS).is_file():
         return read_weights(path / TENSORS)
     files = sorted(path.glob("*.pt"))
     if not files:
         raise InputError(f"adapter folder {path} holds neither {TENSORS} nor the .pt files of the published code")
     tensors: dict[str, Tensor] = {}
-    for file in files:  # a transformer adapter is there twice, as `<name>.pt` and `<name>.adp.pt`, with the same full names
+    for (
+        file
+    ) in files:  # a transformer adapter is there twice, as `<name>.pt` and `<name>.adp.pt`, with the same full names
         tensors |= {f"{file.stem}.{key}": value for key, value in read_weights(file).items()}
     return tensors
 
@@ -111,7 +121,9 @@ def load(model: nn.Module, path: str | Path, scale: float = 1.0, add: bool = Fal
     config, tensors = read_config(path), read_tensors(path)
     present = describe(model)
     if config is None and (add or not present):
-        raise InputError(f"{path} was written by the published code and does not name its routes: use the config it was trained with")
+        raise InputError(
+            f"{path} was written by the published code and does not name its routes: use the config it was trained with"
+        )
     if config and config.get("base_fingerprint") not in (None, base_fingerprint(model)):
         log.warning("%s was trained on another base model (fingerprint %s)", path, config["base_fingerprint"])
     if config and (add or not present):
@@ -127,16 +139,22 @@ def load(model: nn.Module, path: str | Path, scale: float = 1.0, add: bool = Fal
 
 def _check_same_routes(present: list[dict], found: list[dict], source: str) -> None:
     def told(entries: list[dict]) -> str:
-        return ", ".join("{din}-{dout} ({method}, mid_dim {mid_dim})".format(**{"method": "?", "mid_dim": "?", **e}) for e in entries)
+        return ", ".join(
+            "{din}-{dout} ({method}, mid_dim {mid_dim})".format(**{"method": "?", "mid_dim": "?", **e}) for e in entries
+        )
 
     def compared(entries: list[dict]) -> list[tuple]:
         return sorted((e["name"], *(str(e.get(key)) for key in COMPARED)) for e in entries)
 
     if compared(present) != compared(found):
-        raise InputError(f"{source} holds the adapters {told(found)}, this model has {told(present)}; use the config it was trained with")
+        raise InputError(
+            f"{source} holds the adapters {told(found)}, this model has {told(present)}; use the config it was trained with"
+        )
 
 
-def _attach_and_fill(model: nn.Module, entries: list[dict], tensors: dict[str, Tensor], scale: float, source: str) -> None:
+def _attach_and_fill(
+    model: nn.Module, entries: list[dict], tensors: dict[str, Tensor], scale: float, source: str
+) -> None:
     blocks = dict(tapped_blocks(model))
     attached: list[tuple[TappedBlock, str]] = []
     try:
@@ -144,19 +162,27 @@ def _attach_and_fill(model: nn.Module, entries: list[dict], tensors: dict[str, T
         for entry in entries:
             for prefix in entry["blocks"]:
                 if prefix not in blocks or entry["kind"] not in FORMS or "mid_dim" not in entry:
-                    raise InputError(f"{source} does not fit this model: it wants an adapter in {prefix}, which this model cannot take")
+                    raise InputError(
+                        f"{source} does not fit this model: it wants an adapter in {prefix}, which this model cannot take"
+                    )
                 block = blocks[prefix]
                 name = block.next_adapter_name()
                 block.check_route(entry["din"], entry["dout"])
                 width = block.width(entry["din"]), block.width(entry["dout"])
-                form = FORMS[entry["kind"]](*width, entry["mid_dim"], entry.get("method", "default"), entry.get("init", "zero"))
+                form = FORMS[entry["kind"]](
+                    *width, entry["mid_dim"], entry.get("method", "default"), entry.get("init", "zero")
+                )
                 like = next(model.parameters())
-                block.attach(name, form.to(like.device, like.dtype), entry["din"], entry["dout"], entry["scale"] * scale)
+                block.attach(
+                    name, form.to(like.device, like.dtype), entry["din"], entry["dout"], entry["scale"] * scale
+                )
                 attached.append((block, name))
                 old, new = f"{prefix}.{entry['name']}.", f"{prefix}.{name}."
                 renamed |= {new + key.removeprefix(old): value for key, value in tensors.items() if key.startswith(old)}
         if len(renamed) != len(tensors):
-            raise InputError(f"{source}: {len(tensors) - len(renamed)} of its tensors belong to no adapter of its {CONFIG}")
+            raise InputError(
+                f"{source}: {len(tensors) - len(renamed)} of its tensors belong to no adapter of its {CONFIG}"
+            )
         _fill(model, renamed, source, only={name for _, name in attached})
     except InputError:
         for block, name in attached:
@@ -170,11 +196,16 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], source: str, only: set[s
     problems = {
         "are missing from it": sorted(own.keys() - tensors.keys()),
         "are not in this model": sorted(tensors.keys() - own.keys()),
-        "have another shape": [f"{n} {list(t.shape)}, here {list(own[n].shape)}" for n, t in tensors.items()
-                               if n in own and t.shape != own[n].shape],
+        "have another shape": [
+            f"{n} {list(t.shape)}, here {list(own[n].shape)}"
+            for n, t in tensors.items()
+            if n in own and t.shape != own[n].shape
+        ],
     }
     for problem, names in problems.items():
         if names:
-            raise InputError(f"{source} does not fit this model: {len(names)} tensors {problem}, e.g. {', '.join(names[:3])}")
+            raise InputError(
+                f"{source} does not fit this model: {len(names)} tensors {problem}, e.g. {', '.join(names[:3])}"
+            )
     for name, value in tensors.items():
         own[name].copy_(value)

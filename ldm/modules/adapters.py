@@ -123,8 +123,10 @@ def read_adapter_config(config: Mapping | None) -> dict[str, list[dict]]:
     for kind in config:
         if kind not in KINDS:
             raise InputError(f"adapter_config has the unknown key {kind!r}: expected {' and/or '.join(KINDS)}")
-    return {kind: [_entry(kind, e) for e in ([entries] if isinstance(entries, Mapping) else entries or [])]
-            for kind, entries in config.items()}
+    return {
+        kind: [_entry(kind, e) for e in ([entries] if isinstance(entries, Mapping) else entries or [])]
+        for kind, entries in config.items()
+    }
 
 
 def _entry(kind: str, entry: Any) -> dict:

@@ -51,7 +51,9 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     """[b, n, dim] to [b, n, dim_out] through `mult` times the width."""
 
-    def __init__(self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         inner_dim = dim * mult
         widen = GEGLU(dim, inner_dim) if glu else nn.Sequential(nn.Linear(dim, inner_dim), nn.GELU())

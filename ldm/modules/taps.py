@@ -53,7 +53,9 @@ class TappedBlock(nn.Module):
         """
         self.check_route(reads, writes)
         if hasattr(self, name):
-            raise InputError(f"adapter name {name!r} is taken in this {type(self).__name__}; detach it first or use another")
+            raise InputError(
+                f"adapter name {name!r} is taken in this {type(self).__name__}; detach it first or use another"
+            )
         self.add_module(name, form)
         self.routes = (*self.routes, Route(name, reads, writes, float(scale)))
 

@@ -210,7 +210,12 @@ class UNetModel(nn.Module):
                 return AttentionBlock(channels, heads, num_head_channels, use_checkpoint, use_new_attention_order)
             heads = heads if num_head_channels == -1 else channels // num_head_channels
             return SpatialTransformer(
-                channels, heads, channels // heads, transformer_depth, context_dim=context_dim, use_checkpoint=use_checkpoint
+                channels,
+                heads,
+                channels // heads,
+                transformer_depth,
+                context_dim=context_dim,
+                use_checkpoint=use_checkpoint,
             )
 
         def down(channels: int) -> nn.Module:
@@ -266,9 +271,7 @@ class UNetModel(nn.Module):
         """The dtype that the network computes in."""
         return self.time_embed[0].weight.dtype
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Noisy latents [b, c, h, w], time steps [b], context [b, m, context_dim], classes y [b] to epsilon [b, c, h, w].
 
         Height and width must be divisible by 2 ** (number of levels - 1).

@@ -23,7 +23,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: int = 10000, rep
     if repeat_only:
         return timesteps[:, None].repeat(1, dim)
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    )
     angles = timesteps[:, None].float() * frequencies
     return nn.functional.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 

@@ -1,0 +1,70 @@
+"""New words for a frozen text encoder: vectors beside its embedding table, which itself stays as released."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.checkpoints import read_object
+from ldm.util import InputError, short
+
+
+class NewTokens(nn.Module):
+    """Vectors of new tokens; ids from `first_id` on stand for them. A word of several vectors takes several ids."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.first_id = embedding.num_embeddings
+        self.vectors = nn.ParameterDict()  # one row [1, d] for each id, by the name that the tokenizer knows it under
+        self.words: dict[str, str] = {}  # word in a prompt -> its ids' names, as the tokenizer is to see them
+        embedding.register_forward_pre_hook(self._hide)
+        embedding.register_forward_hook(self._fill_in)
+
+    def add(self, word: str, vectors: Tensor) -> list[str]:
+        """Register a word with its vectors [v, d]; the names that the tokenizer must learn, in the order of their ids."""
+        stem = "new" + str(len(self.words))
+        names = [f"<{stem}-{i}>" for i in range(len(vectors))]
+        for name, row in zip(names, vectors, strict=True):
+            self.vectors[name] = nn.Parameter(row[None].clone())
+        self.words[word] = " ".join(names)
+        return names
+
+    def spell(self, text: str) -> str:
+        """A prompt with each new word replaced by the names of its ids; longer words first."""
+        for word in sorted(self.words, key=len, reverse=True):
+            text = text.replace(word, self.words[word])
+        return text
+
+    def _hide(self, _module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        self.ids = args[0]
+        return (args[0].clamp(max=self.first_id - 1),)
+
+    def _fill_in(self, _module: nn.Module, _args: tuple[Tensor], output: Tensor) -> Tensor:
+        if not self.words:
+            return output
+        table = torch.cat(list(self.vectors.values())).to(output.dtype)
+        new = F.embedding((self.ids - self.first_id).clamp(min=0), table)
+        return torch.where((self.ids >= self.first_id)[..., None], new, output)
+
+
+def read_embeddings(path: str | Path) -> dict[str, Tensor]:
+    """Words and their vectors [v, d] from a textual-inversion file.
+
+    Knows the LDM layout (`string_to_param`, arXiv 2208.01618) and a plain mapping from words to vectors (diffusers).
+    Raises `InputError`.
+    """
+    content = read_object(path)
+    found: Any = content.get("string_to_param", content) if isinstance(content, Mapping) else None
+    found = getattr(found, "_parameters", found)
+    if (
+        not isinstance(found, Mapping)
+        or not found
+        or not all(isinstance(v, Tensor) and v.dim() in (1, 2) for v in found.values())
+    ):
+        raise InputError(f"{path} holds no token embeddings: expected words with vectors, got {short(content)}")
+    return {word: value.detach().float().reshape(-1, value.shape[-1]) for word, value in found.items()}
