@@ -1,6 +1,9 @@
 # Everything happens in .venv: it is created when absent, and installed into again only when the files that name the
 # dependencies change.
 PYTHON ?= python3
+# pip compiles everything it installs, which takes longer than the rest. Instead, Python compiles what is imported, once;
+# therefore it must be allowed to write what it compiled.
+unexport PYTHONDONTWRITEBYTECODE
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
