@@ -39,7 +39,7 @@ clean:  ## remove the environment and everything that tests and builds leave; lo
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
-		echo "error: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.11"; \
+		echo "error: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo absent); try make PYTHON=python3.11"; \
 		exit 2; }
 	$(PYTHON) -m venv .venv
 
