@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.models.diffusion.guidance import Denoise, guided
+from ldm.models.diffusion.guidance import Denoise
 from ldm.models.diffusion.sampling import Blend, Draw, Generators, LatentSampler, Progress, Step, draw, unchanged
 from ldm.util import InputError
 
@@ -95,9 +95,8 @@ class DDIMSampler(LatentSampler):
         steps = self._training_steps() if use_original_steps else self.steps()
         if not 1 <= t_start <= len(steps):
             raise InputError(f"cannot decode from step {t_start}: expected 1 to {len(steps)}, the number of steps")
-        denoise = guided(self.model.apply_model, cond, unconditional_conditioning, unconditional_guidance_scale)
         return ddim(
-            denoise,
+            self.guided(cond, unconditional_conditioning, unconditional_guidance_scale),
             x_latent,
             steps[:t_start][::-1],
             lambda: draw(x_latent.shape, x_latent.device, generator),

@@ -70,7 +70,7 @@ def keep_known(x0: Tensor, mask: Tensor, draw_noise: Draw) -> Blend:
 class LatentSampler:
     """The face of LDM's samplers: `.sample(...)` with LDM's arguments over one function `run`.
 
-    `model` offers apply_model(x, t, cond), betas and alphas_cumprod [T]; pictures are made on the device of its betas.
+    `model` offers apply_model(x, t, cond), betas and alphas_cumprod [T]. Samples are made on the device of its betas.
     """
 
     def __init__(self, model: Any, schedule: str = "linear", **kwargs: Any):
@@ -79,6 +79,10 @@ class LatentSampler:
     @property
     def device(self) -> torch.device:
         return self.model.betas.device
+
+    def guided(self, cond: Any, uncond: Any, scale: float) -> Denoise:
+        """denoise(x, t) -> noise. A model that may predict something else than noise offers `predict_noise`."""
+        return guided(getattr(self.model, "predict_noise", self.model.apply_model), cond, uncond, scale)
 
     def make_schedule(
         self,
@@ -147,7 +151,7 @@ class LatentSampler:
         for name, given in (("x_T", x), ("x0", x0 if mask is not None else None), ("mask", mask)):
             if given is not None and not _fits(given, (batch_size, *shape), broadcast=name == "mask"):
                 raise InputError(f"{name} has shape {list(given.shape)}, the samples have {[batch_size, *shape]}")
-        denoise = guided(self.model.apply_model, conditioning, unconditional_conditioning, unconditional_guidance_scale)
+        denoise = self.guided(conditioning, unconditional_conditioning, unconditional_guidance_scale)
         if score_corrector is not None:
             denoise = _corrected(denoise, score_corrector, self.model, conditioning, corrector_kwargs or {})
         trace = Trace(x, log_every_t, callback, img_callback)
