@@ -48,7 +48,13 @@ def ddpm_buffers(betas: np.ndarray, v_posterior: float = 0.0, parameterization: 
 
 
 def _lvlb_weights(parameterization: str, betas, alphas, alphas_cumprod, posterior_variance) -> np.ndarray:
-    """The weight of the squared error in the variational bound at every step."""
+    """The weight of the squared error in the variational bound at every step.
+
+    As published it is computed from the float32 buffers, whose rounding shows in 1 - alpha_bar at the first steps.
+    """
+    betas, alphas, alphas_cumprod, posterior_variance = (
+        values.astype(np.float32).astype(np.float64) for values in (betas, alphas, alphas_cumprod, posterior_variance)
+    )
     if parameterization == "eps":
         # DDPM Eq. 12. The first variance may be 0; its weight is replaced below.
         with np.errstate(divide="ignore"):
