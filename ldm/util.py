@@ -227,6 +227,21 @@ def explain(prefix: str, *kinds: type[BaseException]):
         raise InputError(f"{prefix}: {first_line(error)}") from error
 
 
+def best_device(wanted: str | None = None) -> Any:
+    """The device asked for or, by default, the best one there is. Raises `InputError` if it is not there."""
+    import torch
+
+    if wanted is None:
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        torch.empty(0, device=wanted)
+        return torch.device(wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {wanted!r} cannot be used here: {first_line(error)}") from None
+
+
 def exists(value: Any) -> bool:
     """True unless the value is None."""
     return value is not None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from torch.utils.data import Sampler
+import torch
+from torch.utils.data import Dataset, Sampler
 
 from ldm.util import InputError
 
@@ -53,3 +55,29 @@ class ResumableBatches(Sampler[list[int]]):
                 self.next_batch = end
             first = (batch * self.world_size + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
+
+
+class Draws(Dataset):
+    """Any finite dataset as draws without end: draw k shows the item at place `k % len` of epoch `k // len`.
+
+    Each epoch has its own order, a function of `seed` and its number.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int = 0) -> None:
+        self.dataset, self.seed = dataset, seed
+        self._order: tuple[int, torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, k: int) -> Any:
+        epoch, place = divmod(k, len(self))
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed((self.seed << 24) + epoch)
+            self._order = epoch, torch.randperm(len(self), generator=generator)
+        return self.dataset[int(self._order[1][place])]
+
+
+def as_draws(dataset: Dataset, seed: int = 0) -> Dataset:
+    """A dataset that can be asked for any draw: itself if it offers `draw(k)`, else wrapped into `Draws`."""
+    return dataset if hasattr(dataset, "draw") else Draws(dataset, seed)

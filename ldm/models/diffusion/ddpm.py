@@ -410,12 +410,12 @@ class LatentDiffusion(DDPM):
     def _condition(self, batch: Mapping[str, Any]) -> Any:
         if self.cond_stage_model is None:
             return None
-        if self.cond_stage_key == "class_label":
-            return self.get_learned_conditioning(batch)
-        raw = batch[self.cond_stage_key]
-        return self.get_learned_conditioning(
-            self.get_input(batch, self.cond_stage_key) if isinstance(raw, Tensor) else raw
-        )
+        raw = {
+            "class_label": lambda: batch,
+            "caption": lambda: batch["caption"],
+            "txt": lambda: batch["txt"],
+        }.get(self.cond_stage_key, lambda: self.get_input(batch, self.cond_stage_key))
+        return self.get_learned_conditioning(raw())
 
     def clean(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         pictures = self.get_input(batch, self.first_stage_key)

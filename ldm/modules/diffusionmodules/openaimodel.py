@@ -264,6 +264,7 @@ class UNetModel(nn.Module):
         self.out = nn.Sequential(
             normalization(ch), nn.SiLU(), zero_module(nn.Conv2d(model_channels, out_channels, 3, padding=1))
         )
+        self.downsampling_factor = 2 ** (len(channel_mult) - 1)  # height and width must be multiples of it
         attach_adapters(self, adapter_config)
 
     @property
@@ -274,7 +275,7 @@ class UNetModel(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Noisy latents [b, c, h, w], time steps [b], context [b, m, context_dim], classes y [b] to epsilon [b, c, h, w].
 
-        Height and width must be divisible by 2 ** (number of levels - 1).
+        Height and width must be multiples of `downsampling_factor`.
         """
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("class labels y must be given if and only if the model is class-conditional (num_classes)")

@@ -48,6 +48,7 @@ def make_ddim_timesteps(
     The published formulas are kept wherever they stay inside the schedule. `range(0, T, T // S) + 1` reaches T itself
     when T // S divides T - 1 (T=1000: S = 3, 9, 27, 36, 37, 101-111, 251-333): that step is left out. Above S = T / 2
     the stride is 1 and nothing of it remains; there we take S steps, spread evenly and ending at T - 1.
+    As published, S = 1 is step 1 alone, which takes away hardly any noise; DPM-Solver is the one for very few steps.
 
     Raises `InputError` for an unknown method and for S outside 1 .. T.
     """

@@ -1,0 +1,148 @@
+"""Prompts to pictures: seeds, guidance, samplers, grids and the files that they end up in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.checkpoints import atomic_write
+from ldm.data.class_images import missing_class_images
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.util import InputError
+
+log = logging.getLogger(__name__)
+
+SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample. Height and width are in pixels, by default those that the model was trained at."""
+
+    sampler: str = "ddim"
+    steps: int = 50
+    eta: float = 0.0
+    scale: float = 7.5
+    height: int | None = None
+    width: int | None = None
+    channels: int | None = None  # of the latents; by default the model's
+    factor: int | None = None  # pixels per latent; by default the autoencoder's
+    half: bool = False  # autocast, on devices that gain from it
+
+    def latent_shape(self, model: Any) -> tuple[int, int, int]:
+        """(c, h, w) of the latents. Raises `InputError` for a size that the UNet cannot halve often enough."""
+        factor = self.factor or getattr(model.first_stage_model, "downsampling_factor", 1)
+        height, width = (size or model.image_size * factor for size in (self.height, self.width))
+        step = factor * model.model.diffusion_model.downsampling_factor
+        if height % step or width % step or min(height, width) < step:
+            raise InputError(f"the picture size {height}x{width} does not fit this model: expected multiples of {step}")
+        return self.channels or model.channels, height // factor, width // factor
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, verbose: bool = False
+) -> Tensor:
+    """Pictures [b, 3, H, W] in [0, 1] on the CPU, one for each prompt and seed.
+
+    Each picture has its own generator, so that it does not depend on the batch that it is made in.
+    Raises `InputError` for settings that the model or the sampler cannot take.
+    """
+    if settings.sampler not in SAMPLERS:
+        raise InputError(f"unknown sampler {settings.sampler!r}: expected {', '.join(SAMPLERS)}")
+    device = model.betas.device
+    half = settings.half and device.type == "cuda"
+    with torch.autocast(device.type, dtype=torch.float16) if half else nullcontext():
+        condition = model.get_learned_conditioning(list(prompts))
+        empty = None if settings.scale == 1 else model.get_learned_conditioning([""] * len(prompts))
+        latents, _ = SAMPLERS[settings.sampler](model).sample(
+            S=settings.steps,
+            batch_size=len(prompts),
+            shape=settings.latent_shape(model),
+            conditioning=condition,
+            eta=settings.eta,
+            unconditional_guidance_scale=settings.scale,
+            unconditional_conditioning=empty,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            verbose=verbose,
+        )
+        pictures = model.decode_first_stage(latents)
+    return ((pictures.float() + 1) / 2).clamp(0, 1).cpu()
+
+
+def batches(
+    prompts: Sequence[str], per_prompt: int, rounds: int, seed: int, fixed_code: bool = False
+) -> Iterator[tuple[list[str], list[int]]]:
+    """Prompts and seeds, `per_prompt` pictures at a time: every prompt, `rounds` times over.
+
+    Seeds count up from `seed` over all pictures; with `fixed_code` each batch starts from the same ones.
+    """
+    first = seed
+    for _ in range(rounds):
+        for prompt in prompts:
+            yield [prompt] * per_prompt, list(range(first, first + per_prompt))
+            first += 0 if fixed_code else per_prompt
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    """A picture [3, H, W] in [0, 1] as PIL."""
+    return Image.fromarray(rearrange((picture * 255).round().byte(), "c h w -> h w c").cpu().numpy())
+
+
+def grid(pictures: Sequence[Tensor], columns: int, gap: int = 2) -> Tensor:
+    """Pictures [3, H, W] of one size as one [3, rows * H, columns * W] with white gaps, row by row."""
+    columns = max(1, min(columns, len(pictures)))
+    empty = [torch.ones_like(pictures[0])] * (-len(pictures) % columns)
+    framed = torch.nn.functional.pad(torch.stack([*pictures, *empty]), (gap,) * 4, value=1.0)
+    return rearrange(framed, "(rows columns) c h w -> c (rows h) (columns w)", columns=columns)
+
+
+def save_png(picture: Tensor, path: Path, about: Mapping[str, Any]) -> None:
+    """Write a picture [3, H, W] in [0, 1] as PNG, with `about` in its text chunks, atomically."""
+    chunks = PngInfo()
+    for key, value in about.items():
+        chunks.add_itxt(key, str(value))
+    with atomic_write(path) as beside:
+        to_pil(picture).save(beside, format="PNG", pnginfo=chunks)
+
+
+def next_number(folder: Path, pattern: str = "*.png") -> int:
+    """The number that follows the highest one in file names such as 00007.png or grid-0003.png."""
+    numbers = [int(path.stem.rpartition("-")[2]) for path in folder.glob(pattern) if path.stem[-1:].isdigit()]
+    return max(numbers, default=-1) + 1
+
+
+def fill_class_folder(
+    model: Any, folder: Path, prompt: str, number: int, settings: Settings, seed: int, batch_size: int = 4
+) -> None:
+    """Make the class pictures that a folder still lacks by sampling the base model (DreamBooth's prior preservation).
+
+    What is there is kept, so that an interrupted run goes on where it stopped. Adapters are off meanwhile.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = missing_class_images(folder, number)
+    unet = model.model.diffusion_model
+    unet.adapters_enable(False)
+    with tqdm(total=len(names), desc=f"class pictures: {prompt}", disable=not names) as progress:
+        for start in range(0, len(names), batch_size):
+            chunk = names[start : start + batch_size]
+            seeds = [seed + int(Path(name).stem) for name in chunk]
+            for name, one, picture in zip(
+                chunk, seeds, generate(model, [prompt] * len(chunk), seeds, settings), strict=True
+            ):
+                save_png(picture, folder / name, {"prompt": prompt, "seed": one})
+            progress.update(len(chunk))
+    unet.adapters_enable(True)

@@ -1,0 +1,97 @@
+"""What one sees of a run: sample pictures, a line per epoch."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from ldm import generate
+
+log = logging.getLogger(__name__)
+
+
+class ImageLogger(pl.Callback):
+    """Samples fixed prompts with fixed seeds every `batch_frequency` steps: a grid in `images/` and in TensorBoard.
+
+    `prompts`: by default a caption of the subject and one of its class. Each is drawn `max_images // len(prompts)` times,
+    a row each. `increase_log_steps` also samples at steps 1, 2, 4, ... below the frequency, as in LDM.
+    """
+
+    def __init__(
+        self,
+        batch_frequency: int,
+        max_images: int = 4,
+        increase_log_steps: bool = False,
+        log_first_step: bool = False,
+        disabled: bool = False,
+        prompts: Sequence[str] | None = None,
+        seed: int = 0,
+        steps: int = 50,
+        scale: float = 7.5,
+        clamp: bool = True,  # LDM's arguments for pictures outside [0, 1], of which there are none here
+        rescale: bool = True,
+        log_on_batch_idx: bool = False,
+        log_images_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.every, self.max_images, self.disabled = batch_frequency, max_images, disabled
+        self.early = {2**n for n in range(batch_frequency.bit_length())} if increase_log_steps else set()
+        self.early |= {1} if log_first_step else set()
+        self.prompts, self.seed = list(prompts or []), seed
+        self.settings = generate.Settings(steps=steps, scale=scale)
+        self.folder = Path("images")  # the run sets its own
+        self.drawn_at = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        due = step % self.every == 0 or step in self.early
+        if due and step != self.drawn_at and not self.disabled and trainer.is_global_zero:
+            self.drawn_at = step
+            self.draw(trainer, module)
+
+    def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Sample the prompts and write the grid."""
+        prompts = self.prompts or trainer.datamodule.captions()
+        each = max(1, self.max_images // max(1, len(prompts)))
+        texts = [prompt for prompt in prompts for _ in range(each)]
+        seeds = [self.seed + i for _ in prompts for i in range(each)]
+        with module.ema_scope():
+            pictures = generate.generate(module, texts, seeds, self.settings)
+        grid = generate.grid(list(pictures), columns=each)
+        path = self.folder / f"{trainer.global_step:06}.png"
+        generate.save_png(grid, path, {"prompt": " | ".join(prompts), "step": trainer.global_step})
+        for logger in trainer.loggers:
+            if isinstance(logger, pl.loggers.TensorBoardLogger):
+                logger.experiment.add_image("samples", grid, trainer.global_step)
+
+
+class EpochReport(pl.Callback):
+    """A line per epoch: its time, steps per second and the peak memory of the device."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.start, self.first_step = time.perf_counter(), trainer.global_step
+        if module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(module.device)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        seconds, steps = time.perf_counter() - self.start, trainer.global_step - self.first_step
+        if trainer.is_global_zero:
+            log.info(
+                "epoch %d: %d steps in %.1f s (%.2f steps/s), peak memory %.2f GiB (%s)",
+                trainer.current_epoch, steps, seconds, steps / seconds, peak_memory(module.device), module.device.type,
+            )  # fmt: skip
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has had on a CUDA device since the last reset, or ever on any other; in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

@@ -1,0 +1,98 @@
+"""The data section of a config as loaders whose batches are a function of the seed and the batch number alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.data.dreambooth import DreamBoothPairs
+from ldm.data.sampling import ResumableBatches, as_draws
+from ldm.util import InputError, instantiate_from_config
+
+
+class DataModuleFromConfig(pl.LightningDataModule):
+    """`train`, `reg` (class pictures, paired with those of `train`), `validation` and `test`, each `{target, params}`.
+
+    Batches are counted over the whole run; a resumed run goes on with the next one. With several processes each gets its
+    own part of every batch. `batch_size` is that of one process. Raises `InputError`.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        train: Mapping | None = None,
+        reg: Mapping | None = None,
+        validation: Mapping | None = None,
+        test: Mapping | None = None,
+        wrap: bool = False,  # LDM's switch for the length of small datasets; draws have no end here
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"data.params.batch_size must be a whole number of at least 1, got {batch_size!r}")
+        self.batch_size, self.seed = batch_size, seed
+        self.num_workers = min(2 * batch_size, os.cpu_count() or 1) if num_workers is None else num_workers
+        self.configs = {"train": train, "reg": reg, "validation": validation, "test": test}
+        self.datasets: dict[str, Dataset] = {}
+        self.batches_done = 0
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build the datasets, once."""
+        for name, config in self.configs.items():
+            if config is not None and name not in self.datasets:
+                self.datasets[name] = instantiate_from_config(config)
+
+    def captions(self) -> list[str]:
+        """A caption of the subject and one of its class, for sample pictures during training."""
+        items = [self.datasets[name][0] for name in ("train", "reg") if name in self.datasets]
+        return [item["caption"] for item in items if "caption" in item]
+
+    def train_dataloader(self) -> DataLoader:
+        train = as_draws(self.datasets["train"], self.seed)
+        pairs = DreamBoothPairs(train, self.datasets["reg"]) if "reg" in self.datasets else train
+        world = self.trainer.world_size
+        batches = ResumableBatches(
+            self.batch_size,
+            start_batch=self.batches_done,
+            batches_per_epoch=max(1, len(train) // (self.batch_size * world)),
+            rank=self.trainer.global_rank,
+            world_size=world,
+        )
+        return self._loader(pairs, batch_sampler=batches)
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self._finite("validation")
+
+    def test_dataloader(self) -> DataLoader | list:
+        return self._finite("test")
+
+    def _finite(self, name: str) -> DataLoader | list:
+        """A dataset from its beginning to its end, in order; nothing where the config has none."""
+        if name not in self.datasets:
+            return []
+        dataset, world = self.datasets[name], self.trainer.world_size
+        return self._loader(
+            dataset, batch_size=self.batch_size, sampler=range(self.trainer.global_rank, len(dataset), world)
+        )
+
+    def _loader(self, dataset: Dataset, **how: Any) -> DataLoader:
+        return DataLoader(
+            dataset,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),  # else each epoch would draw from the training's noise
+            **how,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.ready}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batches_done = state["batches_done"]

@@ -1,0 +1,161 @@
+"""What makes a run stop and go on without a trace: safe checkpoint files, random states, signals, a guard on the loss."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from ldm.checkpoints import read_object, save_torch
+from ldm.util import InputError
+
+log = logging.getLogger(__name__)
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, written beside and renamed, read without running code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        save_torch(path, checkpoint)
+
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        return read_object(path)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all random number generators of this process, as plain values and tensors."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """The inverse of `random_states`."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+class RandomStates(pl.Callback):
+    """Keeps the random states of every process in the checkpoint; a resumed run goes on from them.
+
+    They are put back at the first batch, since setting up a run draws random numbers too.
+    """
+
+    def __init__(self) -> None:
+        self.pending: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        states: list[Any] = [random_states()]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, random_states())
+        checkpoint["random_states"] = states
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get("random_states", [])
+        if len(states) == trainer.world_size:
+            self.pending = states[trainer.global_rank]
+        else:
+            log.warning("resuming on %d processes what ran on %d: other random draws", trainer.world_size, len(states))
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.pending is not None:
+            set_random_states(self.pending)
+            self.pending = None
+
+
+class SaveRun(pl.Callback):
+    """Writes `<step>-adapters/` and `last.ckpt` every so many steps, on SIGUSR1, and before leaving on SIGTERM or Ctrl-C.
+
+    A loss that is not finite stops the run before anything is saved. `notes` go into the adapter folders.
+    """
+
+    def __init__(self, folder: Path, every_n_train_steps: int, notes: dict[str, Any] | None = None) -> None:
+        if not isinstance(every_n_train_steps, int) or every_n_train_steps < 1:
+            raise InputError(
+                f"modelcheckpoint.params.every_n_train_steps must be at least 1, got {every_n_train_steps!r}"
+            )
+        self.folder, self.every, self.notes = folder, every_n_train_steps, notes or {}
+        self.saved_at = 0
+        self.asked: int | None = None  # the signal that came last
+        self.unchecked: torch.Tensor | None = None  # the loss of the latest batch
+        self.handlers: dict[int, Any] = {}
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.ckpt"
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.saved_at = trainer.global_step
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            if number == signal.SIGUSR1 and signal.getsignal(number) is not signal.SIG_DFL:
+                continue  # a cluster's requeueing has it
+            self.handlers[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _frame: Any) -> None:
+        if self.asked == signal.SIGINT == number:  # a second Ctrl-C does not wait for the batch to end
+            raise KeyboardInterrupt
+        self.asked = number
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._check_loss(trainer, module)  # that of the batch before, which the device has finished by now
+        self.unchecked = outputs["loss"] if isinstance(outputs, dict) else None
+        step = trainer.global_step
+        asked = self._asked_anywhere(trainer)
+        if step != self.saved_at and (step % self.every == 0 or asked or step == trainer.max_steps):
+            self._check_loss(trainer, module)
+            self.save(trainer, module)
+        if asked in (signal.SIGTERM, signal.SIGINT):
+            log.info("stopped by %s at step %d; go on with -r %s", signal.Signals(asked).name, step, self.folder.parent)
+            trainer.should_stop = True
+
+    def _asked_anywhere(self, trainer: pl.Trainer) -> int | None:
+        """The signal that any of the processes has received since the last batch."""
+        asked, self.asked = self.asked, None
+        if trainer.world_size > 1:
+            everywhere = trainer.strategy.reduce(
+                torch.tensor(asked or 0, device=trainer.strategy.root_device), reduce_op="max"
+            )
+            asked = int(everywhere) or None
+        return asked
+
+    def _check_loss(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.unchecked is None or bool(torch.isfinite(self.unchecked).all()):
+            return
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        kept = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint had been written"
+        raise InputError(
+            f"the loss is {float(self.unchecked)} near step {trainer.global_step} (learning rate {rate:g}); {kept}; "
+            "lower model.base_learning_rate or use --precision 32"
+        )
+
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write the adapters, if there are any, and everything that a resume needs."""
+        self.saved_at = trainer.global_step
+        unet = getattr(getattr(module, "model", None), "diffusion_model", None)
+        if trainer.is_global_zero and unet is not None and any("adapter" in name for name in module.learning()):
+            unet.save_adapter_to_dir(self.folder / f"{self.saved_at}-adapters", step=self.saved_at, **self.notes)
+        trainer.save_checkpoint(self.last)

@@ -1,0 +1,131 @@
+"""Prompts to pictures, with adapters: `python sample.py --prompt "photo of a sks dog" --adapter_path <folder>`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ldm.util import InputError, load_model_from_config, run_command  # noqa: F401 (users import the loader from here)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    what = p.add_argument_group("what to draw")
+    what.add_argument("--prompt", nargs="?", default="a painting of a virus monster playing guitar")
+    what.add_argument("--from-file", metavar="FILE", help="a text file with one prompt per line, instead of --prompt")
+    what.add_argument("--n_samples", type=int, default=1, help="pictures for each prompt, made in one batch")
+    what.add_argument("--n_iter", type=int, default=2, help="how often to go through the prompts")
+    what.add_argument("--seed", type=int, default=42, help="seed of the first picture; they count up from here")
+    what.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise")
+
+    model = p.add_argument_group("model")
+    model.add_argument("--config", default="configs/stable-diffusion/v1-inference.yaml")
+    model.add_argument("--ckpt", help="checkpoint of the base model; by default the one that the config names")
+    model.add_argument("--laion400m", action="store_true", help="use the LAION-400M text-to-image model")
+    model.add_argument("--adapter_path", action="append", default=[], metavar="DIR", help="adapter folder; repeatable")
+    model.add_argument(
+        "--adapter_scale", action="append", type=float, default=[], help="strength of each adapter, in their order"
+    )
+    model.add_argument("--embedding_path", metavar="FILE", help="learnt words (textual inversion)")
+
+    how = p.add_argument_group("how to sample")
+    how.add_argument("--sampler", choices=("ddim", "plms", "dpm_solver"), default="ddim")
+    how.add_argument("--plms", dest="sampler", action="store_const", const="plms", help="short for --sampler plms")
+    how.add_argument("--ddim_steps", type=int, default=50, help="steps of any sampler")
+    how.add_argument("--ddim_eta", type=float, default=0.0, help="0 is deterministic")
+    how.add_argument("--scale", type=float, default=7.5, help="guidance scale")
+    how.add_argument("--H", type=int, help="height in pixels; by default the model's")
+    how.add_argument("--W", type=int, help="width in pixels; by default the model's")
+    how.add_argument("--C", type=int, help="latent channels; by default the model's")
+    how.add_argument("--f", type=int, help="pixels per latent; by default the model's")
+    how.add_argument("--precision", choices=("full", "autocast"), default="autocast", help="autocast acts on CUDA only")
+    how.add_argument("--device", help="cuda, cuda:1, mps or cpu; by default the best there is")
+
+    files = p.add_argument_group("files")
+    files.add_argument("--outdir", nargs="?", default="outputs/txt2img-samples")
+    files.add_argument("--skip_grid", action="store_true", help="no grid of all pictures")
+    files.add_argument("--skip_save", action="store_true", help="no single pictures")
+    files.add_argument("--n_rows", type=int, default=0, help="pictures in a row of the grid; 0: --n_samples")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parser().parse_args(argv)
+    if options.laion400m:
+        options.config = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
+        options.ckpt = options.ckpt or "models/ldm/text2img-large/model.ckpt"
+    check(options)
+    prompts = read_prompts(options)
+
+    from ldm import generate
+    from ldm.util import best_device, find_file, load_config
+
+    model = load_model_from_config(load_config(find_file(options.config)), options.ckpt, verbose=True)
+    model.to(best_device(options.device))
+    add_adapters(model, options)
+    settings = generate.Settings(
+        options.sampler, options.ddim_steps, options.ddim_eta, options.scale, options.H, options.W, options.C, options.f,
+        half=options.precision == "autocast",
+    )  # fmt: skip
+    outdir, singles = Path(options.outdir), Path(options.outdir) / "samples"
+    about = {
+        "sampler": options.sampler, "steps": options.ddim_steps, "eta": options.ddim_eta, "scale": options.scale,
+        "config": options.config, "adapter": ", ".join(options.adapter_path),
+    }  # fmt: skip
+    number, pictures = generate.next_number(singles), []
+    for texts, seeds in generate.batches(prompts, options.n_samples, options.n_iter, options.seed, options.fixed_code):
+        for prompt, seed, picture in zip(
+            texts, seeds, generate.generate(model, texts, seeds, settings, True), strict=True
+        ):
+            if not options.skip_save:
+                generate.save_png(picture, singles / f"{number:05}.png", {"prompt": prompt, "seed": seed, **about})
+                print(f"{singles / f'{number:05}.png'}  {prompt!r}, seed {seed}")
+            number += 1
+            pictures.append(picture)
+    if not options.skip_grid:
+        path = outdir / f"grid-{generate.next_number(outdir, 'grid-*.png'):04}.png"
+        grid = generate.grid(pictures, options.n_rows or options.n_samples)
+        generate.save_png(grid, path, {"prompt": " | ".join(prompts), "seed": options.seed, **about})
+        print(f"{path}  all {len(pictures)}")
+
+
+def check(options: argparse.Namespace) -> None:
+    for name in ("n_samples", "n_iter", "ddim_steps"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.sampler == "plms" and options.ddim_eta:
+        raise InputError("--ddim_eta must be 0 with the plms sampler, which is deterministic")
+    if len(options.adapter_scale) > max(1, len(options.adapter_path)):
+        raise InputError(
+            f"{len(options.adapter_scale)} times --adapter_scale for {len(options.adapter_path)} times --adapter_path"
+        )
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    if not options.from_file:
+        return [options.prompt or ""]
+    try:
+        lines = Path(options.from_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--from-file {options.from_file} cannot be read ({error}); expected text, a prompt per line"
+        ) from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"--from-file {options.from_file} holds no prompt; expected one per line")
+    return prompts
+
+
+def add_adapters(model, options: argparse.Namespace) -> None:
+    if options.embedding_path:
+        model.cond_stage_model.load_embeddings(options.embedding_path)
+    unet = model.model.diffusion_model
+    scales = (options.adapter_scale or [1.0]) + [1.0] * len(options.adapter_path)
+    if len(options.adapter_scale) == 1:
+        scales = options.adapter_scale * len(options.adapter_path)
+    for number, (path, scale) in enumerate(zip(options.adapter_path, scales, strict=False)):
+        unet.load_adapter_from_dir(path, scale, add=number > 0)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,224 @@
+"""LatentDiffusion: names at full size, seeded losses against the published ones, what learns, what a checkpoint holds."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ldm.checkpoints import load_weights, skip_init
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.util import InputError, instantiate_from_config, load_config
+from tests.conftest import ROOT
+from tests.helpers import assert_close_to
+
+TINY_UNET = {
+    "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+    "params": {
+        "image_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 32,
+        "attention_resolutions": [1],
+        "num_res_blocks": 1,
+        "channel_mult": [1],
+        "num_heads": 2,
+        "use_spatial_transformer": True,
+        "context_dim": 24,
+        "legacy": False,
+    },
+}
+IDENTITY = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
+PASS_THROUGH = {"target": "torch.nn.Identity"}
+
+
+def tiny(unet=TINY_UNET, **params) -> LatentDiffusion:
+    params = {"first_stage_config": IDENTITY, "cond_stage_config": PASS_THROUGH, "unet_config": unet} | params
+    defaults = {"linear_start": 0.00085, "linear_end": 0.012, "conditioning_key": "crossattn", "use_ema": False}
+    return LatentDiffusion(**defaults | {"cond_stage_key": "caption"} | params)
+
+
+class AnalyticNoise(nn.Module):
+    """The noise model of the reference numbers, in place of a UNet."""
+
+    def forward(self, x, t, context=None, y=None):
+        shift = 0.3 * context.mean(dim=(1, 2))[:, None, None, None]
+        return torch.tanh(0.9 * x + shift) * (0.5 + t.float() / 2000)[:, None, None, None]
+
+
+@pytest.fixture
+def analytic():
+    model = tiny()
+    model.model.diffusion_model = AnalyticNoise()
+    return model
+
+
+@pytest.fixture(scope="module")
+def reference(golden):
+    folder = golden / "training_loss"
+    return load_file(folder / "tensors.safetensors"), json.loads((folder / "index.json").read_text())
+
+
+def test_the_released_names_and_shapes(golden):
+    manifest = json.loads((golden / "manifests/sd_v1_manifest.json").read_text())["keys"]
+    with skip_init():
+        model = instantiate_from_config(load_config(ROOT / "configs/stable-diffusion/v1-inference.yaml").model)
+    state = model.state_dict()
+    assert {name: list(value.shape) for name, value in state.items()} == {n: v["shape"] for n, v in manifest.items()}
+    assert {n: str(v.dtype) for n, v in state.items()} == {n: f"torch.{v['dtype']}" for n, v in manifest.items()}
+
+
+def answering(tensors, *parts):
+    """A model whose UNet gives the recorded outputs."""
+    model = tiny()
+    recorded = torch.cat([tensors[f"{part}.model_output"] for part in parts])
+    model.apply_model = lambda x, t, c: (
+        recorded
+        if torch.equal(x, torch.cat([tensors[f"{part}.x_noisy"] for part in parts]))
+        else torch.full_like(x, torch.nan)
+    )
+    return model
+
+
+@pytest.mark.parametrize("part", ["train", "reg"])
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_p_losses(reference, kind, part):
+    tensors, index = reference
+    model = answering(tensors, part)
+    model.loss_type = kind
+    x0, context, t, noise = (tensors[f"{part}.{name}"] for name in ("x0", "context", "t", "noise"))
+    loss, log = model.p_losses(x0, context, t, noise)
+    expected = index["cases"][f"{kind}.{part}"]
+    assert_close_to(loss, expected["total"])
+    for name in ("train/loss_simple", "train/loss_vlb", "train/loss"):
+        assert_close_to(log[name], expected[name])
+
+
+def test_seeded_forward(reference, analytic):
+    tensors, index = reference
+    expected = index["seeded_forward"]
+    torch.manual_seed(expected["torch_seed"])
+    loss, _ = analytic(tensors["train.x0"], tensors["train.context"])
+    assert_close_to(loss, expected["loss"])
+
+
+def test_seeded_step_from_pictures(reference, analytic):
+    tensors, index = reference
+    expected = index["shared_step"]
+    analytic.scale_factor = 0.18215
+    torch.manual_seed(expected["torch_seed"])
+    [(loss, _)] = analytic.losses([{"image": tensors["shared_step.image_bhwc"], "caption": tensors["train.context"]}])
+    assert_close_to(loss, expected["loss"])
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_the_pair_of_subject_and_class(reference, weight, monkeypatch):
+    tensors, index = reference
+    model, logged = answering(tensors, "train", "reg"), {}
+    drawn = iter([tuple(tensors[f"{p}.{n}"] for n in ("x0", "context", "t", "noise")) for p in ("train", "reg")])
+    monkeypatch.setattr(model, "draw", lambda batch: next(drawn))
+    monkeypatch.setattr(model, "log_dict", lambda values, **_: logged.update(values))
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    model.reg_weight = weight
+    loss = model.training_step([{"image": torch.zeros(1)}, {}], 0)
+    expected = index["dreambooth_combination"]["by_reg_weight"][str(weight)]
+    assert_close_to(loss, expected["loss"])
+    for name, value in expected["logged"].items():
+        assert_close_to(logged[name], value)
+
+
+def test_the_pair_is_one_call_of_the_unet():
+    model, calls = tiny(), []
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    model.log_dict = model.log = lambda *_, **__: None
+    batch = {"image": torch.rand(2, 8, 8, 4), "caption": torch.randn(2, 5, 24)}
+    assert model.training_step([batch, batch], 0).isfinite()
+    assert len(calls) == 1
+
+
+def test_what_learns_is_in_the_optimizer_once():
+    adapters = {"transformer_adp_config": [{"din": "attn2o", "dout": "ffni", "mid_dim": 4}] * 2}
+    unet = {**TINY_UNET, "params": {**TINY_UNET["params"], "adapter_config": adapters}}
+    model = tiny(unet, train_level=["adapter"])
+    model.learning_rate = 1e-3
+    in_optimizer = [p for group in model.configure_optimizers().param_groups for p in group["params"]]
+    assert len(in_optimizer) == len(set(map(id, in_optimizer))) == 2 * 4 * 4  # adapters, blocks, tensors
+    assert {id(p) for p in in_optimizer} == {id(p) for p in model.parameters() if p.requires_grad}
+    both = tiny(unet, train_level=["adapter", "unet"]).learning()
+    assert len(both) == len({id(p) for p in both.values()}) == len(list(model.model.parameters()))
+
+
+def test_unknown_levels_and_families_are_refused():
+    with pytest.raises(InputError, match="train_level has 'adaptor'"):
+        tiny(train_level=["adaptor"])
+    with pytest.raises(InputError, match="not a family"):
+        tiny(tuning=[{"target": "torch.nn.Identity"}])
+
+
+@pytest.mark.parametrize("key", [None, "concat", "crossattn", "hybrid", "adm"])
+def test_conditioning_keys(key):
+    params = dict(TINY_UNET["params"])
+    if key in ("concat", "hybrid"):
+        params["in_channels"] = 6
+    if key not in ("crossattn", "hybrid"):
+        params |= {"use_spatial_transformer": False, "context_dim": None}
+    if key == "adm":
+        params["num_classes"] = 10
+    unconditional = {"cond_stage_config": "__is_unconditional__"} if key is None else {}
+    model = tiny({**TINY_UNET, "params": params}, conditioning_key=key, **unconditional)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    picture, context = torch.randn(2, 2, 8, 8), torch.randn(2, 5, 24)
+    cond = {
+        None: None,
+        "concat": picture,
+        "crossattn": context,
+        "hybrid": {"c_concat": [picture], "c_crossattn": [context]},
+        "adm": torch.tensor([1, 9]),
+    }[key]
+    loss, _ = model.p_losses(x, cond, t)
+    assert loss.isfinite()
+
+
+def test_x0_parameterization_gives_samplers_the_noise():
+    model = tiny(parameterization="x0")
+    x0, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    model.apply_model = lambda x, t, c=None: x0
+    assert_close_to(model.predict_noise(model.q_sample(x0, t, noise), t), noise, 1e-3)
+
+
+def test_logvar_learns_and_weights_losses():
+    model = tiny(learn_logvar=True, logvar_init=0.5)
+    model.learning_rate = 1e-3
+    assert any(p is model.logvar for g in model.configure_optimizers().param_groups for p in g["params"])
+    _, log = model.p_losses(torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24), torch.tensor([1, 2]))
+    assert log["train/logvar"].item() == pytest.approx(0.5)
+
+
+def test_ema_scope_swaps_and_restores():
+    model = tiny(use_ema=True)
+    before = {n: p.clone() for n, p in model.model.named_parameters()}
+    with torch.no_grad():
+        for p in model.model.parameters():
+            p.add_(1.0)
+    with model.ema_scope():
+        assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters())
+    assert all(torch.equal(p, before[n] + 1.0) for n, p in model.model.named_parameters())
+
+
+def test_both_spellings_of_the_text_encoder_load():
+    encoder = {
+        "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+        "params": {"version": "models/sd-mini/clip"},
+    }
+    with skip_init():
+        model, copy = tiny(cond_stage_config=encoder), tiny(cond_stage_config=encoder)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    released = model.state_dict()
+    new = "cond_stage_model.transformer."
+    present = {n.replace(new + "text_model.", new): v for n, v in released.items() if not n.endswith("position_ids")}
+    assert any(n.startswith(new + "embeddings") for n in present)
+    load_weights(copy, present, "present-day names")
+    assert all(torch.equal(value, released[name]) for name, value in copy.state_dict().items())
