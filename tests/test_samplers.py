@@ -1,0 +1,487 @@
+"""The samplers against the published ones, for any number of steps, any batch, with guidance, masks and pictures."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm.models.diffusion.ddim import DDIMSampler, ddim
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.guidance import guided
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampling import Step, draw, keep_known
+from ldm.models.diffusion.schedule import ddpm_buffers
+from ldm.modules.diffusionmodules.schedules import make_beta_schedule
+from ldm.util import InputError
+from tests.helpers import assert_close_to
+
+SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler}
+SHAPE = (4, 8, 8)
+
+
+def mean_of(cond):
+    """Per sample [b], of a tensor, or of LDM's {"c_crossattn": [...]}."""
+    if isinstance(cond, dict):
+        cond = cond["c_crossattn"][0]
+    return cond.mean(dim=(1, 2))
+
+
+class Model(SimpleNamespace):
+    """The noise model of samplers/index.json, keeping the steps and batch sizes of its calls."""
+
+    def __init__(self, schedule="linear", steps=1000):
+        betas = make_beta_schedule(schedule, steps, linear_start=0.00085, linear_end=0.012)
+        super().__init__(**ddpm_buffers(betas), num_timesteps=steps, device=torch.device("cpu"), steps=[], batches=[])
+
+    def apply_model(self, x, t, cond):
+        assert t.shape == (len(x),) and (t == t[0]).all()
+        self.steps.append(t[0].item())
+        self.batches.append(len(x))
+        shift = 0.0 if cond is None else mean_of(cond).view(-1, 1, 1, 1)
+        return torch.tanh(0.9 * x + 0.3 * shift) * (0.5 + t.float() / 2000).view(-1, 1, 1, 1)
+
+
+@pytest.fixture
+def model():
+    return Model()
+
+
+@pytest.fixture(scope="module")
+def index(golden):
+    return json.loads((golden / "samplers" / "index.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def inputs(golden):
+    return load_file(golden / "samplers" / "inputs.safetensors")
+
+
+@pytest.fixture(scope="module")
+def outputs(golden):
+    return load_file(golden / "samplers" / "outputs.safetensors")
+
+
+CASES = [
+    "ddim_S5_cfg1",
+    "ddim_S20_cfg7.5",
+    "ddim_S50_cfg7.5",
+    "ddim_S20_cfg7.5_eta0.7",
+    "ddim_S20_cfg7.5_inpaint",
+    "plms_S5_cfg7.5",
+    "plms_S20_cfg7.5",
+    "dpm_S10_cfg7.5",
+    "dpm_S20_cfg7.5",
+]
+
+
+def run_case(model, name, case, inputs, **more):
+    if "seed" in case:
+        torch.manual_seed(case["seed"])
+    mask = dict(mask=inputs["mask"], x0=inputs["x0"]) if case["inpaint"] else {}
+    return SAMPLERS[case["sampler"]](model).sample(
+        case["S"],
+        2,
+        SHAPE,
+        inputs["context"],
+        eta=case.get("eta", 0.0),
+        x_T=inputs["x_T"],
+        unconditional_guidance_scale=case["scale"],
+        unconditional_conditioning=inputs["uncond_context"],
+        verbose=False,
+        log_every_t=1,
+        **mask,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_published_case(model, index, inputs, outputs, name):
+    case = index["cases"][name]
+    samples, intermediates = run_case(model, name, case, inputs)
+    assert_close_to(samples, outputs[name], 1e-4)
+    assert model.steps == pytest.approx(case["model_timesteps"], abs=1e-4)
+    assert set(model.batches) == {case["model_batch"]} and len(model.steps) == case["n_model_calls"]
+    if f"{name}.last_pred_x0" in outputs:
+        assert_close_to(intermediates["pred_x0"][-1], outputs[f"{name}.last_pred_x0"], 1e-4)
+    if name == index["trajectory"]["case"]:
+        assert_close_to(torch.stack(intermediates["x_inter"]), outputs[f"trajectory.{name}.x"], 1e-4)
+        assert_close_to(torch.stack(intermediates["pred_x0"]), outputs[f"trajectory.{name}.pred_x0"], 1e-4)
+
+
+def test_image_to_image(model, index, inputs, outputs):
+    name = "img2img_S20_enc12_cfg7.5"
+    case = index["cases"][name]
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(case["S"], verbose=False)
+    t = torch.full((2,), case["t_enc"])
+    encoded = sampler.stochastic_encode(inputs["x0"], t, noise=inputs["noise"])
+    assert_close_to(encoded, outputs[case["encoded"]], 1e-4)
+    decoded = sampler.decode(
+        encoded, inputs["context"], case["t_enc"], case["scale"], inputs["uncond_context"], verbose=False
+    )
+    assert_close_to(decoded, outputs[name], 1e-4)
+    assert model.steps == case["model_timesteps"]
+    assert sampler.ddim_timesteps[case["t_enc"]] == case["encode_index_timestep"]
+
+
+def test_encoding_to_training_steps(model, index, inputs, outputs):
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(20, verbose=False)
+    t = torch.tensor(index["stochastic_encode_original_steps"]["t"])
+    encoded = sampler.stochastic_encode(inputs["x0"], t, use_original_steps=True, noise=inputs["noise"])
+    assert_close_to(encoded, outputs["stochastic_encode_original_steps"], 1e-4)
+
+
+def test_every_golden_tensor_has_a_test(outputs, index):
+    stems = {name.removesuffix(".last_pred_x0") for name in outputs if not name.startswith("trajectory.")}
+    others = {"img2img_S20_enc12_cfg7.5", "img2img_S20_enc12_cfg7.5.encoded", "stochastic_encode_original_steps"}
+    assert stems == {*CASES, *others}
+    assert set(index["cases"]) == {*CASES, "img2img_S20_enc12_cfg7.5"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_order_of_random_draws(model, index, inputs, golden, monkeypatch, name):
+    drawn = []
+    real = torch.randn
+
+    def randn(*args, **kwargs):
+        drawn.append(real(*args, **kwargs))
+        return drawn[-1]
+
+    case = index["cases"][name]
+    monkeypatch.setattr("ldm.models.diffusion.sampling.torch.randn", randn)
+    run_case(model, name, case, inputs)
+    assert len(drawn) == case["random_draws"]["n"]
+    expected = load_file(golden / "samplers" / "random_draws.safetensors")
+    if name in expected:
+        assert torch.equal(torch.stack(drawn), expected[name])
+
+
+# --- any number of steps
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 9, 300, 501, 600, 999, 1000])
+def test_any_number_of_steps(model, kind, steps):
+    samples, _ = SAMPLERS[kind](model).sample(steps, 2, SHAPE, verbose=False)
+    assert samples.shape == (2, *SHAPE) and samples.isfinite().all()
+    assert steps <= len(set(model.steps)) <= steps + steps // 2 + 1
+    assert max(model.steps) <= 999 and min(model.steps) >= 0
+
+
+def exact_denoiser(model, x0):
+    """Predicts the noise exactly for data that is the single point x0: every sampler must then arrive at x0."""
+
+    def apply_model(x, t, cond):
+        log_alpha = torch.from_numpy(0.5 * model.alphas_cumprod.double().log().numpy())
+        low = t.double().floor().long()
+        high = (low + 1).clamp(max=len(log_alpha) - 1)
+        alpha = torch.lerp(log_alpha[low], log_alpha[high], t.double() - low).exp().view(-1, 1, 1, 1)
+        return ((x.double() - alpha * x0) / (1 - alpha**2).sqrt()).float()
+
+    return apply_model
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("dpm", 1), *((kind, steps) for kind in SAMPLERS for steps in (10, 50, 1000))]
+)
+def test_a_perfect_model_leads_to_its_point(model, kind, steps):
+    x0 = torch.linspace(-1, 1, 64).view(8, 8)
+    model.apply_model = exact_denoiser(model, x0)
+    torch.manual_seed(0)
+    samples, _ = SAMPLERS[kind](model).sample(steps, 2, SHAPE, verbose=False)
+    noise_left = (1 - model.alphas_cumprod[0]).sqrt().item()  # all end at the first noise level, not at none
+    assert (samples - x0).abs().max() < 5 * noise_left
+
+
+def test_the_solver_is_of_second_order(model):
+    torch.manual_seed(0)
+    x_T = torch.randn(2, *SHAPE)
+
+    def end(kind, steps):
+        return SAMPLERS[kind](model).sample(steps, 2, SHAPE, x_T=x_T, verbose=False)[0]
+
+    limit = end("dpm", 1000)
+    errors = [(end("dpm", steps) - limit).abs().max().item() for steps in (20, 40, 80)]
+    assert errors[0] > 2.5 * errors[1] > 6 * errors[2]
+
+
+@pytest.mark.parametrize("steps", [200, 50])
+def test_other_schedules_than_a_thousand_steps(steps):
+    for sampler in SAMPLERS.values():
+        model = Model("cosine", 200)
+        samples, _ = sampler(model).sample(steps, 1, SHAPE, verbose=False)
+        assert samples.isfinite().all() and max(model.steps) <= 199
+
+
+# --- randomness
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_sample_does_not_depend_on_its_batch(model, kind):
+    context = torch.randn(3, 7, 24, generator=torch.Generator().manual_seed(1))
+    x0 = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(3, 1, 8, 8)
+    mask[..., :4] = 1
+
+    def sample(which):
+        generators = [torch.Generator().manual_seed(100 + i) for i in which]
+        return SAMPLERS[kind](model).sample(
+            6,
+            len(which),
+            SHAPE,
+            context[which],
+            eta=0.5 if kind == "ddim" else 0.0,
+            mask=mask[which],
+            x0=x0[which],
+            generator=generators,
+            verbose=False,
+        )[0]
+
+    state = torch.get_rng_state()
+    together = sample([0, 1, 2])
+    assert_close_to(sample([2]), together[2:], 1e-6)
+    assert_close_to(sample([1, 0]), together[[1, 0]], 1e-6)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
+
+
+def test_one_generator_for_the_whole_batch(model):
+    runs = [
+        DDIMSampler(model).sample(4, 2, SHAPE, eta=1.0, generator=torch.Generator().manual_seed(7), verbose=False)[0]
+        for _ in range(2)
+    ]
+    assert torch.equal(*runs)
+    torch.manual_seed(7)
+    assert torch.equal(runs[0], DDIMSampler(model).sample(4, 2, SHAPE, eta=1.0, verbose=False)[0])
+
+
+def test_temperature_and_noise_dropout():
+    def run(**options):
+        torch.manual_seed(0)
+        return DDIMSampler(Model()).sample(4, 1, SHAPE, eta=1.0, verbose=False, **options)[0]
+
+    torch.manual_seed(0)
+    x_T = torch.randn(1, *SHAPE)
+    plain = DDIMSampler(Model()).sample(4, 1, SHAPE, eta=1.0, temperature=0.0, x_T=x_T, verbose=False)[0]
+    assert_close_to(run(temperature=0.0), plain, 1e-6)
+    assert not torch.allclose(run(temperature=0.5), plain) and not torch.allclose(run(), run(noise_dropout=0.5))
+
+
+def test_draw_one_per_sample():
+    noise = draw((2, 3), "cpu", [torch.Generator().manual_seed(i) for i in (5, 6)])
+    assert torch.equal(noise[1], torch.randn(3, generator=torch.Generator().manual_seed(6)))
+    with pytest.raises(InputError, match="1 generators for a batch of 2"):
+        draw((2, 3), "cpu", [torch.Generator()])
+
+
+# --- the parts
+
+
+def test_guidance_forms():
+    torch.manual_seed(0)
+    cond, uncond, x, t = torch.randn(2, 7, 24), torch.randn(2, 7, 24), torch.randn(2, *SHAPE), torch.tensor([3, 3])
+    plain = guided(Model().apply_model, cond, uncond, 3.0)(x, t)
+    model = Model()
+    both = [{"c_crossattn": [c], "c_concat": [torch.zeros(2, 1, 8, 8)]} for c in (cond, uncond)]
+    assert_close_to(guided(model.apply_model, *both, 3.0)(x, t), plain, 1e-6)
+    assert model.batches == [4]
+
+    seen = []
+    listed = guided(lambda x, t, c: seen.append(c) or x, [cond], [uncond], 2.0)
+    listed(x, t)
+    assert torch.equal(seen[0][0], torch.cat([uncond, cond]))
+
+    eps_u, eps_c = (Model().apply_model(x, t, c) for c in (uncond, cond))
+    assert_close_to(plain, eps_u + 3.0 * (eps_c - eps_u), 1e-6)
+
+
+@pytest.mark.parametrize(("uncond", "scale"), [(None, 7.5), (torch.zeros(2, 7, 24), 1.0)])
+def test_no_guidance_is_one_conditional_call(model, uncond, scale):
+    cond, x, t = torch.ones(2, 7, 24), torch.ones(2, *SHAPE), torch.tensor([3, 3])
+    eps = guided(model.apply_model, cond, uncond, scale)(x, t)
+    assert model.batches == [2] and torch.equal(eps, Model().apply_model(x, t, cond))
+
+
+def test_a_model_that_does_not_predict_noise_says_what_the_noise_is(model):
+    model.predict_noise = model.apply_model
+    model.apply_model = lambda x, t, cond: pytest.fail("samplers need the noise")
+    torch.manual_seed(0)
+    samples, _ = DDIMSampler(model).sample(3, 1, SHAPE, verbose=False)
+    torch.manual_seed(0)
+    assert torch.equal(samples, DDIMSampler(Model()).sample(3, 1, SHAPE, verbose=False)[0])
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_inpainting_keeps_what_is_known(model, kind):
+    torch.manual_seed(0)
+    x0, mask = torch.randn(2, *SHAPE), torch.zeros(2, 1, 8, 8)
+    mask[..., :4] = 1
+    model.apply_model = exact_denoiser(model, x0)
+    samples, _ = SAMPLERS[kind](model).sample(20, 2, SHAPE, mask=mask, x0=x0, verbose=False)
+    assert (samples - x0)[..., :4].abs().max() < 0.2
+
+    everything, _ = SAMPLERS[kind](model).sample(20, 2, SHAPE, mask=torch.ones(2, 4, 8, 8), x0=x0, verbose=False)
+    assert (everything - x0).abs().max() < 0.2
+
+
+def test_known_places_are_noised_to_the_level():
+    x0, noise = torch.full((1, 1, 2, 2), 2.0), torch.full((1, 1, 2, 2), 10.0)
+    mask = torch.tensor([[[[1.0, 0.0], [0.0, 0.5]]]])
+    blended = keep_known(x0, mask, lambda: noise)(torch.zeros(1, 1, 2, 2), 0.36)
+    assert blended.flatten().tolist() == pytest.approx([0.6 * 2 + 0.8 * 10, 0, 0, 0.5 * (0.6 * 2 + 0.8 * 10)])
+
+
+def test_quantised_predictions(model):
+    model.first_stage_model = SimpleNamespace(quantize=lambda x: (x.round(), None, None))
+    for sampler in SAMPLERS.values():
+        _, way = sampler(model).sample(5, 1, SHAPE, quantize_x0=True, log_every_t=1, verbose=False)
+        assert all(torch.equal(x, x.round()) for x in way["pred_x0"][1:])
+
+
+def test_score_corrector(model):
+    corrector = SimpleNamespace(modify_score=lambda model, eps, x, t, cond, factor: factor * eps)
+    steps = [Step(500, 0.3, 0.9, 0.0)]
+    x = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    sampler = DDIMSampler(model)
+    doubled, _ = sampler.sample(
+        1, 1, SHAPE, x_T=x, score_corrector=corrector, corrector_kwargs={"factor": 0.0}, verbose=False
+    )
+    silent = ddim(lambda x, t: torch.zeros_like(x), x, sampler.steps(), lambda: torch.zeros_like(x))
+    assert_close_to(doubled, silent, 1e-6)
+    assert not torch.allclose(silent, ddim(lambda x, t: x, x, steps, lambda: torch.zeros_like(x)))
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_callbacks_and_intermediates(model, kind):
+    told, seen = [], []
+    samples, way = SAMPLERS[kind](model).sample(
+        10,
+        1,
+        SHAPE,
+        callback=told.append,
+        img_callback=lambda pred_x0, i: seen.append((i, pred_x0.shape)),
+        log_every_t=4,
+        verbose=False,
+    )
+    assert told == list(range(10)) and seen == [(i, (1, *SHAPE)) for i in range(10)]
+    assert len(way["x_inter"]) == len(way["pred_x0"]) == 1 + 4  # the start; updates 0, 1, 5, 9
+    assert torch.equal(way["x_inter"][-1], samples)
+
+
+def test_progress_bar_only_when_verbose(model, capsys):
+    for sampler in SAMPLERS.values():
+        sampler(model).sample(3, 1, SHAPE, verbose=False)
+        assert capsys.readouterr() == ("", "")
+        sampler(model).sample(3, 1, SHAPE, verbose=True)
+        out, err = capsys.readouterr()
+        assert out == "" and err.count(sampler.__name__) and "3/3" in err
+
+
+def test_arguments_without_effect_are_named(model, caplog):
+    DDIMSampler(model).sample(2, 1, SHAPE, verbose=False, uncondtional_guidance_scale=7.5)
+    assert "uncondtional_guidance_scale" in caplog.text
+
+
+def test_no_gradients(model):
+    cond = torch.zeros(1, 7, 24, requires_grad=True)
+    assert not DDIMSampler(model).sample(2, 1, SHAPE, cond, verbose=False)[0].requires_grad
+
+
+# --- pictures as a start
+
+
+def test_encoding_to_the_last_step(model, inputs):
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(20, verbose=False)
+    last = sampler.stochastic_encode(inputs["x0"], torch.tensor([20, 20]), noise=inputs["noise"])
+    alpha = model.alphas_cumprod[sampler.ddim_timesteps[-1]]
+    assert_close_to(last, alpha.sqrt() * inputs["x0"] + (1 - alpha).sqrt() * inputs["noise"], 1e-6)
+    sampler.decode(last, inputs["context"], 20, verbose=False)
+    assert model.steps == sampler.ddim_timesteps[::-1].tolist()
+
+
+def test_decoding_with_training_steps(model):
+    x0 = torch.linspace(-1, 1, 64).view(1, 1, 8, 8).expand(1, *SHAPE)
+    model.apply_model = exact_denoiser(model, x0)
+    for eta in (0.0, 1.0):
+        sampler = DDIMSampler(model)
+        sampler.make_schedule(20, ddim_eta=eta, verbose=False)
+        torch.manual_seed(0)
+        encoded = sampler.stochastic_encode(x0, torch.tensor([300]), use_original_steps=True)
+        decoded = sampler.decode(encoded, None, 301, use_original_steps=True, verbose=False)
+        assert_close_to(decoded, x0, 1e-3)
+
+
+def test_encoding_draws_from_the_generator(model):
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(10, ddim_eta=1.0, verbose=False)
+
+    def run():
+        generators = [torch.Generator().manual_seed(4)]
+        encoded = sampler.stochastic_encode(torch.zeros(1, *SHAPE), 5, generator=generators)
+        return sampler.decode(encoded, None, 5, generator=generators, verbose=False)
+
+    assert torch.equal(run(), run())
+
+
+# --- refusals
+
+CONTEXT = torch.zeros(2, 7, 24)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(S=0), "0 steps: expected 1 to 1000"),
+        (dict(S=1001), "1001 steps: expected 1 to 1000"),
+        (dict(eta=-1.0), "eta is -1.0"),
+        (dict(eta=2.0), "eta is 2.0"),
+        (dict(conditioning=CONTEXT[:1]), "conditioning is for 1 samples, batch_size is 2"),
+        (dict(conditioning={"c_crossattn": [CONTEXT[:1]]}), "conditioning is for 1 samples, batch_size is 2"),
+        (dict(mask=torch.ones(2, 1, 8, 8)), "needs x0"),
+        (dict(mask=torch.ones(2, 1, 9, 8), x0=torch.ones(2, *SHAPE)), r"mask has shape \[2, 1, 9, 8\]"),
+        (dict(mask=torch.ones(2, 1, 8, 8), x0=torch.ones(1, *SHAPE)), r"x0 has shape \[1, 4, 8, 8\]"),
+        (dict(x_T=torch.ones(1, *SHAPE)), r"x_T has shape \[1, 4, 8, 8\], the samples have \[2, 4, 8, 8\]"),
+        (dict(generator=[torch.Generator()]), "1 generators for a batch of 2"),
+        (dict(noise_dropout=0.5, generator=torch.Generator()), "noise_dropout"),
+        (
+            dict(conditioning=CONTEXT, unconditional_conditioning=CONTEXT[:1], unconditional_guidance_scale=2.0),
+            "encode as many empty prompts",
+        ),
+        (
+            dict(
+                conditioning=[CONTEXT],
+                unconditional_conditioning={"c_crossattn": CONTEXT},
+                unconditional_guidance_scale=2.0,
+            ),
+            "a dict with .'c_crossattn'., the conditioning is a list of 1",
+        ),
+    ],
+)
+def test_refused_arguments(model, kind, arguments, message):
+    with pytest.raises(InputError, match=message) as error:
+        SAMPLERS[kind](model).sample(**{"S": 5, "batch_size": 2, "shape": SHAPE, "verbose": False, **arguments})
+    assert "\n" not in str(error.value)
+    assert model.steps == [], "refused before the model runs"
+
+
+@pytest.mark.parametrize("kind", ["plms", "dpm"])
+def test_deterministic_samplers_refuse_eta(model, kind):
+    with pytest.raises(ValueError, match="deterministic"):
+        SAMPLERS[kind](model).sample(5, 1, SHAPE, eta=0.5, verbose=False)
+
+
+def test_refused_image_to_image(model):
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(20, verbose=False)
+    for t in (21, -1):
+        with pytest.raises(InputError, match="expected 0 to 20"):
+            sampler.stochastic_encode(torch.zeros(1, *SHAPE), torch.tensor([t]))
+    for t in (0, 21):
+        with pytest.raises(InputError, match="expected 1 to 20"):
+            sampler.decode(torch.zeros(1, *SHAPE), None, t, verbose=False)
+    with pytest.raises(InputError, match="unknown ddim_discretize"):
+        sampler.make_schedule(20, ddim_discretize="cubic")
