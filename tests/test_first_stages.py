@@ -1,5 +1,6 @@
 """Training of KL and VQ first stages at tiny width, their losses, the VQ and identity interfaces."""
 
+import importlib.util
 import logging
 import sys
 
@@ -17,13 +18,22 @@ from ldm.util import InputError
 from tests.helpers import assert_close_to
 
 needs_taming = pytest.mark.skipif(
-    not __import__("importlib.util").util.find_spec("taming"), reason="the extra vq (taming-transformers) is not there"
+    importlib.util.find_spec("taming") is None, reason="the extra vq (taming-transformers) is not there"
 )
 
 NO_LOSS = {"target": "torch.nn.Identity"}
 TINY = dict(ch=32, out_ch=3, ch_mult=[1, 1], num_res_blocks=1, attn_resolutions=[], in_channels=3, resolution=16)
 KL = dict(TINY, z_channels=4, double_z=True)
 VQ = dict(TINY, z_channels=3, double_z=False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are faster without sharing the work, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def loss_config(kind, **params):
@@ -95,7 +105,7 @@ def test_training_learns(kind, tmp_path):
     model = make(kind, loss_config(kind, disc_start=10**6))
     model.learning_rate = 2e-3
     before = rec_loss(model)
-    train(model.train(), 25, tmp_path)
+    train(model.train(), 20, tmp_path)
     assert rec_loss(model) < 0.9 * before
 
 
@@ -141,8 +151,7 @@ def test_vq_with_schedule_averages_and_resizing(tmp_path):
     assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == pytest.approx([0.7 * 4.5e-6] * 2)
     assert model.model_ema.num_updates == 7
     assert "val_ema/rec_loss" in trainer.callback_metrics
-    training = [size for size in sizes if size != 16 or True][: len(sizes)]
-    assert set(training) <= {16, 32, 48} and training.count(48) >= 5
+    assert set(sizes) <= {16, 32, 48} and sizes.count(48) >= 5, "the first five batches have the largest size"
     weight = model.encoder.conv_in.weight.detach().clone()
     with model.ema_scope():
         assert not torch.equal(model.encoder.conv_in.weight, weight)

@@ -1,4 +1,4 @@
-"""First stages, LDM (arXiv 2112.10752) Sec. 3.1: pictures [b, c, h, w] in -1 .. 1 to latents [b, c', h/f, w/f] and back.
+"""First stages, LDM (arXiv 2112.10752) Sec. 3.1: [b, c, h, w] in -1 .. 1 to latents [b, d, h/f, w/f] and back.
 
 `AutoencoderKL` encodes in a Gaussian, `VQModel` in entries of a codebook, `VQModelInterface` is the latter as diffusion
 models want it, and `IdentityFirstStage` leaves pictures as they are.
@@ -50,6 +50,7 @@ class FirstStage(pl.LightningModule):
         self.image_key, self.embed_dim = image_key, embed_dim
         with explain("ddconfig of the first stage", TypeError, ValueError):
             self.encoder, self.decoder = Encoder(**ddconfig), Decoder(**ddconfig)
+        self.downsampling_factor = 2 ** (len(self.encoder.down) - 1)  # pixels per latent
         self.loss = instantiate_from_config(lossconfig)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         if colorize_nlabels is not None:

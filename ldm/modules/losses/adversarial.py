@@ -5,6 +5,7 @@ LDM (arXiv 2112.10752) Eq. 25, after VQGAN (arXiv 2012.09841) Eqs. 5 to 7.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,7 +36,7 @@ PIXEL_LOSSES = {"l1": lambda x, y: (x - y).abs(), "l2": lambda x, y: (x - y) ** 
 def from_taming(module: str, name: str) -> Any:
     """A class of taming-transformers. Raises `InputError` naming the extra that installs it."""
     try:
-        return getattr(__import__(f"taming.modules.{module}", fromlist=[name]), name)
+        return getattr(importlib.import_module(f"taming.modules.{module}"), name)
     except ImportError as error:
         raise InputError(
             f"{name} needs the package {error.name}: install the extra with pip install '.[vq]' "
