@@ -1,6 +1,7 @@
 """Training of KL and VQ first stages at tiny width, their losses, the VQ and identity interfaces."""
 
 import importlib.util
+import json
 import logging
 import sys
 
@@ -14,7 +15,7 @@ from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel, V
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.adversarial import hinge_d_loss, vanilla_d_loss
 from ldm.modules.losses.vqperceptual import measure_perplexity
-from ldm.util import InputError
+from ldm.util import InputError, instantiate_from_config
 from tests.helpers import assert_close_to
 
 needs_taming = pytest.mark.skipif(
@@ -331,3 +332,19 @@ def test_missing_taming(monkeypatch, build):
 def test_unknown_losses(options, message):
     with pytest.raises(InputError, match=message):
         make("vq", loss_config("vq", **options))
+
+
+@needs_taming
+def test_published_first_stages_are_built(golden):
+    published = json.loads((golden / "manifests" / "published_configs.json").read_text())
+    configs = [c["model"] for name, c in published.items() if "/autoencoder/" in name]
+    configs += [c["model"]["params"]["first_stage_config"] for name, c in published.items() if "latent-diff" in name]
+    assert len(configs) == 11
+    for config in configs:
+        params = {key: value for key, value in config["params"].items() if key != "ckpt_path"}
+        with torch.device("meta"):
+            model = instantiate_from_config({"target": config["target"], "params": params})
+            z = model.encode(torch.zeros(1, 3, 64, 64))
+            z = z if isinstance(z, torch.Tensor) else z.mode()
+            assert z.shape[1] == params["embed_dim"]
+            assert model.decode(z).shape == (1, 3, 64, 64)

@@ -216,6 +216,16 @@ def test_other_schedules_than_a_thousand_steps(steps):
         assert samples.isfinite().all() and max(model.steps) <= 199
 
 
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_the_loop_runs_on_the_model_s_device_and_never_waits_for_it(model, kind):
+    """Tensors on the meta device have no values: whatever reads one back to the host raises."""
+    model.betas = model.betas.to("meta")
+    model.apply_model = lambda x, t, cond: x * t.view(-1, 1, 1, 1)
+    x0, mask = torch.zeros(2, *SHAPE), torch.ones(2, 1, 8, 8)
+    samples, _ = SAMPLERS[kind](model).sample(20, 2, SHAPE, mask=mask, x0=x0, verbose=False)
+    assert samples.device.type == "meta" and samples.dtype == torch.float32
+
+
 # --- randomness
 
 
