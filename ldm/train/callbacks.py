@@ -75,6 +75,9 @@ class ImageLogger(pl.Callback):
 class EpochReport(pl.Callback):
     """A line per epoch: its time, steps per second and the peak memory of the device."""
 
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.on_train_epoch_start(trainer, module)  # Lightning leaves it out for the rest of a resumed epoch
+
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.start, self.first_step = time.perf_counter(), trainer.global_step
         if module.device.type == "cuda":

@@ -1,0 +1,128 @@
+"""DreamBooth on the command line: where the pictures, the words and the base model enter a config (arXiv 2208.12242)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.data.pictures import find_pictures
+from ldm.train import run as runs
+from ldm.train.run import Run
+from ldm.util import InputError, get_obj_from_str, parameters_of
+
+log = logging.getLogger(__name__)
+
+
+def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:
+    """The run that the options ask for: a new one, or one to go on with. Raises `InputError`."""
+    if options.resume and options.name:
+        raise InputError("-r goes on with a run that has its name; leave -n out")
+    folder, checkpoint = runs.resumed_folder(options.resume) if options.resume else (None, None)
+    config = runs.read_configs(options.base, overrides, folder)
+    stored = config.get("dreambooth", {})
+    asked = {
+        "base": options.actual_resume,
+        "data_root": options.data_root,
+        "reg_data_root": options.reg_data_root,
+        "class_word": None if stored else options.class_word,
+        "seed": None if stored else options.seed,
+        "scale_lr": None if stored else options.scale_lr,
+    }
+    told = OmegaConf.merge(stored, {key: value for key, value in asked.items() if value is not None})
+    config = OmegaConf.merge(config, {"dreambooth": told})
+    fill_in_pictures(config, told, options.num_class_images)
+    if trainer_options or options.gpus is not None:
+        config = OmegaConf.merge(
+            config, {"lightning": {"trainer": chosen_devices(config, options.gpus, trainer_options)}}
+        )
+    train = config.data.params.train.get("params", {})
+    return Run(
+        config=config,
+        folder=folder or new_folder(options),
+        base=told.get("base"),
+        resume=checkpoint,
+        seed=told.seed,
+        scale_lr=told.scale_lr,
+        debug=options.debug,
+        notes={
+            "identifier": train.get("identifier") or train.get("placeholder_token", "sks"),
+            "class_word": told.class_word,
+        },
+    )
+
+
+def new_folder(options: argparse.Namespace) -> Path:
+    name = options.name or Path(options.base[0]).stem
+    data = Path(options.data_root).resolve().name if options.datadir_in_name and options.data_root else ""
+    return runs.new_folder(options.logdir, options.project, data, name, options.postfix)
+
+
+def chosen_devices(config: DictConfig, gpus: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the command line; devices named there replace those that the config names in another way."""
+    if gpus is not None:
+        return options | {"gpus": gpus}
+    named = OmegaConf.select(config, "lightning.trainer.gpus") is not None
+    return options | ({"gpus": None} if named and {"accelerator", "devices"} & options.keys() else {})
+
+
+def fill_in_pictures(config: DictConfig, told: DictConfig, num_class_images: int) -> None:
+    """Put the folders, the class word and the seed into the data section. Raises `InputError` for what is missing."""
+    sets = config.data.get("params", {})
+    if not told.get("data_root"):
+        raise InputError("no photographs: name their folder with --data_root")
+    if sets.get("reg") is not None and not told.get("reg_data_root"):
+        raise InputError(
+            "no class pictures: name their folder with --reg_data_root (--num_class_images N fills it), "
+            "or train without prior preservation by data.params.reg=null"
+        )
+    roots = {"train": told.data_root, "validation": told.data_root, "reg": told.get("reg_data_root")}
+    for name, root in roots.items():
+        dataset = sets.get(name)
+        if dataset is None:
+            continue
+        _, known = parameters_of(get_obj_from_str(dataset.target))
+        values = {"data_root": root, "class_word": told.class_word, "seed": told.seed}
+        taken = {key: value for key, value in values.items() if known is None or key in known}
+        dataset.params = OmegaConf.merge(dataset.get("params") or {}, taken)
+    find_pictures(told.data_root)
+    if sets.get("reg") is not None and not num_class_images:
+        find_pictures(told.reg_data_root)
+
+
+def report(run: Run) -> str:
+    """What would be trained, without training it."""
+    model = runs.base_model(run)
+    learning = model.learning()
+    count, total = sum(p.numel() for p in learning.values()), sum(p.numel() for p in model.model.parameters())
+    return f"{len(learning)} tensors with {count:,} weights learn, {100 * count / total:.3f} % of the UNet"
+
+
+def train(run: Run, options: argparse.Namespace) -> pl.Trainer:
+    """Load the base model, make the class pictures that are missing, train, test."""
+    model = runs.base_model(run)
+    if options.embedding_manager_ckpt:
+        words = model.cond_stage_model.load_embeddings(options.embedding_manager_ckpt)
+        log.info("learnt words %s added to the text encoder", ", ".join(words))
+    if options.init_word:
+        log.warning("--init_word %s has no effect: no word is learnt in this config", options.init_word)
+    if options.num_class_images and run.config.data.params.get("reg") is not None:
+        reg = run.config.data.params.reg
+        folder = Path(reg.params.data_root)
+        runs.prepare_class_pictures(run, model, folder, class_caption(reg), options.num_class_images)
+    trainer = runs.train(run, model)
+    if not options.no_test and run.config.data.params.get("test") is not None and not trainer.interrupted:
+        trainer.validate(model, trainer.datamodule.test_dataloader())
+    return trainer
+
+
+def class_caption(reg: DictConfig) -> str:
+    """The caption of class pictures."""
+    params = reg.get("params", {})
+    templates = params.get("templates", "photo of a {}")
+    template = templates if isinstance(templates, str) else templates[0]
+    return template.replace("{}", params.class_word).replace("{word}", params.class_word)

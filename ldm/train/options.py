@@ -1,0 +1,149 @@
+"""The command line of training: LDM's options, Lightning's options, overrides of the config."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ldm.util import InputError
+
+TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+
+
+def boolean(text: str) -> bool:
+    """argparse type for `True`, `no`, `1`, ..."""
+    if text.lower() not in (*TRUE, *FALSE):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() in TRUE
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, as everywhere else."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message}; see --help")
+
+
+def parser(description: str) -> Parser:
+    """The options that every training entry has."""
+    p = Parser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Any other option of Lightning's Trainer works too (--gradient_clip_val 1.0 ...), and so do overrides of\n"
+        "the config: model.base_learning_rate=1e-3 data.params.batch_size=2",
+    )
+    run = p.add_argument_group("run")
+    run.add_argument(
+        "-b", "--base", nargs="*", action="extend", default=[], metavar="YAML", help="configs; later ones win"
+    )
+    run.add_argument(
+        "-t", "--train", type=boolean, nargs="?", const=True, default=False, help="train (else only report)"
+    )
+    run.add_argument(
+        "-r", "--resume", nargs="?", const="", default="", metavar="DIR", help="go on with this run's last.ckpt"
+    )
+    run.add_argument(
+        "--no-test", type=boolean, nargs="?", const=True, default=False, help="skip the test set at the end"
+    )
+    run.add_argument("-s", "--seed", type=int, default=23, help="seed of everything random (default 23)")
+    run.add_argument("-d", "--debug", type=boolean, nargs="?", const=True, default=False, help="debugger after a crash")
+    run.add_argument("--scale_lr", type=boolean, nargs="?", const=True, default=False,
+                     help="multiply the learning rate by processes, batch size and accumulation")  # fmt: skip
+
+    files = p.add_argument_group("where things go: <logdir>/<project>/<data><timestamp>_<name><postfix>")
+    files.add_argument(
+        "-n", "--name", nargs="?", const="", default="", help="name of the run (default: that of the config)"
+    )
+    files.add_argument("-f", "--postfix", default="", help="end of the name")
+    files.add_argument("-p", "--project", default="", help="sub-folder that groups runs")
+    files.add_argument("-l", "--logdir", default="logs", help="(default logs)")
+
+    machine = p.add_argument_group("machine and length (Lightning's Trainer)")
+    machine.add_argument(
+        "--gpus", metavar="0,3", help="these GPUs, with DDP if several (default: what the machine has)"
+    )
+    for name, kind, text in (
+        ("accelerator", str, "cpu, gpu, mps, auto"),
+        ("devices", str, "how many of them, or which: 2 or 0,3"),
+        ("num_nodes", int, "machines of a cluster"),
+        ("strategy", str, "ddp, fsdp, ..."),
+        ("precision", str, "32, bf16-mixed, 16-mixed, ..."),
+        ("max_steps", int, "optimizer steps"),
+        ("max_epochs", int, "passes over the data"),
+        ("accumulate_grad_batches", int, "batches per optimizer step"),
+        ("log_every_n_steps", int, "steps between logged losses"),
+    ):
+        machine.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
+    return p
+
+
+def dreambooth_parser(description: str) -> Parser:
+    """The options of `main_dream_booth.py`: those of every training and those of DreamBooth."""
+    p = parser(description)
+    subject = p.add_argument_group("DreamBooth")
+    subject.add_argument(
+        "--actual_resume", metavar="CKPT", help="the base model (default: the one that the config names)"
+    )
+    subject.add_argument("--data_root", metavar="DIR", help="photographs of the subject")
+    subject.add_argument("--reg_data_root", metavar="DIR", help="pictures of its class, for prior preservation")
+    subject.add_argument("--class_word", default="dog", help="what the subject is (default dog)")
+    subject.add_argument("--num_class_images", type=int, default=0, metavar="N",
+                         help="fill --reg_data_root up to N pictures by sampling the base model first")  # fmt: skip
+    subject.add_argument("--datadir_in_name", type=boolean, nargs="?", const=True, default=True,
+                         help="begin the name of the run with that of --data_root (default true)")  # fmt: skip
+    subject.add_argument("--init_word", help="start of learnt words, in configs that learn some")
+    subject.add_argument(
+        "--embedding_manager_ckpt", default="", metavar="FILE", help="learnt words to add to the text encoder"
+    )
+    return p
+
+
+def parse(p: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:
+    """The known options, further options of Lightning's Trainer, and config overrides `a.b=value`.
+
+    Raises `InputError` for anything else.
+    """
+    known, rest = p.parse_known_args(argv)
+    named = {name: getattr(known, name) for name in vars(known) if name in TRAINER_OPTIONS}
+    more, overrides = _trainer_options(rest)
+    return known, named | more, overrides
+
+
+TRAINER_OPTIONS = (
+    "accelerator", "devices", "num_nodes", "strategy", "precision", "max_steps", "max_epochs", "accumulate_grad_batches",
+    "log_every_n_steps",
+)  # fmt: skip
+
+
+def _trainer_options(rest: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """`--name value` and `--name=value` for Trainer options, dotted `a.b=value` as overrides."""
+    import yaml
+
+    options, overrides, words = {}, [], list(rest)
+    while words:
+        word = words.pop(0)
+        key, has_value, value = word.partition("=")
+        if has_value and "." in key:
+            overrides.append(word)
+        elif word.startswith("--"):
+            if not has_value:
+                value = words.pop(0) if words and not words[0].startswith("--") else "true"
+            options[key.removeprefix("--")] = yaml.safe_load(value)
+        else:
+            raise InputError(
+                f"cannot read {word!r}: expected an option of --help or an override such as model.params.reg_weight=0.5"
+            )
+    if options:
+        _check_trainer_options(options)
+    return options, overrides
+
+
+def _check_trainer_options(options: dict[str, Any]) -> None:
+    import inspect
+
+    from pytorch_lightning import Trainer
+
+    for name in options:
+        if name not in inspect.signature(Trainer.__init__).parameters:
+            raise InputError(f"unknown option --{name}: neither one of --help nor one of Lightning's Trainer")

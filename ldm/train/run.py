@@ -1,0 +1,225 @@
+"""One training run from its config to its last checkpoint. Entry points parse, call this, and report."""
+
+from __future__ import annotations
+
+import logging
+import pdb
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from ldm.checkpoints import atomic_write, build_model, choose_checkpoint
+from ldm.data.class_images import missing_class_images
+from ldm.generate import Settings, fill_class_folder
+from ldm.train.callbacks import EpochReport, ImageLogger
+from ldm.train.resume import RandomStates, SafeCheckpointIO, SaveRun
+from ldm.util import InputError, best_device, find_file, instantiate_from_config, load_config, parse_overrides, plain
+
+log = logging.getLogger(__name__)
+
+# Lightning's advice about itself. Batches here resume by their number, and draws are made where a picture is cached.
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+for message in (".*dataloader is not resumable.*", ".*does not have many workers.*", ".*`isinstance\\(treespec.*"):
+    warnings.filterwarnings("ignore", message)
+
+
+@dataclass
+class Run:
+    """What a run needs to know beside its config."""
+
+    config: DictConfig
+    folder: Path
+    base: str | None = None  # checkpoint of the base model; None: the one that the config names
+    resume: Path | None = None  # a last.ckpt to go on from
+    seed: int = 23
+    scale_lr: bool = False
+    debug: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)  # go into adapter folders: class word, identifier
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+# --- configs and folders -----------------------------------------------------------------------------------------------
+
+
+def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -> DictConfig:
+    """The config of a resumed run first, then those named on the command line, then overrides."""
+    stored = [resumed / "configs" / "project.yaml"] if resumed else []
+    if not stored and not paths:
+        raise InputError("no config: name one with --base, e.g. --base configs/sd-mini/attn2o-ffni.yaml")
+    configs = [load_config(find_file(path)) for path in [*stored, *paths]]
+    config = OmegaConf.merge(*configs, parse_overrides(overrides))
+    for section in ("model", "data"):
+        if section not in config:
+            raise InputError(f"the config has no {section!r} section; its keys are {list(config)}")
+    return config
+
+
+def resumed_folder(path: str) -> tuple[Path, Path]:
+    """The folder and the checkpoint of a run that is named by its folder or by a checkpoint in it."""
+    given = Path(path)
+    checkpoint = given if given.is_file() else given / "checkpoints" / "last.ckpt"
+    folder = checkpoint.parent.parent
+    if not checkpoint.is_file() or not (folder / "configs" / "project.yaml").is_file():
+        raise InputError(
+            f"cannot resume {path}: expected the folder of a run with checkpoints/last.ckpt and configs/project.yaml"
+        )
+    return folder, checkpoint
+
+
+def new_folder(logdir: str, project: str, data: str, name: str, postfix: str) -> Path:
+    """`<logdir>/<project>/<data><timestamp>_<name><postfix>`."""
+    now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    return Path(logdir) / project / f"{data}{now}_{name}{postfix}"
+
+
+@rank_zero_only
+def write_configs(run: Run) -> None:
+    """Keep what is needed to repeat or resume the run: its resolved config and its command."""
+    for name in ("checkpoints", "configs", "images"):
+        (run.folder / name).mkdir(parents=True, exist_ok=True)
+    with atomic_write(run.folder / "configs" / "project.yaml") as beside:
+        beside.write_text(f"# {' '.join(sys.argv)}\n" + OmegaConf.to_yaml(run.config, resolve=True))
+
+
+# --- parts -------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(run: Run, processes: int) -> float:
+    """The config's base learning rate; with `scale_lr` times processes, batch size and accumulated batches."""
+    base = run.config.model.get("base_learning_rate")
+    if not isinstance(base, (int, float)) or isinstance(base, bool) or base <= 0:
+        raise InputError(f"model.base_learning_rate must be a positive number, got {base!r}")
+    if not run.scale_lr:
+        return float(base)
+    accumulated = trainer_options(run).get("accumulate_grad_batches") or 1
+    batch = run.config.data.params.batch_size
+    log.info("learning rate %g = %g x %d processes x batch %d x %d accumulated", base * processes * batch * accumulated,
+             base, processes, batch, accumulated)  # fmt: skip
+    return float(base) * processes * batch * accumulated
+
+
+def trainer_options(run: Run) -> dict[str, Any]:
+    """The trainer section of the config in the words of today's Lightning."""
+    options = plain(run.config.get("lightning", {}).get("trainer", {}))
+    gpus = options.pop("gpus", None)
+    if gpus is not None:
+        options |= gpu_options(gpus)
+    devices = options.get("devices")
+    if isinstance(devices, str) and devices.strip("0123456789, -") == "" and devices != "auto":
+        options["devices"] = [int(d) for d in devices.split(",") if d.strip()] if "," in devices else int(devices)
+    if str(options.get("precision")) in ("16", "16-mixed") and not uses_gpu(options):
+        log.warning("precision %s needs a GPU; training in 32 bits", options["precision"])
+        options["precision"] = "32-true"
+    return options
+
+
+def uses_gpu(options: Mapping[str, Any]) -> bool:
+    return options.get("accelerator", "auto") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+def gpu_options(gpus: Any) -> dict[str, Any]:
+    """`--gpus 0,3` as Lightning 2 says it. Raises `InputError` where there are no such GPUs."""
+    text = str(gpus).strip("[]() ")
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"--gpus {gpus!r}: expected numbers of GPUs such as 0, or 0,3") from None
+    count = torch.cuda.device_count()
+    if not count:
+        raise InputError(f"--gpus {gpus}: this machine has no CUDA GPU; leave --gpus out or say --accelerator cpu")
+    chosen = numbers if "," in text else [*range(numbers[0])] if numbers[0] >= 0 else [*range(count)]
+    if not chosen or max(chosen) >= count:
+        raise InputError(f"--gpus {gpus}: this machine has {count} GPUs, 0 to {count - 1}; '0,' is the first one")
+    return {"accelerator": "gpu", "devices": chosen}
+
+
+def make_loggers(run: Run) -> Any:
+    """The config's logger (Weights & Biases, ...) or TensorBoard in the run's folder."""
+    config = run.config.get("lightning", {}).get("logger")
+    if config is None:
+        return TensorBoardLogger(save_dir=run.folder, name="tensorboard", version="")
+    extra = {"save_dir": str(run.folder)} if "save_dir" not in (config.get("params") or {}) else {}
+    return instantiate_from_config(config, **extra)
+
+
+def make_callbacks(run: Run) -> list[pl.Callback]:
+    """The config's callbacks and those that every run has."""
+    section = run.config.get("lightning", {})
+    every = (section.get("modelcheckpoint") or {}).get("params", {}).get("every_n_train_steps", 500)
+    callbacks = [instantiate_from_config(config) for config in (section.get("callbacks") or {}).values()]
+    for callback in callbacks:
+        if isinstance(callback, ImageLogger):
+            callback.folder = run.folder / "images"
+    progress = TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50)
+    own = [RandomStates(), EpochReport(), LearningRateMonitor("step"), progress]
+    return [*callbacks, *own, SaveRun(run.checkpoints, every, run.notes)]
+
+
+def make_trainer(run: Run) -> pl.Trainer:
+    """Lightning's Trainer. Raises `InputError` for options that contradict each other or the machine."""
+    options = {"num_sanity_val_steps": 0, "log_every_n_steps": 10} | trainer_options(run)
+    fixed = {"use_distributed_sampler": False, "enable_checkpointing": False}
+    try:
+        return pl.Trainer(
+            **options,
+            **fixed,
+            logger=make_loggers(run),
+            callbacks=make_callbacks(run),
+            plugins=[SafeCheckpointIO()],
+            enable_model_summary=False,
+        )
+    except (pl.utilities.exceptions.MisconfigurationException, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"Lightning's Trainer refuses its options: {' '.join(str(error).split())}") from None
+
+
+# --- the run -----------------------------------------------------------------------------------------------------------
+
+
+def prepare_class_pictures(run: Run, model: Any, folder: Path, prompt: str, number: int) -> None:
+    """Let the first process fill the class folder with the base model's own pictures; the others wait for it."""
+    if rank_zero_only.rank == 0:
+        device = best_device()
+        fill_class_folder(model.to(device).eval(), folder, prompt, number, Settings(), run.seed)
+        model.cpu()
+    while missing_class_images(folder, number):
+        time.sleep(2)
+
+
+def train(run: Run, model: pl.LightningModule) -> pl.Trainer:
+    """Train `model` as the config says; the trainer, when it is done or was asked to stop."""
+    write_configs(run)
+    trainer = make_trainer(run)
+    pl.seed_everything(run.seed + trainer.global_rank, verbose=False)  # other noise in every process
+    model.learning_rate = learning_rate(run, trainer.world_size)
+    data = instantiate_from_config(run.config.data)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info("%s: %s weights learn, learning rate %g", run.folder, f"{count:,}", model.learning_rate)
+    try:
+        trainer.fit(model, data, ckpt_path=str(run.resume) if run.resume else None)
+    except Exception:
+        if run.debug and trainer.is_global_zero:
+            pdb.post_mortem()
+        raise
+    return trainer
+
+
+def base_model(run: Run) -> pl.LightningModule:
+    """The model of the config on the checkpoint that it starts from, in training mode."""
+    return build_model(run.config, *choose_checkpoint(run.config, run.base)).train()

@@ -1,0 +1,27 @@
+"""Tune a latent diffusion model on a few photographs of a subject (DreamBooth), by adapters at named positions or in full.
+
+python main_dream_booth.py --base configs/sd-inject-dreambooth/attn2o-ffni.yaml -t --gpus 0,
+    --actual_resume model.ckpt --data_root photos --reg_data_root class_pictures --class_word dog -n my-dog
+"""
+
+from __future__ import annotations
+
+from ldm.train.options import dreambooth_parser, parse
+from ldm.util import run_command
+
+
+def main(argv: list[str] | None = None) -> None:
+    options, trainer_options, overrides = parse(dreambooth_parser(__doc__), argv)
+    from ldm.train import dreambooth
+
+    run = dreambooth.plan(options, trainer_options, overrides)
+    if not options.train:
+        print(dreambooth.report(run) + "\nnothing trained: add -t")
+        return
+    trainer = dreambooth.train(run, options)
+    if trainer.is_global_zero:
+        print(f"adapters and checkpoints are in {run.checkpoints}, sample pictures in {run.folder / 'images'}")
+
+
+if __name__ == "__main__":
+    run_command(main)
