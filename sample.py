@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     model.to(best_device(options.device))
     add_adapters(model, options)
     settings = generate.Settings(
-        options.sampler, options.ddim_steps, options.ddim_eta, options.scale, options.H, options.W, options.C, options.f,
-        half=options.precision == "autocast",
+        options.sampler, options.ddim_steps, options.ddim_eta, options.scale, options.H, options.W, options.C,
+        options.f, half=options.precision == "autocast",
     )  # fmt: skip
     outdir, singles = Path(options.outdir), Path(options.outdir) / "samples"
     about = {

@@ -1,7 +1,8 @@
 """Floor 0: every read and write of weights.
 
-Weights are untrusted: pickles are read with `weights_only=True`, nothing else is ever unpickled. Files are memory-mapped
-and models are built without initialising what is then overwritten, so that loading costs about what reading costs.
+Weights are untrusted: pickles are read with `weights_only=True`, nothing else is ever unpickled. Files are
+memory-mapped and models are built without initialising what is then overwritten, so that loading costs about what
+reading costs.
 Nothing is left half-written: files and folders are written beside their place and renamed.
 """
 
@@ -30,7 +31,7 @@ from ldm.util import InputError, find_file, first_line, instantiate_from_config,
 log = logging.getLogger(__name__)
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -104,7 +105,7 @@ def _read_torch(path: Path, mmap: bool) -> Any:
 
 
 def _inert_globals() -> list[Any]:
-    """What released SD v1 checkpoints name beside tensors: Lightning's bookkeeping (here an empty class) and numpy numbers."""
+    """What released SD v1 checkpoints name beside tensors: Lightning's bookkeeping (an empty class here), numpy numbers."""
     import numpy as np
 
     scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
@@ -124,7 +125,7 @@ def _inert_globals() -> list[Any]:
     return [(value, name) for name, value in known.items()] if takes_names else list(dict.fromkeys(known.values()))
 
 
-# --- writing -----------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -175,7 +176,7 @@ def save_json(path: str | Path, content: Any) -> None:
         beside.write_text(json.dumps(content, indent=2) + "\n")
 
 
-# --- building models and filling them ----------------------------------------------------------------------------------
+# --- building models and filling them -------------------------------------------------------------------------------
 
 
 class skip_init(TorchFunctionMode):
@@ -199,8 +200,8 @@ def load_weights(
 ) -> None:
     """Put `weights` into a model, without copying where the dtype is the model's.
 
-    Names that the model does not have (EMA copies, bookkeeping) are left out. Buffers may be absent, the model has computed
-    its own. Parameters may be absent if `may_lack(name)`; their modules are then initialised by `reset_parameters`.
+    Names that the model does not have (EMA copies, bookkeeping) are left out. Buffers may be absent, the model has
+    computed its own. Parameters may be absent if `may_lack(name)`; their modules are then initialised by `reset_parameters`.
     Raises `InputError`, with the first few names, if other parameters are absent or shapes differ.
     """
     parameters = dict(model.named_parameters())
@@ -233,7 +234,7 @@ def load_weights(
 
 
 def reset(model: nn.Module, names: set[str]) -> None:
-    """Initialise the named parameters: the outermost module that has `reset_parameters` and owns only such ones does it."""
+    """Initialise the named parameters, by the outermost module that has `reset_parameters` and owns only such ones."""
     left = set(names)
     for prefix, module in model.named_modules():
         owned = {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()}
@@ -244,7 +245,7 @@ def reset(model: nn.Module, names: set[str]) -> None:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a state-dict name belongs to a position adapter (`...adapter_inout.adp.0.weight`, `...0.adapter_1.2.bias`)."""
+    """Whether a state-dict name is of a position adapter (`...adapter_inout.adp.0.weight`, `...0.adapter_1.2.bias`)."""
     return re.search(r"(^|\.)adapter(_inout)?(_\d+)?\.", name) is not None
 
 
@@ -269,7 +270,7 @@ def build_model(config: Mapping, ckpt: str | Path | None, random_seed: int | Non
 
 
 def fill_zeros(model: nn.Module) -> None:
-    """Give a random base what training would: layers that start at zero block every gradient, so draw N(0, 1/fan_in)."""
+    """Give a random base what training would: layers that start at zero block every gradient; draw N(0, 1/fan_in)."""
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and not is_adapter(name) and not parameter.detach().any():
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -297,7 +298,7 @@ def choose_checkpoint(config: Mapping, given: str | None) -> tuple[str | None, i
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """A short digest that tells base models apart: names, shapes and eight values of each tensor, rounded to fp16.
 
-    Reads almost nothing, so that it costs nothing on a memory-mapped checkpoint, and is the same for fp16 and fp32 copies.
+    Reads almost nothing, so that it costs nothing on a memory-mapped checkpoint; the same for fp16 and fp32 copies.
     """
     names = sorted(tensors)
     flat = [tensors[name].detach().flatten() for name in names]

@@ -37,7 +37,7 @@ def run_command(main: Callable[[list[str] | None], int | None]) -> None:
 ALIASES = {
     "ldm.models.diffusion.ddpm_dream.LatentDiffusion": "ldm.models.diffusion.ddpm.LatentDiffusion",
     "ldm.models.diffusion.ddpm_dream.DDPM": "ldm.models.diffusion.ddpm.DDPM",
-    "ldm.modules.diffusionmodules.openaimodel_inject.UNetModel_inject": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+    "ldm.modules.diffusionmodules.openaimodel_inject.UNetModel_inject": "ldm.modules.diffusionmodules.openaimodel.UNetModel",  # noqa: E501
     "ldm.modules.diffusionmodules.openaimodel_inject.UNetModel": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
     "ldm.data.personalized_dream.PersonalizedBase": "ldm.data.dreambooth.PersonalizedBase",
     "ldm.data.personalized.PersonalizedBase": "ldm.data.dreambooth.PersonalizedBase",

@@ -1,4 +1,4 @@
-"""LatentDiffusion: names at full size, seeded losses against the published ones, what learns, what a checkpoint holds."""
+"""LatentDiffusion: names at full size, seeded losses against the published ones, what learns, what is saved."""
 
 import json
 

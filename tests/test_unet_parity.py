@@ -1,4 +1,4 @@
-"""The UNet against the published one: plain, with each of the 20 routes, adapter folders, names and counts at full size."""
+"""The UNet against the published one: plain, with each of the 20 routes, adapter folders, names at full size."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Position adapters as a folder: `adapters.safetensors` and `adapter_config.json`; also reads the published `.pt` folders."""
+"""Position adapters as a folder, `adapters.safetensors` and `adapter_config.json`; reads published `.pt` folders too."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def save(model: nn.Module, path: str | Path, notes: Mapping[str, Any]) -> None:
-    """Write the adapters of a UNet as a folder, atomically. `notes` (training step, class word, ...) go into the JSON."""
+    """Write the adapters of a UNet as a folder, atomically. `notes` (step, class word, ...) go into the JSON."""
     entries = describe(model)
     if not entries:
         raise InputError("this model has no adapters to save; give it an adapter_config")
@@ -114,9 +114,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 def load(model: nn.Module, path: str | Path, scale: float = 1.0, add: bool = False) -> None:
     """Put the adapters of a folder into a UNet; all of them or, with an `InputError`, none.
 
-    A model without adapters takes those of the folder. One that has some must have the same, unless `add`: then those of
-    the folder are attached beside them. A folder of the published code does not say what its routes are, so the model must
-    have them. `scale` multiplies the scale of each route.
+    A model without adapters takes those of the folder. One that has some must have the same, unless `add`: then those
+    of the folder are attached beside them. A folder of the published code does not say what its routes are, so the
+    model must have them. `scale` multiplies the scale of each route.
     """
     config, tensors = read_config(path), read_tensors(path)
     present = describe(model)
@@ -148,7 +148,8 @@ def _check_same_routes(present: list[dict], found: list[dict], source: str) -> N
 
     if compared(present) != compared(found):
         raise InputError(
-            f"{source} holds the adapters {told(found)}, this model has {told(present)}; use the config it was trained with"
+            f"{source} holds the adapters {told(found)}, this model has {told(present)}; "
+            "use the config it was trained with"
         )
 
 
@@ -163,7 +164,7 @@ def _attach_and_fill(
             for prefix in entry["blocks"]:
                 if prefix not in blocks or entry["kind"] not in FORMS or "mid_dim" not in entry:
                     raise InputError(
-                        f"{source} does not fit this model: it wants an adapter in {prefix}, which this model cannot take"
+                        f"{source} does not fit this model: it wants an adapter in {prefix}, which cannot take it here"
                     )
                 block = blocks[prefix]
                 name = block.next_adapter_name()

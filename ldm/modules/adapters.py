@@ -41,7 +41,7 @@ def start(layers: nn.Sequential, init: str) -> None:
 
 
 class BottleneckMLP(nn.Module):
-    """Down-projection, activation, up-projection on tokens: [b, n, dim_in] to [b, n, dim_out] (arXiv 2303.18181, 3.2)."""
+    """Down-projection, activation, up-projection: [b, n, dim_in] to [b, n, dim_out] (arXiv 2303.18181, section 3.2)."""
 
     def __init__(self, dim_in: int, dim_out: int, mid_dim: int, method: str = "default", init: str = "zero") -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The transformer of the UNet: self-attention over the picture, cross-attention to the text, feed-forward (arXiv 2112.10752)."""
+"""The UNet's transformer: self-attention over the picture, cross-attention to the text, feed-forward (2112.10752)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.util import InputError
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from tokens [b, n, query_dim] to a context [b, m, context_dim], or to themselves without one."""
+    """Multi-head attention from tokens [b, n, query_dim] to a context [b, m, context_dim], or without one to themselves."""
 
     def __init__(
         self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0

@@ -1,7 +1,8 @@
 """How an adapter meets a block: the route of arXiv 2303.18181 (where it reads, where it writes, with what scale).
 
-A block names the values on its data path by passing them through `tap(position, value)`. Adapters attached to the block
-read and write there; the block itself knows nothing of them, and with none attached its graph is that of the plain block.
+A block names the values on its data path by passing them through `tap(position, value)`. Adapters attached to the
+block read and write there; the block itself knows nothing of them, and with none attached its graph is that of the
+plain block.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class TappedBlock(nn.Module):
         self.adapters_enabled = True
 
     def attach(self, name: str, form: nn.Module, reads: str, writes: str, scale: float = 1.0) -> None:
-        """Wire `form` in as the attribute `name`. `form` maps the value at `reads` to the shape of the value at `writes`.
+        """Wire `form` in as the attribute `name`. It maps the value at `reads` to the shape of the value at `writes`.
 
         Raises `InputError` if the route is not one of this block's or the name is taken.
         """

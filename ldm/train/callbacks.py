@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 class ImageLogger(pl.Callback):
     """Samples fixed prompts with fixed seeds every `batch_frequency` steps: a grid in `images/` and in TensorBoard.
 
-    `prompts`: by default a caption of the subject and one of its class. Each is drawn `max_images // len(prompts)` times,
-    a row each. `increase_log_steps` also samples at steps 1, 2, 4, ... below the frequency, as in LDM.
+    `prompts`: by default a caption of the subject and one of its class. Each is drawn `max_images // len(prompts)`
+    times, a row each. `increase_log_steps` also samples at steps 1, 2, 4, ... below the frequency, as in LDM.
     """
 
     def __init__(

@@ -18,8 +18,8 @@ from ldm.util import InputError, instantiate_from_config
 class DataModuleFromConfig(pl.LightningDataModule):
     """`train`, `reg` (class pictures, paired with those of `train`), `validation` and `test`, each `{target, params}`.
 
-    Batches are counted over the whole run; a resumed run goes on with the next one. With several processes each gets its
-    own part of every batch. `batch_size` is that of one process. Raises `InputError`.
+    Batches are counted over the whole run; a resumed run goes on with the next one. With several processes each gets
+    its own part of every batch. `batch_size` is that of one process. Raises `InputError`.
     """
 
     def __init__(

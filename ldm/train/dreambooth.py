@@ -1,4 +1,4 @@
-"""DreamBooth on the command line: where the pictures, the words and the base model enter a config (arXiv 2208.12242)."""
+"""DreamBooth on the command line: where pictures, words and the base model enter a config (arXiv 2208.12242)."""
 
 from __future__ import annotations
 

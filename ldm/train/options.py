@@ -30,8 +30,8 @@ def parser(description: str) -> Parser:
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Any other option of Lightning's Trainer works too (--gradient_clip_val 1.0 ...), and so do overrides of\n"
-        "the config: model.base_learning_rate=1e-3 data.params.batch_size=2",
+        epilog="Any other option of Lightning's Trainer works too (--gradient_clip_val 1.0 ...), and so do overrides\n"
+        "of the config: model.base_learning_rate=1e-3 data.params.batch_size=2",
     )
     run = p.add_argument_group("run")
     run.add_argument(
@@ -111,8 +111,8 @@ def parse(p: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[s
 
 
 TRAINER_OPTIONS = (
-    "accelerator", "devices", "num_nodes", "strategy", "precision", "max_steps", "max_epochs", "accumulate_grad_batches",
-    "log_every_n_steps",
+    "accelerator", "devices", "num_nodes", "strategy", "precision", "max_steps", "max_epochs",
+    "accumulate_grad_batches", "log_every_n_steps",
 )  # fmt: skip
 
 

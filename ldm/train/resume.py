@@ -1,4 +1,4 @@
-"""What makes a run stop and go on without a trace: safe checkpoint files, random states, signals, a guard on the loss."""
+"""What makes a run stop and go on without a trace: safe checkpoints, random states, signals, a guard on the loss."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Floor 2: what learns, in one answer.
 
-A family of parameter-efficient tuning is one file here, chosen by its dotted `target` in YAML. It answers two questions:
-`install(model)` attaches what it needs, `trainable(model)` names what learns. The second answer freezes the rest, fills the
-optimizer, is saved, is loaded and is counted.
+A family of parameter-efficient tuning is one file here, chosen by its dotted `target` in YAML. It answers two
+questions: `install(model)` attaches what it needs, `trainable(model)` names what learns. The second answer freezes the
+rest, fills the optimizer, is saved, is loaded and is counted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Diffusion models as Lightning modules: in pixels (arXiv 2006.11239) and in the latents of an autoencoder (arXiv 2112.10752)."""
+"""Diffusion as Lightning modules: in pixels (arXiv 2006.11239), in the latents of an autoencoder (arXiv 2112.10752)."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ class DDPM(pl.LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs val/loss, and val/loss_ema with the averaged weights where they are kept, on the same draws every time."""
+        """Logs val/loss, and val/loss_ema with the averaged weights where they are kept; on the same draws always."""
         batch = batch[0] if isinstance(batch, (list, tuple)) else batch
         scopes = {"": nullcontext, "_ema": self.ema_scope} if self.use_ema else {"": nullcontext}
         for suffix, scope in scopes.items():

@@ -1,4 +1,4 @@
-"""The UNet of latent diffusion: residual blocks that know the time step, attention, skip connections (arXiv 2112.10752)."""
+"""The UNet of latent diffusion: residual blocks that know the time step, attention, skips (arXiv 2112.10752)."""
 
 from __future__ import annotations
 
@@ -157,8 +157,8 @@ class TimestepEmbedSequential(nn.Sequential):
 class UNetModel(nn.Module):
     """Epsilon-prediction eps(x_t, t, context) with LDM's constructor arguments and state-dict names.
 
-    `attention_resolutions` are downsampling rates at which attention is used; `num_heads` or `num_head_channels` must be
-    given where there is attention. `adapter_config` attaches position adapters (see `ldm.modules.adapters`).
+    `attention_resolutions` are downsampling rates at which attention is used; `num_heads` or `num_head_channels` must
+    be given. `adapter_config` attaches position adapters (see `ldm.modules.adapters`).
     Raises `InputError` for arguments that contradict each other.
     """
 
@@ -273,7 +273,7 @@ class UNetModel(nn.Module):
         return self.time_embed[0].weight.dtype
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        """Noisy latents [b, c, h, w], time steps [b], context [b, m, context_dim], classes y [b] to epsilon [b, c, h, w].
+        """Noisy latents [b, c, h, w], steps [b], context [b, m, context_dim], classes y [b] to epsilon [b, c, h, w].
 
         Height and width must be multiples of `downsampling_factor`.
         """
@@ -304,7 +304,7 @@ class UNetModel(nn.Module):
     def load_adapter_from_dir(self, path: str | Path, scale: float = 1.0, add: bool = False) -> None:
         """Read such a folder, or one of the published code. Raises `InputError` if it does not fit this model.
 
-        `scale` multiplies the scale of each adapter read. A model without adapters takes those of the folder; one that has
-        some must have the same, unless `add`, which attaches those of the folder beside them.
+        `scale` multiplies the scale of each adapter read. A model without adapters takes those of the folder; one that
+        has some must have the same, unless `add`, which attaches those of the folder beside them.
         """
         adapter_files.load(self, path, scale, add)

@@ -76,7 +76,7 @@ def avg_pool_nd(dims: int, *args, **kwargs) -> nn.Module:
 def checkpoint(function, inputs: tuple, enabled: bool):
     """`function(*inputs)`, its activations recomputed in the backward pass instead of kept if `enabled`.
 
-    The non-reentrant kind: parameters need not be listed, frozen ones get no gradient, and it works under `torch.compile`.
+    The non-reentrant kind: parameters need not be listed, frozen ones get no gradient, `torch.compile` takes it.
     """
     if enabled and torch.is_grad_enabled():
         return torch_checkpoint(function, *inputs, use_reentrant=False)

@@ -35,11 +35,11 @@ class FrozenCLIPEmbedder(nn.Module):
 
     `version` is a local folder with a CLIP `config.json` (and, if the encoder is to be used without a checkpoint of the
     whole model, `model.safetensors`), or the name of the encoder of Stable Diffusion v1. Its weights come with the
-    checkpoint of the whole model. The tokenizer is loaded when the first prompt is read: from `tokenizer` (a folder with
-    vocab.json and merges.txt), from `version` if that is a folder, from models/<name>, or from the hub's cache.
+    checkpoint of the whole model. The tokenizer is loaded when the first prompt is read: from `tokenizer` (a folder
+    with vocab.json and merges.txt), from `version` if that is a folder, from models/<name>, or from the hub's cache.
 
-    State-dict names are those of released checkpoints (`transformer.text_model.*` and `position_ids`), whichever generation
-    of transformers is installed; both spellings are read.
+    State-dict names are those of released checkpoints (`transformer.text_model.*` and `position_ids`), whichever
+    generation of transformers is installed; both spellings are read.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ class NewTokens(nn.Module):
         embedding.register_forward_hook(self._fill_in)
 
     def add(self, word: str, vectors: Tensor) -> list[str]:
-        """Register a word with its vectors [v, d]; the names that the tokenizer must learn, in the order of their ids."""
+        """Register a word with its vectors [v, d]; the names that the tokenizer must learn, in the order of ids."""
         stem = "new" + str(len(self.words))
         names = [f"<{stem}-{i}>" for i in range(len(vectors))]
         for name, row in zip(names, vectors, strict=True):
