@@ -105,7 +105,7 @@ def _read_torch(path: Path, mmap: bool) -> Any:
 
 
 def _inert_globals() -> list[Any]:
-    """What released SD v1 checkpoints name beside tensors: Lightning's bookkeeping (an empty class here), numpy numbers."""
+    """What released SD v1 checkpoints name beside tensors: Lightning's bookkeeping (empty here), numpy numbers."""
     import numpy as np
 
     scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
@@ -201,7 +201,8 @@ def load_weights(
     """Put `weights` into a model, without copying where the dtype is the model's.
 
     Names that the model does not have (EMA copies, bookkeeping) are left out. Buffers may be absent, the model has
-    computed its own. Parameters may be absent if `may_lack(name)`; their modules are then initialised by `reset_parameters`.
+    computed its own. Parameters may be absent if `may_lack(name)`; their modules are then initialised by
+    `reset_parameters`.
     Raises `InputError`, with the first few names, if other parameters are absent or shapes differ.
     """
     parameters = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""Position adapters as a folder, `adapters.safetensors` and `adapter_config.json`; reads published `.pt` folders too."""
+"""Position adapters as a folder, `adapters.safetensors` and `adapter_config.json`; published `.pt` folders too."""
 
 from __future__ import annotations
 

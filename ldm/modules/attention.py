@@ -12,7 +12,7 @@ from ldm.util import InputError
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from tokens [b, n, query_dim] to a context [b, m, context_dim], or without one to themselves."""
+    """Multi-head attention from tokens [b, n, query_dim] to a context [b, m, context_dim], by default themselves."""
 
     def __init__(
         self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0

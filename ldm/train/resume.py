@@ -81,7 +81,7 @@ class RandomStates(pl.Callback):
 
 
 class SaveRun(pl.Callback):
-    """Writes `<step>-adapters/` and `last.ckpt` every so many steps, on SIGUSR1, and before leaving on SIGTERM or Ctrl-C.
+    """Writes `<step>-adapters/` and `last.ckpt` every so many steps, on SIGUSR1, on leaving by SIGTERM or Ctrl-C.
 
     A loss that is not finite stops the run before anything is saved. `notes` go into the adapter folders.
     """

@@ -53,7 +53,7 @@ class Run:
         return self.folder / "checkpoints"
 
 
-# --- configs and folders -----------------------------------------------------------------------------------------------
+# --- configs and folders ------------------------------------------------------------------------------------------
 
 
 def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -> DictConfig:
@@ -96,7 +96,7 @@ def write_configs(run: Run) -> None:
         beside.write_text(f"# {' '.join(sys.argv)}\n" + OmegaConf.to_yaml(run.config, resolve=True))
 
 
-# --- parts -------------------------------------------------------------------------------------------------------------
+# --- parts --------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(run: Run, processes: int) -> float:
@@ -189,7 +189,7 @@ def make_trainer(run: Run) -> pl.Trainer:
         raise InputError(f"Lightning's Trainer refuses its options: {' '.join(str(error).split())}") from None
 
 
-# --- the run -----------------------------------------------------------------------------------------------------------
+# --- the run ------------------------------------------------------------------------------------------------------
 
 
 def prepare_class_pictures(run: Run, model: Any, folder: Path, prompt: str, number: int) -> None:
