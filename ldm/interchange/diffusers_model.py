@@ -1,0 +1,231 @@
+"""Stable Diffusion v1 models as diffusers' folder (unet/, vae/, text_encoder/, tokenizer/, scheduler/) and back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoints import atomic_write, read_weights, save_json, save_safetensors
+from ldm.interchange.names import (
+    TEXT,
+    UNET,
+    VAE,
+    inverse,
+    layout_of,
+    layout_of_diffusers,
+    translate_all,
+    unet_table,
+    vae_table,
+)
+from ldm.modules.encoders.modules import CLIP_VIT_L_14
+from ldm.util import InputError, find_file, plain
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # until diffusers 0.17
+OLD_NAMES = {"text_encoder": "pytorch_model"}
+
+
+# --- weights: LDM's names <-> {"unet": ..., "vae": ..., "text_encoder": ...}
+
+
+def to_diffusers(weights: Mapping[str, Tensor], source: str = "the checkpoint") -> dict[str, dict[str, Tensor]]:
+    """The weights of a `LatentDiffusion` by diffusers' names, for each part. Raises `InputError` for other models."""
+    unet, vae, text = (_below(weights, prefix) for prefix in (UNET, VAE, TEXT))
+    if not (unet and vae and text):
+        raise InputError(f"{source} is not a whole Stable Diffusion v1 model: expected UNet, autoencoder, text encoder")
+    tables = {"unet": unet_table(layout_of(unet)), "vae": vae_table(*_vae_layout(vae))}
+    parts = {part: _renamed(content, tables[part], source) for part, content in (("unet", unet), ("vae", vae))}
+    parts["vae"] = {name: value.reshape(_flat_if_attention(name, value)) for name, value in parts["vae"].items()}
+    return parts | {"text_encoder": {name: value for name, value in text.items() if not name.endswith("position_ids")}}
+
+
+def from_diffusers(parts: Mapping[str, Mapping[str, Tensor]], source: str = "the folder") -> dict[str, Tensor]:
+    """The weights of a `LatentDiffusion` from those of diffusers' parts. Raises `InputError`."""
+    vae = {_modern(name): value for name, value in parts["vae"].items()}
+    levels = 1 + max((int(name.split(".")[2]) for name in vae if name.startswith("encoder.down_blocks.")), default=0)
+    count = 1 + max((int(n.split(".")[4]) for n in vae if n.startswith("encoder.down_blocks.0.resnets.")), default=0)
+    vae = _renamed(vae, inverse(vae_table(levels, count)), source)
+    vae = {name: value[..., None, None] if _is_attention(name, value) else value for name, value in vae.items()}
+    unet = _renamed(parts["unet"], inverse(unet_table(layout_of_diffusers(parts["unet"]))), source)
+    text = {"text_model." + name.removeprefix("text_model."): value for name, value in parts["text_encoder"].items()}
+    return {
+        prefix + name: value
+        for prefix, part in ((UNET, unet), (VAE, vae), (TEXT, text))
+        for name, value in part.items()
+        if not name.endswith("position_ids")
+    }
+
+
+def _below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _renamed(weights: Mapping[str, Tensor], table: Mapping[str, str], source: str) -> dict[str, Tensor]:
+    names = translate_all(weights, table, source)
+    return {names[name]: value for name, value in weights.items()}
+
+
+def _vae_layout(vae: Mapping[str, Tensor]) -> tuple[int, int]:
+    levels = {int(name.split(".")[2]) for name in vae if name.startswith("encoder.down.")}
+    blocks = {int(name.split(".")[4]) for name in vae if name.startswith("encoder.down.0.block.")}
+    return len(levels), len(blocks)
+
+
+def _modern(name: str) -> str:
+    return ".".join(OLD_ATTENTION.get(part, part) for part in name.split("."))
+
+
+def _flat_if_attention(name: str, value: Tensor) -> tuple[int, ...]:
+    """LDM's autoencoder attends through 1x1 convolutions, diffusers' through linear layers of the same numbers."""
+    inside = ".attentions." in name and value.dim() == 4
+    return tuple(value.shape[:2]) if inside else tuple(value.shape)
+
+
+def _is_attention(name: str, value: Tensor) -> bool:
+    return ".attn_1." in name and value.dim() == 2
+
+
+# --- configurations
+
+
+def configurations(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The JSON of each part for `model.params` of an LDM config, and the `model_index.json` under "" ."""
+    unet, vae = (plain(params[key]["params"]) for key in ("unet_config", "first_stage_config"))
+    dd = vae["ddconfig"]
+    if dd.get("attn_resolutions") or "embed_dim" not in vae:
+        raise InputError(
+            "only KL autoencoders without attention at their levels have a counterpart in diffusers' SD v1"
+        )
+    mult, rates = unet.get("channel_mult", [1, 2, 4, 8]), unet["attention_resolutions"]
+    attends = [2**level in rates for level in range(len(mult))]
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends]
+    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)]
+    return {
+        "": {
+            "_class_name": "StableDiffusionPipeline",
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "PNDMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+        "unet": {
+            "_class_name": "UNet2DConditionModel",
+            "act_fn": "silu",
+            # diffusers calls the number of heads so, for the sake of its first models
+            "attention_head_dim": unet["num_heads"],
+            "block_out_channels": [unet["model_channels"] * m for m in mult],
+            "cross_attention_dim": unet["context_dim"],
+            "down_block_types": down,
+            "up_block_types": up,
+            "in_channels": unet["in_channels"],
+            "out_channels": unet["out_channels"],
+            "layers_per_block": unet["num_res_blocks"],
+            "norm_eps": 1e-5,
+            "norm_num_groups": 32,
+            "sample_size": params.get("image_size", 64),
+            "transformer_layers_per_block": unet.get("transformer_depth", 1),
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            "act_fn": "silu",
+            "block_out_channels": [dd["ch"] * m for m in dd["ch_mult"]],
+            "down_block_types": ["DownEncoderBlock2D"] * len(dd["ch_mult"]),
+            "up_block_types": ["UpDecoderBlock2D"] * len(dd["ch_mult"]),
+            "in_channels": dd["in_channels"],
+            "out_channels": dd["out_ch"],
+            "latent_channels": vae["embed_dim"],
+            "layers_per_block": dd["num_res_blocks"],
+            "norm_num_groups": 32,
+            "sample_size": dd["resolution"],
+            "scaling_factor": params.get("scale_factor", 1.0),
+        },
+        "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **_text(params)},
+        "scheduler": {
+            "_class_name": "PNDMScheduler",
+            "beta_start": params.get("linear_start", 1e-4),
+            "beta_end": params.get("linear_end", 2e-2),
+            "beta_schedule": "scaled_linear",
+            "clip_sample": False,
+            "num_train_timesteps": params.get("timesteps", 1000),
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+        },
+    }
+
+
+def _text(params: Mapping[str, Any]) -> dict[str, Any]:
+    version = (params["cond_stage_config"].get("params") or {}).get("version", "openai/clip-vit-large-patch14")
+    file = find_file(version) / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else CLIP_VIT_L_14
+    return {key: value for key, value in config.get("text_config", config).items() if key not in ("architectures",)}
+
+
+# --- folders
+
+
+def write_folder(path: str | Path, weights: Mapping[str, Tensor], params: Mapping[str, Any]) -> None:
+    """Write a diffusers folder for the weights of a `LatentDiffusion` and `model.params` of its config. Atomic.
+
+    Raises `InputError` for a model that is not of the Stable Diffusion v1 family.
+    """
+    parts, configs = to_diffusers(weights), configurations(params)
+    tokenizer = tokenizer_folder(params)
+    if tokenizer is None:
+        configs[""]["tokenizer"] = [None, None]
+        log.warning("%s will have no tokenizer: name its folder in cond_stage_config.params.tokenizer", path)
+    with atomic_write(path) as beside:
+        save_json(beside / "model_index.json", configs.pop(""))
+        for part, config in configs.items():
+            name = "scheduler_config.json" if part == "scheduler" else "config.json"
+            save_json(beside / part / name, config)
+        for part, tensors in parts.items():
+            save_safetensors(beside / part / f"{WEIGHTS[part]}.safetensors", tensors, {"format": "pt"})
+        if tokenizer:
+            (beside / "tokenizer").mkdir()
+            for file in TOKENIZER_FILES:
+                if (tokenizer / file).is_file():
+                    shutil.copyfile(tokenizer / file, beside / "tokenizer" / file)
+
+
+def tokenizer_folder(params: Mapping[str, Any]) -> Path | None:
+    """The folder with vocab.json and merges.txt that a config's text encoder uses, if it is on this machine."""
+    text = params["cond_stage_config"].get("params") or {}
+    version = text.get("version", "openai/clip-vit-large-patch14")
+    folders = [text.get("tokenizer"), version, f"models/{Path(version).name}"]
+    return next((f for f in (find_file(f) for f in folders if f) if (f / "vocab.json").is_file()), None)
+
+
+def read_folder(path: str | Path) -> dict[str, Tensor]:
+    """The weights of a diffusers folder under LDM's names. Raises `InputError`."""
+    path = Path(path)
+    if not is_folder(path):
+        raise InputError(f"{path} is not a diffusers model: expected a folder with model_index.json")
+    return from_diffusers({part: _read_part(path / part, part) for part in WEIGHTS}, str(path))
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a path is a diffusers model folder."""
+    return (Path(path) / "model_index.json").is_file()
+
+
+def _read_part(folder: Path, part: str) -> dict[str, Tensor]:
+    stems = [WEIGHTS[part], OLD_NAMES.get(part, WEIGHTS[part])]
+    files = [folder / f"{s}{v}.{e}" for v in ("", ".fp16") for s, e in zip(stems, ("safetensors", "bin"), strict=True)]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise InputError(f"{folder} holds none of {', '.join(f.name for f in files)}; is the download complete?")
+    return read_weights(found)
