@@ -1,0 +1,67 @@
+"""What the benchmarks share: timing, tables with ratios, a full-size checkpoint of random weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--repeats", type=int, default=3, help="timed runs of each")
+    p.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    p.add_argument("--json", action="store_true", help="print the numbers for machines")
+    return p
+
+
+def timed(work: Callable[[], Any], repeats: int, device: torch.device | None = None, warm_up: int = 1) -> list[float]:
+    """Seconds of each of `repeats` runs after `warm_up` others; the device is waited for."""
+    seconds = []
+    for i in range(warm_up + repeats):
+        start = time.perf_counter()
+        work()
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds[warm_up:]
+
+
+def table(rows: dict[str, list[float]], peer: str, as_json: bool, unit: str = "s") -> None:
+    """Median, spread and ratio to the peer's median of each row; the peer is one of the rows."""
+    base = statistics.median(rows[peer])
+    result = {
+        name: {"median": statistics.median(v), "min": min(v), "max": max(v), "ratio": statistics.median(v) / base}
+        for name, v in rows.items()
+    }
+    if as_json:
+        print(json.dumps({"machine": machine(), "peer": peer, "unit": unit, "rows": result}))
+        return
+    width = max(map(len, rows))
+    print(machine())
+    print(f"| {'work':{width}} | median {unit} | min - max | ratio to {peer} |")
+    print(f"| {'-' * width} | ---: | ---: | ---: |")
+    for name, r in result.items():
+        print(f"| {name:{width}} | {r['median']:.3f} | {r['min']:.3f} - {r['max']:.3f} | {r['ratio']:.2f} |")
+
+
+def machine() -> str:
+    """The processor, its threads and the versions that a number depends on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = f"{models[0]} x {len(models)}" if models else name
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{name}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}"
