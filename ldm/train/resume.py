@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from ldm.checkpoints import read_object, save_torch
+from ldm.checkpoints import is_adapter, read_object, save_torch
 from ldm.util import InputError
 
 log = logging.getLogger(__name__)
@@ -80,10 +81,11 @@ class RandomStates(pl.Callback):
             self.pending = None
 
 
-class SaveRun(pl.Callback):
-    """Writes `<step>-adapters/` and `last.ckpt` every so many steps, on SIGUSR1, on leaving by SIGTERM or Ctrl-C.
+class SaveRun(Checkpoint):
+    """Writes `<step>-adapters/` and `last.ckpt` every so many steps, on SIGUSR1, and on leaving.
 
     A loss that is not finite stops the run before anything is saved. `notes` go into the adapter folders.
+    As a `Checkpoint` it comes after all other callbacks.
     """
 
     def __init__(self, folder: Path, every_n_train_steps: int, notes: dict[str, Any] | None = None) -> None:
@@ -92,7 +94,7 @@ class SaveRun(pl.Callback):
                 f"modelcheckpoint.params.every_n_train_steps must be at least 1, got {every_n_train_steps!r}"
             )
         self.folder, self.every, self.notes = folder, every_n_train_steps, notes or {}
-        self.saved_at = 0
+        self.step = 0  # the latest one that is done
         self.asked: int | None = None  # the signal that came last
         self.unchecked: torch.Tensor | None = None  # the loss of the latest batch
         self.handlers: dict[int, Any] = {}
@@ -102,7 +104,7 @@ class SaveRun(pl.Callback):
         return self.folder / "last.ckpt"
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.saved_at = trainer.global_step
+        self.step = trainer.global_step
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             if number == signal.SIGUSR1 and signal.getsignal(number) is not signal.SIG_DFL:
                 continue  # a cluster's requeueing has it
@@ -122,15 +124,23 @@ class SaveRun(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._check_loss(trainer, module)  # that of the batch before, which the device has finished by now
-        self.unchecked = outputs["loss"] if isinstance(outputs, dict) else None
-        step = trainer.global_step
+        self.unchecked = (outputs or {}).get("loss")  # none where the model steps its optimizers itself
+        if trainer.global_step == self.step:
+            return  # in the midst of accumulated batches, whose gradients no checkpoint holds
+        self.step = trainer.global_step
         asked = self._asked_anywhere(trainer)
-        if step != self.saved_at and (step % self.every == 0 or asked or step == trainer.max_steps):
+        if asked or self.step % self.every == 0 or self._ends(trainer):
             self._check_loss(trainer, module)
             self.save(trainer, module)
         if asked in (signal.SIGTERM, signal.SIGINT):
-            log.info("stopped by %s at step %d; go on with -r %s", signal.Signals(asked).name, step, self.folder.parent)
+            name, folder = signal.Signals(asked).name, self.folder.parent
+            log.info("stopped by %s at step %d; go on with -r %s", name, self.step, folder)
             trainer.should_stop = True
+
+    def _ends(self, trainer: pl.Trainer) -> bool:
+        """Whether this is the last batch, as far as one can know."""
+        last_of_all = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        return trainer.should_stop or last_of_all or trainer.global_step == trainer.max_steps
 
     def _asked_anywhere(self, trainer: pl.Trainer) -> int | None:
         """The signal that any of the processes has received since the last batch."""
@@ -156,6 +166,6 @@ class SaveRun(pl.Callback):
         """Write the adapters, if there are any, and everything that a resume needs."""
         self.saved_at = trainer.global_step
         unet = getattr(getattr(module, "model", None), "diffusion_model", None)
-        if trainer.is_global_zero and unet is not None and any("adapter" in name for name in module.learning()):
-            unet.save_adapter_to_dir(self.folder / f"{self.saved_at}-adapters", step=self.saved_at, **self.notes)
+        if trainer.is_global_zero and unet is not None and any(map(is_adapter, module.learning())):
+            unet.save_adapter_to_dir(self.folder / f"{self.step}-adapters", step=self.step, **self.notes)
         trainer.save_checkpoint(self.last)

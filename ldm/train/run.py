@@ -25,13 +25,29 @@ from ldm.data.class_images import missing_class_images
 from ldm.generate import Settings, fill_class_folder
 from ldm.train.callbacks import EpochReport, ImageLogger
 from ldm.train.resume import RandomStates, SafeCheckpointIO, SaveRun
-from ldm.util import InputError, best_device, find_file, instantiate_from_config, load_config, parse_overrides, plain
+from ldm.util import (
+    InputError,
+    best_device,
+    explain,
+    find_file,
+    instantiate_from_config,
+    load_config,
+    parse_overrides,
+    plain,
+)
 
 log = logging.getLogger(__name__)
 
+if rank_zero_only.rank:  # one of the processes speaks for all of them
+    logging.getLogger("ldm").setLevel(logging.ERROR)
 # Lightning's advice about itself. Batches here resume by their number, and draws are made where a picture is cached.
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-for message in (".*dataloader is not resumable.*", ".*does not have many workers.*", ".*`isinstance\\(treespec.*"):
+for message in (
+    ".*dataloader is not resumable.*",
+    ".*does not have many workers.*",
+    ".*`isinstance\\(treespec.*",
+    ".*in eval mode at the start of training.*",
+):
     warnings.filterwarnings("ignore", message)
 
 
@@ -113,7 +129,7 @@ def learning_rate(run: Run, processes: int) -> float:
     return float(base) * processes * batch * accumulated
 
 
-def trainer_options(run: Run) -> dict[str, Any]:
+def trainer_options(run: Run, automatic: bool = True) -> dict[str, Any]:
     """The trainer section of the config in the words of today's Lightning."""
     options = plain(run.config.get("lightning", {}).get("trainer", {}))
     gpus = options.pop("gpus", None)
@@ -122,6 +138,9 @@ def trainer_options(run: Run) -> dict[str, Any]:
     devices = options.get("devices")
     if isinstance(devices, str) and devices.strip("0123456789, -") == "" and devices != "auto":
         options["devices"] = [int(d) for d in devices.split(",") if d.strip()] if "," in devices else int(devices)
+    if not automatic and (options.get("accumulate_grad_batches") or 1) != 1:
+        log.warning("accumulate_grad_batches has no effect: this model steps its two optimizers itself")
+        del options["accumulate_grad_batches"]
     if str(options.get("precision")) in ("16", "16-mixed") and not uses_gpu(options):
         log.warning("precision %s needs a GPU; training in 32 bits", options["precision"])
         options["precision"] = "32-true"
@@ -153,15 +172,16 @@ def make_loggers(run: Run) -> Any:
     config = run.config.get("lightning", {}).get("logger")
     if config is None:
         return TensorBoardLogger(save_dir=run.folder, name="tensorboard", version="")
-    extra = {"save_dir": str(run.folder)} if "save_dir" not in (config.get("params") or {}) else {}
-    return instantiate_from_config(config, **extra)
+    with explain("lightning.logger", ImportError, AttributeError):
+        extra = {"save_dir": str(run.folder)} if "save_dir" not in (config.get("params") or {}) else {}
+        return instantiate_from_config(config, **extra)
 
 
 def make_callbacks(run: Run) -> list[pl.Callback]:
     """The config's callbacks and those that every run has."""
     section = run.config.get("lightning", {})
     every = (section.get("modelcheckpoint") or {}).get("params", {}).get("every_n_train_steps", 500)
-    callbacks = [instantiate_from_config(config) for config in (section.get("callbacks") or {}).values()]
+    callbacks = [instantiate_from_config(config) for config in (section.get("callbacks") or {}).values() if config]
     for callback in callbacks:
         if isinstance(callback, ImageLogger):
             callback.folder = run.folder / "images"
@@ -170,14 +190,13 @@ def make_callbacks(run: Run) -> list[pl.Callback]:
     return [*callbacks, *own, SaveRun(run.checkpoints, every, run.notes)]
 
 
-def make_trainer(run: Run) -> pl.Trainer:
+def make_trainer(run: Run, automatic: bool = True) -> pl.Trainer:
     """Lightning's Trainer. Raises `InputError` for options that contradict each other or the machine."""
-    options = {"num_sanity_val_steps": 0, "log_every_n_steps": 10} | trainer_options(run)
-    fixed = {"use_distributed_sampler": False, "enable_checkpointing": False}
+    options = {"num_sanity_val_steps": 0, "log_every_n_steps": 10} | trainer_options(run, automatic)
     try:
         return pl.Trainer(
             **options,
-            **fixed,
+            use_distributed_sampler=False,
             logger=make_loggers(run),
             callbacks=make_callbacks(run),
             plugins=[SafeCheckpointIO()],
@@ -205,10 +224,11 @@ def prepare_class_pictures(run: Run, model: Any, folder: Path, prompt: str, numb
 def train(run: Run, model: pl.LightningModule) -> pl.Trainer:
     """Train `model` as the config says; the trainer, when it is done or was asked to stop."""
     write_configs(run)
-    trainer = make_trainer(run)
+    trainer = make_trainer(run, model.automatic_optimization)
     pl.seed_everything(run.seed + trainer.global_rank, verbose=False)  # other noise in every process
     model.learning_rate = learning_rate(run, trainer.world_size)
     data = instantiate_from_config(run.config.data)
+    write_configs(run)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("%s: %s weights learn, learning rate %g", run.folder, f"{count:,}", model.learning_rate)
     try:
@@ -222,4 +242,5 @@ def train(run: Run, model: pl.LightningModule) -> pl.Trainer:
 
 def base_model(run: Run) -> pl.LightningModule:
     """The model of the config on the checkpoint that it starts from, in training mode."""
+    torch.manual_seed(run.seed)  # adapters start at random numbers
     return build_model(run.config, *choose_checkpoint(run.config, run.base)).train()

@@ -1,0 +1,45 @@
+"""Training from a config alone, as LDM's main.py does it: first stages, latent diffusion, CLIP; from scratch or not."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import OmegaConf
+
+from ldm.train import run as runs
+from ldm.train.run import Run
+from ldm.util import InputError, instantiate_from_config
+
+DEFAULTS = {"seed": 23, "scale_lr": False}
+
+
+def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:
+    """The run that the options ask for: a new one, or one to go on with. Raises `InputError`."""
+    if options.resume and options.name:
+        raise InputError("-r goes on with a run that has its name; leave -n out")
+    folder, checkpoint = runs.resumed_folder(options.resume) if options.resume else (None, None)
+    config = runs.read_configs(options.base, overrides, folder)
+    asked = {"seed": options.seed, "scale_lr": options.scale_lr}
+    told = {key: value for key, value in asked.items() if value is not None}
+    chosen = {"gpus": options.gpus} if options.gpus is not None else {}
+    config = OmegaConf.merge(
+        {"training": DEFAULTS}, config, {"training": told, "lightning": {"trainer": trainer_options | chosen}}
+    )
+    name = options.name or (Path(options.base[0]).stem if options.base else "")
+    return Run(
+        config=config,
+        folder=folder or runs.new_folder(options.logdir, options.project, "", name, options.postfix),
+        resume=checkpoint,
+        seed=config.training.seed,
+        scale_lr=config.training.scale_lr,
+        debug=options.debug,
+    )
+
+
+def train(run: Run) -> pl.Trainer:
+    """Build the model with fresh weights (its own `ckpt_path` may say otherwise) and train it."""
+    pl.seed_everything(run.seed, verbose=False)
+    return runs.train(run, instantiate_from_config(run.config.model))
