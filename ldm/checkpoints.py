@@ -19,6 +19,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,24 @@ def _read_torch(path: Path, mmap: bool) -> Any:
 
 
 def _inert_globals() -> list[Any]:
-    """What released SD v1 checkpoints name beside tensors: Lightning's bookkeeping (empty here), numpy numbers."""
+    """What released files name beside tensors, with empty classes in the place of those that could do something.
+
+    SD v1 checkpoints hold Lightning's bookkeeping and numpy numbers, textual-inversion files a `ParameterDict`.
+    """
     import numpy as np
 
+    def empty(dotted: str) -> type:
+        module, _, name = dotted.rpartition(".")
+        return type(name, (), {"__module__": module})
+
     scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
+    classes = (
+        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+        "torch.nn.modules.container.ParameterDict",
+    )
     known = {
-        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": type(
-            "ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"}
-        ),
+        **{dotted: empty(dotted) for dotted in classes},
+        "builtins.set": set,
         "numpy.core.multiarray.scalar": scalar,
         "numpy._core.multiarray.scalar": scalar,
         "numpy.dtype": np.dtype,
@@ -141,7 +152,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield holder / path.name
         _flush(holder / path.name)
         if path.is_dir():  # a folder cannot be replaced in one step: move the old one aside first
-            os.replace(path, holder / "old")
+            os.replace(path, holder / f"{path.name}.old")
         os.replace(holder / path.name, path)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
@@ -161,7 +172,10 @@ def save_safetensors(
     from safetensors.torch import save_file
 
     with atomic_write(path) as beside:
+        beside.touch()
+        mode = beside.stat().st_mode  # safetensors would leave the file to its owner alone
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside, dict(metadata or {}))
+        beside.chmod(mode)
 
 
 def save_torch(path: str | Path, content: Any) -> None:
@@ -231,7 +245,9 @@ def load_weights(
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.dtype != dtypes[name]:
             value.data = value.data.to(dtypes[name])
-    reset(model, set(lacking))
+    reset(model, {name for name in lacking if is_adapter(name) or not is_added(name)})
+    if hasattr(model, "weights_loaded"):
+        model.weights_loaded(set(result.missing_keys))
 
 
 def reset(model: nn.Module, names: set[str]) -> None:
@@ -250,23 +266,46 @@ def is_adapter(name: str) -> bool:
     return re.search(r"(^|\.)adapter(_inout)?(_\d+)?\.", name) is not None
 
 
+def is_added(name: str) -> bool:
+    """Whether a state-dict name is of something that tuning put beside the base: adapters, LoRA, new tokens."""
+    return is_adapter(name) or re.search(r"(^|\.)((lora|hada|lokr|oft|boft)_\w+|new_tokens)\.", name) is not None
+
+
+BASE_IS_COMING: ContextVar[bool] = ContextVar("BASE_IS_COMING", default=False)
+
+
+@contextmanager
+def base_is_coming() -> Iterator[None]:
+    """Within this context models are built without their tuning, which starts from weights that are loaded afterwards.
+
+    Whoever has loaded them calls `model.tune()`.
+    """
+    token = BASE_IS_COMING.set(True)
+    try:
+        yield
+    finally:
+        BASE_IS_COMING.reset(token)
+
+
 def build_model(config: Mapping, ckpt: str | Path | None, random_seed: int | None = None) -> nn.Module:
     """The model of a config with the weights of a checkpoint, or with seeded random ones where `ckpt` is None.
 
-    `config` is a whole config (its `model` is built). Adapters of the config start fresh. Raises `InputError`.
+    `config` is a whole config (its `model` is built). What its tuning adds starts fresh. Raises `InputError`.
     """
     if "model" not in config:
         raise InputError(f"the config has no 'model' section; its keys are {list(config)}")
     if ckpt is None:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), base_is_coming():
             torch.manual_seed(random_seed or 0)
             model = instantiate_from_config(config["model"])
             fill_zeros(model)
-        return model
-    weights = read_weights(ckpt)
-    with skip_init():
-        model = instantiate_from_config(config["model"])
-    load_weights(model, weights, source=str(ckpt), may_lack=is_adapter)
+    else:
+        weights = read_weights(ckpt)
+        with skip_init(), base_is_coming():
+            model = instantiate_from_config(config["model"])
+        load_weights(model, weights, source=str(ckpt), may_lack=is_added)
+    if hasattr(model, "tune"):
+        model.tune()
     return model
 
 
@@ -288,12 +327,13 @@ def choose_checkpoint(config: Mapping, given: str | None) -> tuple[str | None, i
     own = config.get("checkpoint") or {}
     if own.get("path") and find_file(own["path"]).is_file():
         return str(find_file(own["path"])), None
+    absent = f"{own['path']} does not exist" if own.get("path") else "the config names no checkpoint"
     if own.get("random_seed") is not None:
-        log.warning(
-            "%s does not exist: starting from random base weights (seed %s)", own.get("path"), own["random_seed"]
-        )
+        log.warning("%s: starting from random base weights (seed %s)", absent, own["random_seed"])
         return None, int(own["random_seed"])
-    raise InputError("no checkpoint: name a Stable Diffusion v1 .ckpt or .safetensors file")
+    raise InputError(
+        f"{absent}: name a .ckpt or .safetensors file with --actual_resume (training) or --ckpt (sampling)"
+    )
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,17 @@ class LitEma(nn.Module):
         decay = torch.where(self.num_updates < 0, self.decay, torch.minimum(self.decay, warm_up))
         for shadow, parameter in self._pairs(model):
             shadow.sub_((1 - decay).to(shadow.dtype) * (shadow - parameter))
+
+    def tracks(self, model: nn.Module) -> bool:
+        """Whether the copies are of exactly those parameters of `model` that have gradients now."""
+        return set(self.m_name2s_name) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def begin(self, model: nn.Module, shadows: Container[str]) -> None:
+        """Start the named shadow copies at the model's present parameters."""
+        for name, shadow_name in self.m_name2s_name.items():
+            if shadow_name in shadows:
+                self.get_buffer(shadow_name).copy_(model.get_parameter(name))
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

@@ -3,16 +3,20 @@
 A family of parameter-efficient tuning is one file here, chosen by its dotted `target` in YAML. It answers two
 questions: `install(model)` attaches what it needs, `trainable(model)` names what learns. The second answer freezes the
 rest, fills the optimizer, is saved, is loaded and is counted.
+
+An entry of `tuning:` is `{target, params, learning_rate, steps}`. The last two are optional and mean the same for every
+family: a learning rate of its own, and `[first, end]`, the steps in which it learns (end excluded, null: no end).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import nn
 
-from ldm.util import InputError, instantiate_from_config, short
+from ldm.util import InputError, get_obj_from_str, instantiate_from_config, plain, short
 
 # `train_level` of the published YAML files, as shorthand.
 LEVELS = {
@@ -23,35 +27,86 @@ LEVELS = {
 
 
 class Family(Protocol):
-    """One way of tuning a latent diffusion model."""
+    """One way of tuning a latent diffusion model.
+
+    It may also have `strength(model, scale)`, which lets what it has learnt act `scale` times as much, and
+    `after_step(model, rate)`, called after each optimizer step in which it learns, with its learning rate.
+    """
 
     def install(self, model: nn.Module) -> None:
-        """Attach what the family needs to the model."""
+        """Attach what the family needs to the model, whose base weights are there."""
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """What learns, by state-dict name."""
+        """What learns, by state-dict name; nothing before `install`, if it is not part of the base."""
 
 
-def families(train_level: str | Sequence[str] | None, tuning: Mapping | Sequence[Mapping] | None) -> list[Family]:
-    """The families that a config names: `tuning: [{target, params}, ...]` and/or the shorthand `train_level`."""
+@dataclass
+class Chosen:
+    """A family and the entry of `tuning:` that chose it."""
+
+    family: Family
+    target: str
+    params: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float | None = None  # None: the model's
+    steps: tuple[int, int | None] = (0, None)
+
+    def learns_at(self, step: int) -> bool:
+        """Whether the family learns in a step, counted from 0."""
+        first, end = self.steps
+        return first <= step and (end is None or step < end)
+
+
+def families(train_level: str | Sequence[str] | None, tuning: Mapping | Sequence[Mapping] | None) -> list[Chosen]:
+    """The families that a config names by `tuning: [{target, ...}, ...]` and/or by the shorthand `train_level`.
+
+    Raises `InputError` for what is not an entry or not a family; the latter before anything of it is called.
+    """
     levels = [train_level] if isinstance(train_level, str) else list(train_level or [])
     for level in levels:
         if level not in LEVELS:
             raise InputError(f"train_level has {level!r}: expected {', '.join(LEVELS)}, or tuning: [{{target: ...}}]")
-    chosen: list[Any] = [{"target": LEVELS[level]} for level in levels]
-    chosen += [tuning] if isinstance(tuning, Mapping) else list(tuning or [])
-    built = [instantiate_from_config(config) for config in chosen]
-    for config, family in zip(chosen, built, strict=True):
-        if not (hasattr(family, "install") and hasattr(family, "trainable")):
-            raise InputError(
-                f"tuning: {short(config['target'])} is not a family: it needs install(model) and trainable(model)"
-            )
-    return built
+    tuning = plain(tuning)
+    entries = [tuning] if isinstance(tuning, Mapping) else list(tuning or [])
+    return [choose({"target": LEVELS[level]}) for level in levels] + [choose(entry) for entry in entries]
 
 
-def trainable(model: nn.Module, chosen: Iterable[Family]) -> dict[str, nn.Parameter]:
+def choose(entry: Any) -> Chosen:
+    """The family of one entry of `tuning:`. Raises `InputError`."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("target"), str):
+        raise InputError(f"tuning: expected entries with target, params, learning_rate, steps, got {short(entry)}")
+    target, params = entry["target"], entry.get("params") or {}
+    if unknown := entry.keys() - {"target", "params", "learning_rate", "steps"}:
+        raise InputError(f"tuning: {short(target)} has the unknown key {', '.join(sorted(unknown))}")
+    kind = get_obj_from_str(target)
+    if not (hasattr(kind, "install") and hasattr(kind, "trainable")):
+        raise InputError(f"tuning: {short(target)} is not a family: it needs install(model) and trainable(model)")
+    rate, steps = entry.get("learning_rate"), tuple(entry.get("steps") or (0, None))
+    if rate is not None and not (isinstance(rate, (int, float)) and rate > 0):
+        raise InputError(f"tuning: learning_rate of {target} must be a positive number, got {rate!r}")
+    match steps:
+        case (int(first), None) if first >= 0:
+            pass
+        case (int(first), int(end)) if 0 <= first < end:
+            pass
+        case _:
+            raise InputError(f"tuning: steps of {target} must be [first, end] or [first, null], got {short(steps)}")
+    return Chosen(instantiate_from_config({"target": target, "params": params}), target, dict(params), rate, steps)
+
+
+def shares(model: nn.Module, chosen: Iterable[Chosen]) -> list[dict[str, nn.Parameter]]:
+    """What each of the chosen families lets learn, by state-dict name; what several name, under the first of them."""
+    taken: set[str] = set()
+    result = []
+    for one in chosen:
+        own = {name: value for name, value in one.family.trainable(model).items() if name not in taken}
+        taken |= own.keys()
+        result.append(own)
+    return result
+
+
+def trainable(model: nn.Module, chosen: Iterable[Chosen]) -> dict[str, nn.Parameter]:
     """What learns under all the chosen families, each parameter once, by state-dict name."""
-    return {name: value for family in chosen for name, value in family.trainable(model).items()}
+    return {name: value for own in shares(model, chosen) for name, value in own.items()}
 
 
 def freeze_rest(model: nn.Module, learning: Mapping[str, nn.Parameter]) -> None:

@@ -1,27 +1,51 @@
-"""Full fine-tuning: the baseline that the others are measured against."""
+"""Full fine-tuning, the baseline that the others are measured against; and a part of the base weights, by name."""
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
+from ldm.checkpoints import is_adapter, is_added
 from ldm.tuning import named
+from ldm.util import InputError
+
+
+class ByName:
+    """The base weights whose state-dict name has a match of a regular expression.
+
+    Raises `InputError` for a pattern that cannot be read and, on `install`, for one that matches nothing.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        try:
+            self.pattern = re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+    def install(self, model: nn.Module) -> None:
+        if not self.trainable(model):
+            raise InputError(f"no weight of this model has a name that matches {self.pattern.pattern!r}")
+
+    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return named(model, lambda name: self.pattern.search(name) is not None and not is_added(name))
 
 
 class UNet:
-    """Every weight of the UNet, adapters included if there are any."""
+    """Every weight of the UNet, position adapters included if there are any."""
 
     def install(self, model: nn.Module) -> None:
         pass
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return named(model, lambda name: name.startswith("model."))
+        return named(model, lambda name: name.startswith("model.") and (is_adapter(name) or not is_added(name)))
 
 
-class ConditionStage:
+class ConditionStage(ByName):
     """Every weight of the text encoder (or whatever encodes the condition)."""
 
-    def install(self, model: nn.Module) -> None:
-        pass
+    def __init__(self) -> None:
+        super().__init__(r"^cond_stage_model\.")
 
-    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return named(model, lambda name: name.startswith("cond_stage_model."))
+    def install(self, model: nn.Module) -> None:
+        pass  # a condition may have nothing to learn

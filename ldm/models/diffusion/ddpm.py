@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any
@@ -12,15 +12,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.checkpoints import is_adapter, load_weights, read_weights
+from ldm.checkpoints import BASE_IS_COMING, is_added, load_weights, read_weights
 from ldm.models.diffusion.guidance import batched
 from ldm.models.diffusion.losses import diffusion_loss, dreambooth_loss, simple_loss
 from ldm.models.diffusion.schedule import ddpm_buffers
 from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.tuning import families, freeze_rest, trainable
-from ldm.tuning.full import ConditionStage, UNet
+from ldm.tuning import Chosen, families, freeze_rest, shares, trainable
 from ldm.util import InputError, instantiate_from_config
 
 # How each `conditioning_key` hands the condition to the UNet: (channels to append, context, class labels).
@@ -128,8 +127,13 @@ class DDPM(pl.LightningModule):
             self.register_buffer(name, value, persistent=name != "lvlb_weights")
 
     def init_from_ckpt(self, path: str) -> None:
-        """Load the weights of a checkpoint; adapters that it lacks keep their start."""
-        load_weights(self, read_weights(path), source=str(path), may_lack=is_adapter)
+        """Load the weights of a checkpoint; what tuning added and the checkpoint lacks keeps its start."""
+        load_weights(self, read_weights(path), source=str(path), may_lack=is_added)
+
+    def weights_loaded(self, lacking: Set[str]) -> None:
+        """Averages that a checkpoint lacks begin at the weights that it has; `load_weights` calls this."""
+        if self.use_ema:
+            self.model_ema.begin(self.model, {name.removeprefix("model_ema.") for name in lacking})
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
@@ -278,7 +282,9 @@ class DDPM(pl.LightningModule):
             parts = {name + suffix: value for name, value in self._prefixed(parts).items()}
             self.log_dict(parts, on_step=False, on_epoch=True, batch_size=len(batch[self.first_stage_key]))
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step of the optimizer, which the averages follow before any callback saves them."""
+        super().optimizer_step(*args, **kwargs)
         if self.use_ema:
             self.model_ema(self.model)
 
@@ -286,12 +292,16 @@ class DDPM(pl.LightningModule):
         """What learns, by state-dict name."""
         return dict(self.named_parameters())
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What learns, as the groups of an optimizer; none where nothing does."""
+        return [{"params": learning}] if (learning := list(self.learning().values())) else []
+
     def configure_optimizers(self) -> Any:
         """AdamW, or what `optimizer_config` names, over what learns; each parameter once."""
-        learning = list(self.learning().values())
-        if not learning:
+        groups = self.parameter_groups()
+        if not groups:
             raise InputError("nothing learns in this config: set model.params.train_level or model.params.tuning")
-        optimizer = instantiate_from_config(self.optimizer_config, params=learning, lr=self.learning_rate)
+        optimizer = instantiate_from_config(self.optimizer_config, params=groups, lr=self.learning_rate)
         if self.scheduler_config is None:
             return optimizer
         schedule = instantiate_from_config(self.scheduler_config)
@@ -370,17 +380,67 @@ class LatentDiffusion(DDPM):
             self.cond_stage_model = self.first_stage_model
         else:
             self.cond_stage_model = instantiate_from_config(cond_stage_config)
-        self.families = families(train_level, tuning) or [UNet(), *([ConditionStage()] if cond_stage_trainable else [])]
-        for family in self.families:
-            family.install(self)
-        freeze_rest(self, self.learning())
+        self.is_tuned = bool(train_level or tuning)  # else what learns is a model of its own, not a change of another
+        whole = ["unet", "embeder"] if cond_stage_trainable else ["unet"]
+        self.families = families(train_level, tuning) if self.is_tuned else families(whole, None)
         self.use_ema = use_ema
+        freeze_rest(self, self.learning())
         self._install(use_ema, ckpt_path)
+        if not BASE_IS_COMING.get():
+            self.tune()
+
+    def tune(self) -> None:
+        """Install the families on the base weights; from here on only what they let learn has gradients."""
+        for chosen in self.families:
+            chosen.family.install(self)
+        freeze_rest(self, self.learning())
+        if self.use_ema and not self.model_ema.tracks(self.model):
+            self.model_ema = LitEma(self.model)
 
     def learning(self) -> dict[str, nn.Parameter]:
         """What the families let learn, by state-dict name."""
-        own = {"logvar": self.logvar} if self.learn_logvar else {}
-        return trainable(self, self.families) | own
+        return trainable(self, self.families) | self._own()
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        return {"logvar": self.logvar} if self.learn_logvar else {}
+
+    def _shares(self) -> list[tuple[Chosen, dict[str, nn.Parameter]]]:
+        return list(zip(self.families, shares(self, self.families), strict=True))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """A group for each learning rate that families have of their own; whatever has none is in the first one."""
+        groups: dict[float | None, list[nn.Parameter]] = {None: list(self._own().values())}
+        for chosen, own in self._shares():
+            groups.setdefault(chosen.learning_rate, []).extend(own.values())
+        rates = {rate: {} if rate is None else {"lr": rate} for rate in groups}
+        return [{"params": parameters} | rates[rate] for rate, parameters in groups.items() if parameters]
+
+    # --- stages: outside its steps a family's parameters have no gradient, so that no optimizer touches them.
+    # Who learns is a function of the step alone: a run resumes within any stage.
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        resting = [chosen for chosen in self.families if not chosen.learns_at(self.global_step)]
+        if resting:
+            active = trainable(self, [chosen for chosen in self.families if chosen not in resting])
+            for name, parameter in trainable(self, resting).items():
+                if name not in active:
+                    parameter.grad = None
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        step = self.global_step
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        wanted = [one for one in self.families if one.learns_at(step) and hasattr(one.family, "after_step")]
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for chosen in wanted:
+            learning = chosen.family.trainable(self).values()
+            chosen.family.after_step(self, max((rates[id(p)] for p in learning), default=0.0))
+
+    def train(self, mode: bool = True) -> LatentDiffusion:
+        """Training mode for what learns; a frozen stage stays in evaluation mode."""
+        super().train(mode)
+        for stage in filter(None, (self.first_stage_model, self.cond_stage_model)):
+            stage.train(mode and any(p.requires_grad for p in stage.parameters()))
+        return self
 
     # --- the first stage: pictures [b, 3, H, W] in [-1, 1] to latents [b, c, h, w] and back
 
@@ -425,7 +485,7 @@ class LatentDiffusion(DDPM):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """With `scale_by_std`, measure on the first batch which factor gives latents unit variance."""
         if self.scale_by_std and self.global_step == 0 and batch_idx == 0:
-            latents, _ = self.clean(batch)
+            latents, _ = self.clean(batch[0] if isinstance(batch, (list, tuple)) else batch)
             self.scale_factor.fill_(self.scale_factor / latents.std())
 
 

@@ -1,0 +1,197 @@
+"""Tuning in weight space: LoRA and its kin, by the `peft` library, on linear and convolution layers.
+
+LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), LoHa (2108.06098), LoKr (2212.10650), OFT (2306.07280),
+BOFT (2311.06243). The base weights keep their released names in the state dict, whatever is wrapped around them.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.tuning import named
+from ldm.util import InputError
+
+# kind: peft's configuration, and our words for rank, alpha and dropout in its words (None: it has no such thing).
+KINDS: dict[str, tuple[str, tuple[str, str | None, str], dict[str, Any]]] = {
+    "lora": ("LoraConfig", ("r", "lora_alpha", "lora_dropout"), {}),
+    "rslora": ("LoraConfig", ("r", "lora_alpha", "lora_dropout"), {"use_rslora": True}),
+    "dora": ("LoraConfig", ("r", "lora_alpha", "lora_dropout"), {"use_dora": True}),
+    "loha": ("LoHaConfig", ("r", "alpha", "rank_dropout"), {}),
+    "lokr": ("LoKrConfig", ("r", "alpha", "rank_dropout"), {}),
+    "oft": ("OFTConfig", ("oft_block_size", None, "module_dropout"), {}),
+    "boft": ("BOFTConfig", ("boft_block_size", None, "boft_dropout"), {}),
+}
+
+UNET_ATTENTION = ("model.diffusion_model.*.attn[12].to_[qkv]", "model.diffusion_model.*.attn[12].to_out.0")
+TEXT_ATTENTION = ("cond_stage_model.*.self_attn.*_proj",)
+
+
+class LoRA:
+    """A low-rank (or orthogonal) change of every layer whose state-dict name matches one of the patterns.
+
+    Args:
+        targets: shell patterns of layer names without `.weight` (`*` crosses dots), as a list, or as a mapping to
+            `{rank, alpha}` of their own; of several that match a layer, the last counts. By default all attention
+            projections of the UNet (`UNET_ATTENTION`); `TEXT_ATTENTION` are those of the text encoder.
+        rank: of the factors; for `oft` and `boft`, the size of the rotated blocks.
+        alpha: the change is scaled by alpha / rank (`rslora`: by alpha / sqrt(rank)); by default the rank.
+        kind: one of `KINDS`.
+        dropout: on the input of the factors (`lora`, `dora`, `rslora`), else as peft has it for the kind.
+        seed: of the random start, which changes nothing yet: one of the factors is zero.
+        options: further arguments of peft's configuration, for instance `{decompose_both: true}` for `lokr`.
+
+    Raises `InputError` for an unknown kind, a pattern that matches no layer, and what peft refuses.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[str] | Mapping[str, Mapping | None] = UNET_ATTENTION,
+        rank: int = 4,
+        alpha: float | None = None,
+        kind: str = "lora",
+        dropout: float = 0.0,
+        seed: int = 0,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if kind not in KINDS:
+            raise InputError(f"LoRA: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        targets = [targets] if isinstance(targets, str) else targets
+        own = targets if isinstance(targets, Mapping) else dict.fromkeys(targets)
+        if unknown := {key for chosen in own.values() for key in chosen or {}} - {"rank", "alpha"}:
+            raise InputError(f"LoRA: targets know rank and alpha, not {', '.join(sorted(unknown))}")
+        given = {"rank": rank} | ({} if alpha is None else {"alpha": alpha})
+        self.targets = {pattern: given | dict(chosen or {}) for pattern, chosen in own.items()}
+        for pattern, size in self.targets.items():
+            if not isinstance(size["rank"], int) or isinstance(size["rank"], bool) or size["rank"] < 1:
+                raise InputError(f"LoRA: rank of {pattern!r} must be at least 1, got {size['rank']!r}")
+        if not 0 <= dropout < 1:
+            raise InputError(f"LoRA: dropout must be at least 0 and below 1, got {dropout!r}")
+        self.kind, self.dropout, self.seed, self.options = kind, dropout, seed, dict(options or {})
+        self.name: str | None = None
+
+    def install(self, model: nn.Module) -> None:
+        self.name = _free_name(model)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft speaks of other models than these
+            torch.manual_seed(self.seed)
+            for (rank, alpha), layers in self._match(model).items():
+                self._inject(model, layers, rank, alpha)
+        for _, layer in wrapped(model):
+            layer.set_adapter(adapters_of(layer))  # all of them act, not only the latest
+            _keep_released_names(layer)
+            if self.kind == "oft":
+                from ldm.tuning.rotation import rotate_filters
+
+                rotate_filters(layer)
+
+    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        own = re.compile(rf"\.(lora|hada|lokr|oft|boft)_\w+\.{self.name}(\.weight)?$")
+        return named(model, lambda name: own.search(name) is not None)
+
+    def strength(self, model: nn.Module, scale: float) -> None:
+        """Multiply the change by `scale`; of `dora`, its low-rank part. Raises `InputError` for rotations."""
+        if self.kind in ("oft", "boft"):
+            raise InputError(f"{self.kind} rotates the weights, and a rotation has no strength but 1; got {scale}")
+        for _, layer in wrapped(model):
+            if self.name in adapters_of(layer):
+                layer.scaling[self.name] *= scale
+
+    def _match(self, model: nn.Module) -> dict[tuple[int, float | None], list[str]]:
+        """The layers to change, by their rank and alpha, as they are called in the model."""
+        layers = dict(_layers(model))  # released name -> name in the model
+        chosen: dict[str, str] = {}
+        for pattern in self.targets:
+            found = [name for name in layers if fnmatchcase(name, pattern)]
+            if not found:
+                raise InputError(
+                    f"LoRA: no linear or convolution layer matches {pattern!r}; its layers have names such as "
+                    f"{[*layers][len(layers) // 2]}"
+                )
+            chosen |= dict.fromkeys(found, pattern)
+        groups: dict[tuple[int, float | None], list[str]] = {}
+        for released, pattern in chosen.items():
+            size = self.targets[pattern]
+            groups.setdefault((size["rank"], size.get("alpha")), []).append(layers[released])
+        return groups
+
+    def _inject(self, model: nn.Module, layers: list[str], rank: int, alpha: float | None) -> None:
+        import peft
+
+        config, (rank_word, alpha_word, dropout_word), more = KINDS[self.kind]
+        words = {rank_word: rank, dropout_word: self.dropout, **more, **self.options}
+        if alpha_word:
+            words[alpha_word] = rank if alpha is None else alpha
+        try:
+            peft.inject_adapter_in_model(getattr(peft, config)(target_modules=layers, **words), model, self.name)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"LoRA ({self.kind}, rank {rank}): peft refuses: {' '.join(str(error).split())}") from None
+        finally:
+            vars(model).pop("peft_config", None)  # the layers know what they need
+
+
+def wrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that peft has wrapped, by their names in the model; the outer one first where it did so twice."""
+    for name, module in model.named_modules():
+        if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer"):
+            yield name, module
+
+
+def adapters_of(layer: nn.Module) -> list[str]:
+    """The names of the changes that a wrapped layer has, in the order in which they came."""
+    return list(dict.fromkeys(key for part in layer.adapter_layer_names for key in getattr(layer, part, {})))
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Fold every change into the weights that it belongs to; the model is then as plain as it was before `install`."""
+    for name, layer in list(wrapped(model))[::-1]:  # inner ones first
+        parent, _, child = name.rpartition(".")
+        layer.merge(safe_merge=True)
+        setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(released name, name in the model) of every linear and convolution layer, wrapped or not."""
+    released = {id(value): name.removesuffix(".weight") for name, value in model.state_dict(keep_vars=True).items()}
+    inside: tuple[str, ...] = ()  # of wrapped layers
+    for name, module in model.named_modules():
+        is_wrapped = hasattr(module, "base_layer")
+        if (is_wrapped or isinstance(module, (nn.Linear, nn.Conv2d))) and not name.startswith(inside or "\0"):
+            inside += (name + ".",) if is_wrapped else ()
+            yield released[id(module.weight)], name
+
+
+def _free_name(model: nn.Module) -> str:
+    """`default`, or `default_1`, ... where that is taken."""
+    taken = {name for _, layer in wrapped(model) for name in adapters_of(layer)}
+    return next(name for i in range(len(taken) + 1) if (name := f"default_{i}" if i else "default") not in taken)
+
+
+# --- names: peft moves `to_q.weight` to `to_q.base_layer.weight`; state dicts are kept as they were
+
+
+def _keep_released_names(layer: nn.Module) -> None:
+    if _hide_base_layer not in layer._state_dict_hooks.values():
+        layer._register_state_dict_hook(_hide_base_layer)
+        layer._register_load_state_dict_pre_hook(_find_base_layer, with_module=True)
+
+
+def _hide_base_layer(_layer: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+    inner = prefix + "base_layer."
+    for name in [name for name in state if name.startswith(inner)]:
+        state[prefix + name.removeprefix(inner)] = state.pop(name)
+
+
+def _find_base_layer(layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    own = {*layer._modules, *layer._parameters}
+    for name in [name for name in state if name.startswith(prefix)]:
+        rest = name.removeprefix(prefix)
+        if rest.partition(".")[0] not in own:
+            state[f"{prefix}base_layer.{rest}"] = state.pop(name)
