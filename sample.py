@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm.train.options import Parser
 from ldm.util import InputError, load_model_from_config, run_command  # noqa: F401 (users import the loader from here)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parser() -> Parser:
+    p = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = p.add_argument_group("what to draw")
     what.add_argument("--prompt", nargs="?", default="a painting of a virus monster playing guitar")
     what.add_argument("--from-file", metavar="FILE", help="a text file with one prompt per line, instead of --prompt")
@@ -95,7 +96,7 @@ def check(options: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.sampler == "plms" and options.ddim_eta:
         raise InputError("--ddim_eta must be 0 with the plms sampler, which is deterministic")
-    if len(options.adapter_scale) > max(1, len(options.adapter_path)):
+    if len(options.adapter_scale) > len(options.adapter_path):
         raise InputError(
             f"{len(options.adapter_scale)} times --adapter_scale for {len(options.adapter_path)} times --adapter_path"
         )
@@ -118,6 +119,8 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
 def add_adapters(model, options: argparse.Namespace) -> None:
     if options.embedding_path:
+        if not hasattr(model.cond_stage_model, "load_embeddings"):
+            raise InputError("--embedding_path: this model has no text encoder that could learn words")
         model.cond_stage_model.load_embeddings(options.embedding_path)
     unet = model.model.diffusion_model
     scales = (options.adapter_scale or [1.0]) + [1.0] * len(options.adapter_path)

@@ -328,6 +328,7 @@ def choose_checkpoint(config: Mapping, given: str | None) -> tuple[str | None, i
     if own.get("path") and find_file(own["path"]).is_file():
         return str(find_file(own["path"])), None
     absent = f"{own['path']} does not exist" if own.get("path") else "the config names no checkpoint"
+    absent = f"{own['path']} does not exist" if own.get("path") else "the config names no checkpoint"
     if own.get("random_seed") is not None:
         log.warning("%s: starting from random base weights (seed %s)", absent, own["random_seed"])
         return None, int(own["random_seed"])

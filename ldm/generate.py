@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,9 @@ class Settings:
         step = factor * model.model.diffusion_model.downsampling_factor
         if height % step or width % step or min(height, width) < step:
             raise InputError(f"the picture size {height}x{width} does not fit this model: expected multiples of {step}")
-        return self.channels or model.channels, height // factor, width // factor
+        if self.channels not in (None, model.channels):
+            raise InputError(f"latents of this model have {model.channels} channels, not {self.channels}")
+        return model.channels, height // factor, width // factor
 
 
 @torch.inference_mode()
@@ -65,7 +67,8 @@ def generate(
         raise InputError(f"unknown sampler {settings.sampler!r}: expected {', '.join(SAMPLERS)}")
     device = model.betas.device
     half = settings.half and device.type == "cuda"
-    with torch.autocast(device.type, dtype=torch.float16) if half else nullcontext():
+    precision = torch.autocast(device.type, dtype=torch.float16) if half else nullcontext()
+    with evaluating(model), model.ema_scope(), precision:
         condition = model.get_learned_conditioning(list(prompts))
         empty = None if settings.scale == 1 else model.get_learned_conditioning([""] * len(prompts))
         latents, _ = SAMPLERS[settings.sampler](model).sample(
@@ -81,6 +84,17 @@ def generate(
         )
         pictures = model.decode_first_stage(latents)
     return ((pictures.float() + 1) / 2).clamp(0, 1).cpu()
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Within this context the model is in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def batches(

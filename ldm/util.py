@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
@@ -17,18 +18,24 @@ log = logging.getLogger(__name__)
 class InputError(ValueError):
     """Bad input from the user: its message is one line (what was wrong, what was expected, what to do).
 
-    Commands print it without a traceback and exit with code 2, see `run_command`.
+    Commands print it without a traceback and exit with code 2, see `run_command`. One that a data-loading process
+    passes on arrives with its traceback around it, whose last line it is.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(str(message).strip().split(f"{__name__}.InputError: ")[-1])
 
 
 def run_command(main: Callable[[list[str] | None], int | None]) -> None:
-    """Run a command's `main`, turning `InputError` into one line on stderr and exit code 2."""
+    """Run a command's `main`, turning `InputError` into a line on stderr and exit code 2, Ctrl-C into exit code 130."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         code = main(None)
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT  # as shells have it
     sys.exit(code or 0)
 
 
@@ -87,8 +94,10 @@ def instantiate_from_config(config: Mapping | str | None, **extra: Any) -> Any:
         return None
     if not isinstance(config, Mapping) or "target" not in config:
         raise InputError(f"expected a config with the key 'target', got {short(config)}")
-    target = get_obj_from_str(config["target"])
-    params = {**plain(config.get("params") or {}), **extra}
+    target, params = get_obj_from_str(str(config["target"])), plain(config.get("params") or {})
+    if not isinstance(params, Mapping):
+        raise InputError(f"params of {config['target']} must be a mapping, got {short(params)}")
+    params = {**params, **extra}
     required, known = parameters_of(target)
     if known is not None:
         if unknown := [name for name in params if name not in known]:

@@ -255,7 +255,9 @@ class VQModel(FirstStage):
         finally:
             self.model_ema.restore(self.parameters())
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """As for all first stages; then the averages follow, before any callback saves them."""
+        super().training_step(batch, batch_idx)
         if self.use_ema:
             self.model_ema(self)
 

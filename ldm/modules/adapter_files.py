@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import atomic_write, fingerprint, is_adapter, read_weights, save_json, save_safetensors
-from ldm.modules.adapters import FORMS, KINDS, tapped_blocks
+from ldm.modules.adapters import ENTRY, FORMS, KINDS, check_entry, tapped_blocks
 from ldm.modules.taps import Route, TappedBlock
 from ldm.util import InputError
 
@@ -161,22 +161,23 @@ def _attach_and_fill(
     try:
         renamed: dict[str, Tensor] = {}
         for entry in entries:
+            kind = entry["kind"]
+            if kind not in FORMS:
+                raise InputError(f"{source} holds an adapter of the unknown kind {kind!r}: expected {', '.join(FORMS)}")
+            checked = check_entry(kind, {key: entry[key] for key in ENTRY if key in entry})
             for prefix in entry["blocks"]:
-                if prefix not in blocks or entry["kind"] not in FORMS or "mid_dim" not in entry:
+                if prefix not in blocks:
                     raise InputError(
-                        f"{source} does not fit this model: it wants an adapter in {prefix}, which cannot take it here"
+                        f"{source} does not fit this model: it wants an adapter in {prefix}, which this model has not"
                     )
                 block = blocks[prefix]
                 name = block.next_adapter_name()
-                block.check_route(entry["din"], entry["dout"])
-                width = block.width(entry["din"]), block.width(entry["dout"])
-                form = FORMS[entry["kind"]](
-                    *width, entry["mid_dim"], entry.get("method", "default"), entry.get("init", "zero")
-                )
+                reads, writes = checked["din"], checked["dout"]
+                block.check_route(reads, writes)
+                width = block.width(reads), block.width(writes)
+                form = FORMS[kind](*width, checked["mid_dim"], checked["method"], checked["init"])
                 like = next(model.parameters())
-                block.attach(
-                    name, form.to(like.device, like.dtype), entry["din"], entry["dout"], entry["scale"] * scale
-                )
+                block.attach(name, form.to(like.device, like.dtype), reads, writes, checked["scale"] * scale)
                 attached.append((block, name))
                 old, new = f"{prefix}.{entry['name']}.", f"{prefix}.{name}."
                 renamed |= {new + key.removeprefix(old): value for key, value in tensors.items() if key.startswith(old)}
@@ -185,7 +186,7 @@ def _attach_and_fill(
                 f"{source}: {len(tensors) - len(renamed)} of its tensors belong to no adapter of its {CONFIG}"
             )
         _fill(model, renamed, source, only={name for _, name in attached})
-    except InputError:
+    except Exception:
         for block, name in attached:
             block.detach(name)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -124,12 +125,14 @@ def read_adapter_config(config: Mapping | None) -> dict[str, list[dict]]:
         if kind not in KINDS:
             raise InputError(f"adapter_config has the unknown key {kind!r}: expected {' and/or '.join(KINDS)}")
     return {
-        kind: [_entry(kind, e) for e in ([entries] if isinstance(entries, Mapping) else entries or [])]
+        kind: [check_entry(kind, e) for e in (entries if isinstance(entries, list) else [entries])]
         for kind, entries in config.items()
+        if entries is not None
     }
 
 
-def _entry(kind: str, entry: Any) -> dict:
+def check_entry(kind: str, entry: Any) -> dict:
+    """A completed copy of one entry. Raises `InputError` naming the key that is wrong."""
     if not isinstance(entry, Mapping):
         raise InputError(f"{kind}: expected entries with {', '.join(ENTRY)}, got {short(entry)}")
     for key in entry:
@@ -139,6 +142,9 @@ def _entry(kind: str, entry: Any) -> dict:
     for key in ("din", "dout", "mid_dim"):
         if entry[key] is None:
             raise InputError(f"{kind} lacks the key {key!r}")
+    for key in ("din", "dout", "method", "init"):
+        if not isinstance(entry[key], str):
+            raise InputError(f"{kind}: {key} must be a name, got {entry[key]!r}")
     if entry["type"] != "inout":
         raise InputError(f"{kind}: type must be 'inout', got {entry['type']!r}")
     if entry["method"] not in ACTIVATIONS:
@@ -147,8 +153,8 @@ def _entry(kind: str, entry: Any) -> dict:
         raise InputError(f"{kind}: init must be one of {', '.join(STARTS)}, got {entry['init']!r}")
     if not _is_number(entry["mid_dim"], int) or entry["mid_dim"] < 1:
         raise InputError(f"{kind}: mid_dim must be a whole number of at least 1, got {entry['mid_dim']!r}")
-    if not _is_number(entry["scale"], (int, float)):
-        raise InputError(f"{kind}: scale must be a number, got {entry['scale']!r}")
+    if not _is_number(entry["scale"], (int, float)) or not math.isfinite(entry["scale"]):
+        raise InputError(f"{kind}: scale must be a finite number, got {entry['scale']!r}")
     return {**entry, "scale": float(entry["scale"])}
 
 

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 
 from ldm import generate
+from ldm.util import InputError
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class ImageLogger(pl.Callback):
         log_on_batch_idx: bool = False,
         log_images_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(batch_frequency, int) or batch_frequency < 1:
+            raise InputError(f"batch_frequency of the image logger must be at least 1, got {batch_frequency!r}")
         self.every, self.max_images, self.disabled = batch_frequency, max_images, disabled
         self.early = {2**n for n in range(batch_frequency.bit_length())} if increase_log_steps else set()
         self.early |= {1} if log_first_step else set()
@@ -62,8 +65,7 @@ class ImageLogger(pl.Callback):
         each = max(1, self.max_images // max(1, len(prompts)))
         texts = [prompt for prompt in prompts for _ in range(each)]
         seeds = [self.seed + i for _ in prompts for i in range(each)]
-        with module.ema_scope():
-            pictures = generate.generate(module, texts, seeds, self.settings)
+        pictures = generate.generate(module, texts, seeds, self.settings)
         grid = generate.grid(list(pictures), columns=each)
         path = self.folder / f"{trainer.global_step:06}.png"
         generate.save_png(grid, path, {"prompt": " | ".join(prompts), "step": trainer.global_step})

@@ -17,6 +17,8 @@ from ldm.util import InputError, get_obj_from_str, parameters_of
 
 log = logging.getLogger(__name__)
 
+DEFAULTS = {"class_word": "dog", "seed": 23, "scale_lr": False}
+
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:
     """The run that the options ask for: a new one, or one to go on with. Raises `InputError`."""
@@ -29,11 +31,11 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         "base": options.actual_resume,
         "data_root": options.data_root,
         "reg_data_root": options.reg_data_root,
-        "class_word": None if stored else options.class_word,
-        "seed": None if stored else options.seed,
-        "scale_lr": None if stored else options.scale_lr,
+        "class_word": options.class_word,
+        "seed": options.seed,
+        "scale_lr": options.scale_lr,
     }
-    told = OmegaConf.merge(stored, {key: value for key, value in asked.items() if value is not None})
+    told = OmegaConf.merge(DEFAULTS, stored, {key: value for key, value in asked.items() if value is not None})
     config = OmegaConf.merge(config, {"dreambooth": told})
     fill_in_pictures(config, told, options.num_class_images)
     if trainer_options or options.gpus is not None:
@@ -115,7 +117,7 @@ def train(run: Run, options: argparse.Namespace) -> pl.Trainer:
         folder = Path(reg.params.data_root)
         runs.prepare_class_pictures(run, model, folder, class_caption(reg), options.num_class_images)
     trainer = runs.train(run, model)
-    if not options.no_test and run.config.data.params.get("test") is not None and not trainer.interrupted:
+    if not options.no_test and run.config.data.params.get("test") is not None and not trainer.should_stop:
         trainer.validate(model, trainer.datamodule.test_dataloader())
     return trainer
 

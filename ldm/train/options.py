@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ldm.util import InputError
+from ldm.util import InputError, parse_overrides, plain
 
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
@@ -46,9 +46,9 @@ def parser(description: str) -> Parser:
     run.add_argument(
         "--no-test", type=boolean, nargs="?", const=True, default=False, help="skip the test set at the end"
     )
-    run.add_argument("-s", "--seed", type=int, default=23, help="seed of everything random (default 23)")
+    run.add_argument("-s", "--seed", type=int, help="seed of everything random (default 23)")
     run.add_argument("-d", "--debug", type=boolean, nargs="?", const=True, default=False, help="debugger after a crash")
-    run.add_argument("--scale_lr", type=boolean, nargs="?", const=True, default=False,
+    run.add_argument("--scale_lr", type=boolean, nargs="?", const=True,
                      help="multiply the learning rate by processes, batch size and accumulation")  # fmt: skip
 
     files = p.add_argument_group("where things go: <logdir>/<project>/<data><timestamp>_<name><postfix>")
@@ -87,7 +87,7 @@ def dreambooth_parser(description: str) -> Parser:
     )
     subject.add_argument("--data_root", metavar="DIR", help="photographs of the subject")
     subject.add_argument("--reg_data_root", metavar="DIR", help="pictures of its class, for prior preservation")
-    subject.add_argument("--class_word", default="dog", help="what the subject is (default dog)")
+    subject.add_argument("--class_word", help="what the subject is (default dog)")
     subject.add_argument("--num_class_images", type=int, default=0, metavar="N",
                          help="fill --reg_data_root up to N pictures by sampling the base model first")  # fmt: skip
     subject.add_argument("--datadir_in_name", type=boolean, nargs="?", const=True, default=True,
@@ -118,9 +118,7 @@ TRAINER_OPTIONS = (
 
 def _trainer_options(rest: list[str]) -> tuple[dict[str, Any], list[str]]:
     """`--name value` and `--name=value` for Trainer options, dotted `a.b=value` as overrides."""
-    import yaml
-
-    options, overrides, words = {}, [], list(rest)
+    given, overrides, words = [], [], list(rest)
     while words:
         word = words.pop(0)
         key, has_value, value = word.partition("=")
@@ -129,11 +127,12 @@ def _trainer_options(rest: list[str]) -> tuple[dict[str, Any], list[str]]:
         elif word.startswith("--"):
             if not has_value:
                 value = words.pop(0) if words and not words[0].startswith("--") else "true"
-            options[key.removeprefix("--")] = yaml.safe_load(value)
+            given.append(f"{key}={value}")
         else:
             raise InputError(
                 f"cannot read {word!r}: expected an option of --help or an override such as model.params.reg_weight=0.5"
             )
+    options = plain(parse_overrides(given))
     if options:
         _check_trainer_options(options)
     return options, overrides

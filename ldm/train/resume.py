@@ -159,7 +159,7 @@ class SaveRun(Checkpoint):
         kept = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint had been written"
         raise InputError(
             f"the loss is {float(self.unchecked)} near step {trainer.global_step} (learning rate {rate:g}); {kept}; "
-            "lower model.base_learning_rate or use --precision 32"
+            "go on with --precision 32, or start again with a lower model.base_learning_rate"
         )
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,14 @@ class NewTokens(nn.Module):
         stem = "new" + str(len(self.words))
         names = [f"<{stem}-{i}>" for i in range(len(vectors))]
         for name, row in zip(names, vectors, strict=True):
-            self.vectors[name] = nn.Parameter(row[None].clone())
+            self.vectors[name] = nn.Parameter(row[None].clone(), requires_grad=False)
         self.words[word] = " ".join(names)
         return names
 
     def spell(self, text: str) -> str:
-        """A prompt with each new word replaced by the names of its ids; longer words first."""
-        for word in sorted(self.words, key=len, reverse=True):
-            text = text.replace(word, self.words[word])
-        return text
+        """A prompt with each new word replaced by the names of its ids; longer words first, never a part of a word."""
+        known = "|".join(re.escape(word) for word in sorted(self.words, key=len, reverse=True))
+        return re.sub(rf"(?<!\w)({known})(?!\w)", lambda found: self.words[found[0]], text) if known else text
 
     def _hide(self, _module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         self.ids = args[0]

@@ -1,0 +1,202 @@
+"""A run that stops and goes on is the run that never stopped: bit for bit, after signals, kills and bad losses."""
+
+import os
+import signal
+import textwrap
+
+import pytest
+import torch
+
+from ldm.checkpoints import read_object
+from ldm.util import InputError
+from tests.runs import arguments, command, differences, find_run, last, resume, start, train
+
+# The tiny config has 4 photographs, shown 3 times: 12 batches in an epoch.
+VARIANTS = {
+    "plain": [],
+    "accumulated": ["--accumulate_grad_batches", "2"],
+    "two workers": ["data.params.num_workers=2"],
+    "averaged": ["model.params.use_ema=true"],
+    "scheduled": [
+        "model.params.scheduler_config.target=ldm.lr_scheduler.LambdaLinearScheduler",
+        *(
+            f"model.params.scheduler_config.params.{key}=[{value}]"
+            for key, value in {
+                "warm_up_steps": 20, "cycle_lengths": 100, "f_start": 0.1, "f_max": 1.0, "f_min": 0.5,
+            }.items()
+        ),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopping_within_an_epoch_leaves_no_trace(tmp_path, variant):
+    more = VARIANTS[variant]
+    whole = train(tmp_path, "whole", "--max_steps", 10, *more)
+    parts = train(tmp_path, "parts", "--max_steps", 5, *more)
+    resume(parts, "--max_steps", 10)
+    assert last(parts)["global_step"] == 10
+    assert differences(last(whole), last(parts)) == []
+
+
+def test_stopping_at_the_end_of_an_epoch_changes_no_number(tmp_path):
+    whole = train(tmp_path, "whole", "--max_steps", 16)
+    parts = train(tmp_path, "parts", "--max_steps", 12)
+    resume(parts, "--max_steps", 16)
+    # Lightning validates at the end of an epoch, after the checkpoint, and does not make up for it; its counts of
+    # that and of begun epochs are all that differs.
+    known = ("/val_loop", "epoch_loop.val_loop", "/epoch_progress/")
+    assert [d for d in differences(last(whole), last(parts)) if not any(word in d for word in known)] == []
+    assert last(parts)["epoch"] == 1
+
+
+def test_a_run_may_be_resumed_by_its_checkpoint_and_with_new_values(tmp_path):
+    run = train(tmp_path, "run", "--max_steps", 2)
+    before = last(run)["state_dict"]
+    resume(run / "checkpoints" / "last.ckpt", "--max_steps", 3, "model.base_learning_rate=1e-9")
+    assert last(run)["global_step"] == 3
+    assert differences(before, last(run)["state_dict"]) != []  # the optimizer keeps its learning rate
+    assert "base_learning_rate: 1.0e-09" in (run / "configs" / "project.yaml").read_text()
+
+
+def test_another_run_is_refused(tmp_path):
+    run = train(tmp_path, "run", "--max_steps", 1)
+    width = (
+        "model.params.unet_config.params.adapter_config.transformer_adp_config=[{din: attn2o, dout: ffni, mid_dim: 5}]"
+    )
+    with pytest.raises(InputError, match="the checkpoint is of another run: it differs in 12 tensors"):
+        resume(run, "--max_steps", 2, width)
+
+
+def test_the_end_by_epochs_is_saved_too(tmp_path):
+    run = train(
+        tmp_path,
+        "run",
+        "--max_epochs",
+        1,
+        "--max_steps",
+        -1,
+        "lightning.modelcheckpoint.params.every_n_train_steps=500",
+    )
+    assert last(run)["global_step"] == 12
+    assert (run / "checkpoints" / "12-adapters").is_dir()
+
+
+def test_the_same_command_gives_the_same_numbers_and_another_seed_others(tmp_path):
+    from ldm.checkpoints import save_torch
+    from tests.runs import tiny_model
+
+    base = tmp_path / "base.ckpt"
+    save_torch(base, tiny_model().state_dict())
+    runs = [train(tmp_path, f"run{i}", "--actual_resume", base, "-s", seed) for i, seed in enumerate((1, 1, 2))]
+    first, again, other = (last(run) for run in runs)
+    assert differences(first, again) == []
+    assert all(
+        not torch.equal(a, b) for a, b in zip(first["state_dict"].values(), other["state_dict"].values(), strict=True)
+    )
+
+
+# --- interruptions, each in a process of its own
+
+
+def test_a_kill_in_the_middle_of_a_save_costs_nothing_but_the_steps_since(tmp_path):
+    script = textwrap.dedent(
+        """
+        import os, sys, torch
+        save, saves = torch.save, []
+        def killed(content, path, *args, **kwargs):
+            saves.append(path)
+            if len(saves) == 2:
+                with open(path, "wb") as file:
+                    file.write(b"PK half a checkpoint")
+                os.kill(os.getpid(), 9)
+            save(content, path, *args, **kwargs)
+        torch.save = killed
+        from main_dream_booth import main
+        main(sys.argv[1:])
+        """
+    )
+    accelerator = ("--accelerator", "cpu", "--max_steps", "10")
+    done = command("-c", script, *arguments(tmp_path, "-n", "killed", *accelerator))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed, whole = find_run(tmp_path, "killed"), train(tmp_path, "whole", "--max_steps", 10)
+    assert last(killed)["global_step"] == 4  # every 4 steps: the save at step 8 was cut off
+    resume(killed)
+    assert differences(last(whole), last(killed)) == []
+
+
+def wait_for(process, text: str) -> str:
+    """Read what the process writes until a line has `text`; all of it."""
+    seen = ""
+    while text not in seen:
+        line = process.stdout.readline()
+        assert line, f"the process ended before it wrote {text!r}:\n{seen}"
+        seen += line
+    return seen
+
+
+def running(tmp_path, *more):
+    """A training without end whose first step is done, and its folder."""
+    process = start(
+        "main_dream_booth.py", *arguments(tmp_path, "-n", "run", "--accelerator", "cpu", "--max_steps", -1, *more)
+    )
+    wait_for(process, "epoch 0:")
+    return process, find_run(tmp_path, "run")
+
+
+ENDLESS = ("lightning.modelcheckpoint.params.every_n_train_steps=1000000",)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_asked_to_stop_it_saves_and_leaves_cleanly(tmp_path, number):
+    process, run = running(tmp_path, "data.params.num_workers=1", *ENDLESS)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    assert f"stopped by {number.name} at step" in output and f"go on with -r {run}" in output
+    step = last(run)["global_step"]
+    resume(run, "--max_steps", step + 1)
+    assert last(run)["global_step"] == step + 1
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path):
+    process, run = running(tmp_path, *ENDLESS)
+    process.send_signal(signal.SIGUSR1)
+    wait_for(process, "epoch 1:")
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert len(list((run / "checkpoints").glob("*-adapters"))) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    words = arguments(tmp_path, "-n", "run", "--accelerator", "cpu", "--max_steps", 30, "model.base_learning_rate=1e18")
+    done = command(
+        "main_dream_booth.py",
+        *words,
+        "lightning.modelcheckpoint.params.every_n_train_steps=1",
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert "the loss is nan near step" in line and "learning rate 1e+18" in line and "Traceback" not in done.stderr
+    run = find_run(tmp_path, "run")
+    assert f"the last good checkpoint is {run / 'checkpoints' / 'last.ckpt'}" in line
+    assert all(value.isfinite().all() for value in last(run)["state_dict"].values())
+    kept = max(int(path.name.split("-")[0]) for path in (run / "checkpoints").glob("*-adapters"))
+    assert kept == last(run)["global_step"]
+
+
+def test_before_the_first_checkpoint_it_says_that_there_is_none(tmp_path):
+    with pytest.raises(InputError, match="no checkpoint had been written"):
+        train(tmp_path, "run", "model.base_learning_rate=.inf", "--max_steps", 3)
+
+
+def test_checkpoints_hold_no_code(tmp_path):
+    run = train(tmp_path, "run", "--max_steps", 1)
+    assert set(read_object(run / "checkpoints" / "last.ckpt")) >= {
+        "state_dict",
+        "optimizer_states",
+        "loops",
+        "random_states",
+    }
