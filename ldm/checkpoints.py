@@ -214,9 +214,9 @@ def load_weights(
 ) -> None:
     """Put `weights` into a model, without copying where the dtype is the model's.
 
-    Names that the model does not have (EMA copies, bookkeeping) are left out. Buffers may be absent, the model has
-    computed its own. Parameters may be absent if `may_lack(name)`; their modules are then initialised by
-    `reset_parameters`.
+    Names that the model does not have (EMA copies, bookkeeping) are left out. Buffers may be absent: the model has
+    computed its own, or does so when its `weights_loaded(names of what is absent)` is called at the end. Parameters may
+    be absent if `may_lack(name)`; their modules are then initialised by `reset_parameters`.
     Raises `InputError`, with the first few names, if other parameters are absent or shapes differ.
     """
     parameters = dict(model.named_parameters())
@@ -327,7 +327,6 @@ def choose_checkpoint(config: Mapping, given: str | None) -> tuple[str | None, i
     own = config.get("checkpoint") or {}
     if own.get("path") and find_file(own["path"]).is_file():
         return str(find_file(own["path"])), None
-    absent = f"{own['path']} does not exist" if own.get("path") else "the config names no checkpoint"
     absent = f"{own['path']} does not exist" if own.get("path") else "the config names no checkpoint"
     if own.get("random_seed") is not None:
         log.warning("%s: starting from random base weights (seed %s)", absent, own["random_seed"])
