@@ -1,4 +1,4 @@
-"""A Stable Diffusion v1 of small width, shared by the tests of file formats: the real block structure, random weights."""
+"""A Stable Diffusion v1 of small width, for the tests of file formats: the real block structure, random weights."""
 
 import json
 

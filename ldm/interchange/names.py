@@ -1,7 +1,7 @@
 """The one mapping between the names of LDM's layers and those of diffusers: UNet, autoencoder, text encoder.
 
-A table maps dotted prefixes; the longest prefix of a name is replaced and the rest kept. The same tables serve modules and
-parameters, in both directions.
+A table maps dotted prefixes; the longest prefix of a name is replaced and the rest kept. The same tables serve modules
+and parameters, in both directions.
 """
 
 from __future__ import annotations

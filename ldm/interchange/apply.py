@@ -1,0 +1,65 @@
+"""Changes of weights, as parameter name -> what is added: put into a model, several at once, and taken out exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ldm.interchange import lora as loras
+from ldm.interchange.lora import Lora
+from ldm.util import InputError
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model by the names that checkpoints give them."""
+    return {n: p for n, p in model.state_dict(keep_vars=True).items() if isinstance(p, nn.Parameter)}
+
+
+def lora_changes(lora: Lora, model: nn.Module, source: str = "the LoRA") -> dict[str, Tensor]:
+    """What a LoRA adds to the weights of a model. Raises `InputError` where it was made for another base model."""
+    return loras.changes(lora, parameters(model), source)
+
+
+def add(model: nn.Module, changes: Mapping[str, Tensor], strength: float = 1.0) -> dict[str, Tensor]:
+    """Add strength * change to the weights, computed in fp32; what they were, for `restore`.
+
+    The old values are set aside, not overwritten: they may lie in the pages of a checkpoint's file.
+    """
+    own = parameters(model)
+    if lost := [name for name in changes if name not in own]:
+        raise InputError(f"this model has no weights {', '.join(lost[:3])} ({len(lost)} such)")
+    originals = {}
+    for name, change in changes.items():
+        parameter = own[name]
+        originals[name] = parameter.data
+        summed = parameter.data.float() + strength * change.to(parameter.device, torch.float32)
+        parameter.data = summed.to(parameter.dtype)
+    return originals
+
+
+def restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
+    """Take out what `add` put in: bit for bit the old weights."""
+    own = parameters(model)
+    for name, value in originals.items():
+        own[name].data = value
+
+
+@contextmanager
+def added(model: nn.Module, changes: Mapping[str, Tensor], strength: float = 1.0) -> Iterator[None]:
+    """Within this context a model has changed weights."""
+    originals = add(model, changes, strength)
+    try:
+        yield
+    finally:
+        restore(model, originals)
+
+
+def merged(weights: Mapping[str, Tensor], changes: Mapping[str, Tensor], strength: float = 1.0) -> dict[str, Tensor]:
+    """The same for a checkpoint's weights by name: a copy with the changes in it."""
+    result = dict(weights)
+    for name, change in changes.items():
+        result[name] = (weights[name].float() + strength * change).to(weights[name].dtype)
+    return result

@@ -1,0 +1,282 @@
+"""LoRA files of cloneofsimo's lora: `.safetensors` with JSON metadata, and `.pt` lists of factors.
+
+Neither names its layers: they are numbered in the order in which a search of the model finds them, which differs
+between LDM's and diffusers' models. The `.safetensors` holds `up` with the scale multiplied in, the `.pt` without it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints import read_object, save_safetensors, save_torch
+from ldm.interchange import layers
+from ldm.interchange.lora import Factors, Lora, first_of, fitted, folded
+from ldm.util import InputError
+
+log = logging.getLogger(__name__)
+
+PARTS = ("unet", "text_encoder")
+# What the published code searches by default, and what it can be told to; the first that covers a LoRA is written.
+CLASSES = {
+    "unet": [
+        ["Attention", "CrossAttention", "GEGLU"],
+        ["Attention", "CrossAttention", "GEGLU", "ResnetBlock2D"],
+        ["Attention", "CrossAttention", "FeedForward", "GEGLU"],
+        ["GEGLU", "ResnetBlock2D", "Transformer2DModel"],
+    ],
+    "text_encoder": [["CLIPAttention"], ["CLIPAttention", "CLIPMLP"]],
+}
+
+
+@dataclass
+class Published:
+    """What such a file holds: for each part its factors in order and the classes searched, and learnt words."""
+
+    factors: dict[str, list[Factors]]
+    classes: dict[str, list[str]]
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    order: str | None = None  # our own files say in which order their layers are
+
+
+# --- files
+
+
+def metadata_of(path: str | Path) -> dict[str, str]:
+    """The metadata of a `.safetensors` file; {} for others."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def is_published(path: str | Path) -> bool:
+    """Whether a `.safetensors` file is one of these."""
+    return any(part in metadata_of(path) for part in PARTS)
+
+
+def read_safetensors(path: str | Path) -> Published:
+    """Read a `.safetensors` file. Raises `InputError` where its metadata and its tensors disagree."""
+    tensors, about = read_object(path), metadata_of(path)
+    tokens = {name: tensors.pop(name) for name, kind in about.items() if kind == "<embed>" and name in tensors}
+    factors: dict[str, list[Factors]] = {}
+    try:
+        for part in PARTS:
+            count = len({name.split(":")[1] for name in tensors if name.startswith(part + ":")})
+            if count:
+                factors[part] = [
+                    Factors(tensors.pop(f"{part}:{i}:down"), tensors.pop(f"{part}:{i}:up")) for i in range(count)
+                ]
+        classes = {part: sorted(json.loads(about[part])) for part in factors}
+    except (KeyError, ValueError, IndexError) as error:
+        raise InputError(f"{path} is not a cloneofsimo LoRA: {error} is missing or malformed") from None
+    if tensors or not (factors or tokens):
+        raise InputError(
+            f"{path} is not a cloneofsimo LoRA: unknown tensors {', '.join(list(tensors)[:3]) or '(none)'}"
+        )
+    return Published(factors, classes, {word: rows(value) for word, value in tokens.items()}, about.get("order"))
+
+
+def rows(value: Tensor) -> Tensor:
+    """A word's vectors as [v, d]."""
+    return value.float().reshape(-1, value.shape[-1])
+
+
+def write_safetensors(path: str | Path, content: Published) -> None:
+    """Write a `.safetensors` file: factors in fp16 with the scale inside `up`, words in fp32."""
+    tensors: dict[str, Tensor] = {}
+    about = {"order": content.order} if content.order else {}
+    for part, factors in content.factors.items():
+        about[part] = json.dumps(content.classes[part])
+        for i, one in enumerate(factors):
+            down, up, _ = folded(one)
+            tensors |= {f"{part}:{i}:up": up.half(), f"{part}:{i}:down": down.half()}
+            about[f"{part}:{i}:rank"] = str(one.rank)
+    for word, vectors in content.tokens.items():
+        for i, vector in enumerate(vectors):  # one vector has one name; further ones as in diffusers
+            name = f"{word}_{i}" if i else word
+            tensors[name], about[name] = vector.float(), "<embed>"
+    save_safetensors(path, tensors, about)
+
+
+def read_list(path: str | Path) -> list[Factors]:
+    """A `.pt` list [up, down, up, down, ...]; its factors are without scale."""
+    content = read_object(path)
+    if (
+        not isinstance(content, list)
+        or len(content) % 2
+        or not content
+        or not all(isinstance(item, Tensor) and item.dim() in (2, 4) for item in content)
+    ):
+        raise InputError(f"{path} is not a cloneofsimo .pt LoRA: expected a list of up and down tensors by turns")
+    return [Factors(down.detach(), up.detach()) for up, down in zip(content[::2], content[1::2], strict=True)]
+
+
+def text_beside(path: str | Path) -> Path:
+    """Where the text encoder's list lies: `name.text_encoder.pt` beside `name.pt`."""
+    path = Path(path)
+    return path.with_name(f"{path.name.removesuffix('.pt')}.text_encoder.pt")
+
+
+def read_pt(path: str | Path) -> Published:
+    """Read a `.pt` list and the text encoder's beside it, if there is one."""
+    factors = {"unet": read_list(path)}
+    if text_beside(path).is_file():
+        factors["text_encoder"] = read_list(text_beside(path))
+    return Published(factors, {})
+
+
+def write_pt(path: str | Path, content: Published) -> None:
+    """Write `.pt` lists in fp16. What scale there is goes into `up`: these files have no place for it."""
+    for part, target in (("unet", Path(path)), ("text_encoder", text_beside(path))):
+        pairs = [folded(one) for one in content.factors.get(part, [])]
+        if pairs:
+            save_torch(target, [tensor.half() for one in pairs for tensor in (one.up, one.down)])
+
+
+# --- to and from the neutral form
+
+
+def to_lora(content: Published, model: nn.Module, source: str, order: str | None = None) -> Lora:
+    """Give the factors the names of a model's layers.
+
+    The order is the given one, else the one that the file names, else the first whose shapes fit.
+    Raises `InputError` if none fits: the file was made for another base model.
+    """
+    orders = [order or content.order] if order or content.order else list(layers.ORDERS)
+    named: dict[str, Factors] = {}
+    for part, factors in content.factors.items():
+        searched = [content.classes[part]] if part in content.classes else CLASSES[part]
+        named |= _fit(factors, [layers.in_order(model, part, c, o) for o in orders for c in searched], part, source)
+    return Lora(named, dict(content.tokens))
+
+
+def _fit(factors: Sequence[Factors], candidates: Sequence[dict], part: str, source: str) -> dict[str, Factors]:
+    fitting = []
+    problem = f"{source} was made for another base model: it changes {len(factors)} layers of the {part}, " + (
+        f"this model has {', '.join(str(n) for n in sorted({len(c) for c in candidates}))} such"
+    )
+    for candidate in candidates:
+        if len(candidate) != len(factors):
+            continue
+        try:
+            pairs = zip(candidate.items(), factors, strict=True)
+            fitting.append({name: fitted(one, shape, name, source) for (name, shape), one in pairs})
+        except InputError as error:
+            problem = str(error)
+    if not fitting:
+        raise InputError(problem)
+    if any(list(other) != list(fitting[0]) for other in fitting[1:]):
+        log.warning(
+            "%s: the layers' shapes do not tell their order in the %s; taking the first that fits", source, part
+        )
+    return fitting[0]
+
+
+def from_lora(lora: Lora, model: nn.Module, order: str = "diffusers") -> Published:
+    """Number the layers as the format wants it. Layers of the searched classes that the LoRA leaves alone get zeros.
+
+    Raises `InputError` for layers that no search of the published code finds.
+    """
+    factors, classes = {}, {}
+    rest = dict(lora.layers)
+    for part, (prefix, _) in layers.parts(model).items():
+        own = {name for name in lora.layers if name.startswith(prefix)}
+        if not own:
+            continue
+        searched = ((c, layers.in_order(model, part, c, order)) for c in CLASSES[part])
+        classes[part], found = next(((c, f) for c, f in searched if own <= f.keys()), ([], {}))
+        rank = max(lora.layers[name].rank for name in own)
+        factors[part] = [
+            fitted(rest.pop(name), shape, name, "the LoRA") if name in own else _zeros(shape, rank)
+            for name, shape in found.items()
+        ]
+    if rest:
+        raise InputError(
+            f"the cloneofsimo format has no place for {len(rest)} layers, e.g. {', '.join(list(rest)[:3])}"
+        )
+    return Published(factors, classes, dict(lora.tokens), order)
+
+
+def _zeros(shape: torch.Size, rank: int) -> Factors:
+    rank = min(rank, shape[0], shape[1:].numel())
+    ones = (1,) * (len(shape) - 2)
+    return Factors(torch.zeros(rank, *shape[1:]), torch.zeros(shape[0], rank, *ones))
+
+
+# --- the published merges. They work on numbered layers and need no model.
+
+
+def averaged(one: Published, two: Published, alpha_1: float = 0.5, alpha_2: float = 0.5) -> Published:
+    """Mode `lpl`: ups and downs are averaged separately, which is not the average of the changes: that is `sum`."""
+    _same_shape(one, two)
+    factors = {
+        part: [
+            Factors(alpha_1 * a.down + alpha_2 * b.down, alpha_1 * folded(a).up + alpha_2 * folded(b).up)
+            for a, b in zip(one.factors[part], two.factors[part], strict=True)
+        ]
+        for part in one.factors
+    }
+    return Published(factors, one.classes, first_of([one.tokens, two.tokens]), one.order)
+
+
+def joined(contents: Sequence[Published]) -> Published:
+    """Mode `ljl`: factors side by side, so that the changes add up; words become `<s{file}-{number}>`."""
+    first = contents[0]
+    for other in contents[1:]:
+        _same_shape(first, other, ranks=False)
+    factors = {
+        part: [
+            Factors(torch.cat([f.down for f in column]), torch.cat([folded(f).up for f in column], dim=1))
+            for column in zip(*(content.factors[part] for content in contents), strict=True)
+        ]
+        for part in first.factors
+    }
+    tokens = {
+        f"<s{i}-{j}>": content.tokens[word]
+        for i, content in enumerate(contents)
+        for j, word in enumerate(sorted(content.tokens))
+    }
+    return Published(factors, first.classes, tokens, first.order)
+
+
+def _same_shape(one: Published, two: Published, ranks: bool = True) -> None:
+    counts = [{part: len(factors) for part, factors in content.factors.items()} for content in (one, two)]
+    if counts[0] != counts[1] or {p: sorted(c) for p, c in one.classes.items()} != {
+        p: sorted(c) for p, c in two.classes.items()
+    }:
+        raise InputError(
+            f"the two LoRAs change different layers: {counts[0]} of {one.classes}, {counts[1]} of {two.classes}"
+        )
+    for part in one.factors:
+        for i, (a, b) in enumerate(zip(one.factors[part], two.factors[part], strict=True)):
+            if ranks and a.rank != b.rank:
+                raise InputError(
+                    f"the two LoRAs have different ranks ({a.rank} and {b.rank} in {part}:{i}): "
+                    "this mode needs the same, ljl and sum do not"
+                )
+            if a.down.shape[1:] != b.down.shape[1:] or a.up.shape[0] != b.up.shape[0]:
+                raise InputError(f"the two LoRAs were made for different base models: {part}:{i} differs in shape")
+
+
+def numbered(content: Published) -> Lora:
+    """The neutral form with numbers (`unet:0`) for names, for what can be computed without a model."""
+    return Lora(
+        {f"{part}:{i}": one for part, factors in content.factors.items() for i, one in enumerate(factors)},
+        dict(content.tokens),
+    )
+
+
+def renumbered(lora: Lora, like: Published) -> Published:
+    """The way back from `numbered`."""
+    factors = {part: [lora.layers[f"{part}:{i}"] for i in range(len(old))] for part, old in like.factors.items()}
+    return Published(factors, like.classes, dict(lora.tokens), like.order)

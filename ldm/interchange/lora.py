@@ -1,0 +1,151 @@
+"""One neutral form of a LoRA (arXiv 2106.09685): layer name -> (down, up, scale). Every file format is read into it and
+written from it; what can be computed with LoRAs is computed here.
+
+Names are those of LDM's modules, e.g. `model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k` and
+`cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.util import InputError
+
+
+class Factors(NamedTuple):
+    """A low-rank change of one layer: scale * up @ down.
+
+    Linear: down [r, in], up [out, r]; convolution: down [r, in, kh, kw], up [out, r, 1, 1]. `scale` is alpha / r.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.down.shape[0]
+
+
+@dataclass
+class Lora:
+    """The changes of some layers, and words that were learnt with them (word -> vectors [v, d])."""
+
+    layers: dict[str, Factors]
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+
+    def ranks(self) -> list[int]:
+        """The different ranks of its layers, ascending."""
+        return sorted({factors.rank for factors in self.layers.values()})
+
+
+def delta(factors: Factors) -> Tensor:
+    """The change of the layer's weight, in fp32 and of the weight's shape (arXiv 2106.09685, eq. 3)."""
+    down, up = factors.down.float(), factors.up.float()
+    change = factors.scale * (up.flatten(1) @ down.flatten(1))
+    return change.reshape(up.shape[0], *down.shape[1:])
+
+
+def from_delta(change: Tensor, rank: int) -> Factors:
+    """The best factors of a given rank for a change of a weight (Eckart-Young); u holds the singular values."""
+    u, s, vh = torch.linalg.svd(change.float().flatten(1), full_matrices=False)
+    rank = min(rank, len(s))
+    return shaped(vh[:rank], u[:, :rank] * s[:rank], change.shape)
+
+
+def shaped(down: Tensor, up: Tensor, weight: Sequence[int], scale: float = 1.0) -> Factors:
+    """Factors [r, n] and [out, r] in the shapes that belong to a linear layer's or a convolution's weight."""
+    ones = (1,) * (len(weight) - 2)
+    return Factors(down.reshape(len(down), *weight[1:]), up.reshape(*up.shape[:2], *ones), scale)
+
+
+def fitted(factors: Factors, weight: Sequence[int], name: str, source: str) -> Factors:
+    """Factors in the shapes that a weight asks for. Raises `InputError` where they belong to another base model."""
+    down, up, scale = factors
+    inputs = torch.Size(weight[1:]).numel()
+    if up.flatten(1).shape[1] != len(down):
+        raise InputError(
+            f"{source}: {name} has rank {len(down)} in its down and {up.flatten(1).shape[1]} in its up factor"
+        )
+    if down.flatten(1).shape[1] != inputs or len(up) != weight[0]:
+        raise InputError(
+            f"{source} was made for another base model: {name} changes a weight of "
+            f"{[len(up), down.flatten(1).shape[1]]}, this model's has {[weight[0], inputs]}"
+        )
+    return shaped(down, up, weight, scale)
+
+
+def folded(factors: Factors) -> Factors:
+    """The same change with a scale of 1: what formats without an alpha need."""
+    return Factors(factors.down, factors.up * factors.scale, 1.0)
+
+
+def selected(factors: Factors, diagonal: Tensor) -> Factors:
+    """The change with its rank-one parts weighed: scale * up @ diag(diagonal) @ down, for convolutions as well."""
+    return factors._replace(down=factors.down * diagonal.reshape(-1, *[1] * (factors.down.dim() - 1)))
+
+
+def weighted_sum(loras: Sequence[Lora], weights: Sequence[float], rank: int | None = None) -> Lora:
+    """sum of weight * delta, exactly (the factors side by side) or, with `rank`, as well as that rank allows.
+
+    Words come along unscaled; of a word that several have, the first's vectors.
+    """
+    layers = {}
+    for name in dict.fromkeys(name for lora in loras for name in lora.layers):
+        parts = [
+            (weight, lora.layers[name]) for lora, weight in zip(loras, weights, strict=True) if name in lora.layers
+        ]
+        if len({(f.up.shape[0], f.down.shape[1:]) for _, f in parts}) > 1:
+            raise InputError(f"{name} has different shapes in the files: they were made for different base models")
+        if rank is None:
+            scaled = [f.up.float() * (weight * f.scale) for weight, f in parts]
+            layers[name] = Factors(torch.cat([f.down.float() for _, f in parts]), torch.cat(scaled, dim=1))
+        else:
+            layers[name] = from_delta(sum(weight * delta(f) for weight, f in parts), rank)
+    return Lora(layers, first_of(lora.tokens for lora in loras))
+
+
+def first_of(mappings) -> dict:
+    """Mappings merged; where several have a key, the first one's value."""
+    merged: dict = {}
+    for mapping in mappings:
+        merged = {**mapping, **merged}
+    return merged
+
+
+def distilled(
+    tuned: Tensor, base: Tensor, rank: int = 4, clamp_quantile: float = 0.99, signed: bool = False
+) -> Factors:
+    """Low-rank factors of the difference of two weights, with the outermost entries clamped.
+
+    The limit is the quantile of the absolute entries of both factors. `signed=True` takes that of the signed ones, as
+    the published code does: its limit then depends on the signs that the SVD happens to pick for its vectors.
+    """
+    factors = from_delta(tuned.float() - base.float(), rank)
+    return clamped(factors, clamp_quantile, signed)
+
+
+def clamped(factors: Factors, quantile: float, signed: bool = False) -> Factors:
+    """Factors with their entries cut at the quantile of all of them, see `distilled`."""
+    entries = torch.cat([factors.up.flatten(), factors.down.flatten()])
+    high = torch.quantile(entries if signed else entries.abs(), quantile).item()
+    return Factors(factors.down.clamp(-high, high), factors.up.clamp(-high, high), factors.scale)
+
+
+def changes(lora: Lora, weights: Mapping[str, Tensor], source: str = "the LoRA") -> dict[str, Tensor]:
+    """What a LoRA adds to the parameters of a model, by parameter name. Raises `InputError` if it does not fit."""
+    lost = [name for name in lora.layers if f"{name}.weight" not in weights]
+    if lost:
+        raise InputError(
+            f"{source}: this model has no layers {', '.join(lost[:3])} ({len(lost)} such); wrong base model?"
+        )
+    return {
+        f"{name}.weight": delta(fitted(factors, weights[f"{name}.weight"].shape, name, source))
+        for name, factors in lora.layers.items()
+    }

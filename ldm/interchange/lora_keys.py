@@ -1,0 +1,136 @@
+"""LoRA files that name their layers: diffusers and PEFT (`unet.….lora_A.weight`), kohya (`….lora_down.weight`).
+
+All spellings are read by one table: what a key ends in says its role, what is before it names the layer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints import read_weights, save_safetensors
+from ldm.interchange.cloneofsimo import metadata_of
+from ldm.interchange.layers import dialects
+from ldm.interchange.lora import Factors, Lora, fitted, folded
+from ldm.util import InputError
+
+# Ends of keys, by what wrote them: PEFT and diffusers since 0.22; kohya; diffusers' text encoder, layers, processors.
+ROLES = {
+    "down": [".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight"],
+    "up": [".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight"],
+    "alpha": [".alpha"],
+}
+for _old in (".lora_linear_layer", ".lora", "_lora"):
+    ROLES["down"].append(f"{_old}.down.weight")
+    ROLES["up"].append(f"{_old}.up.weight")
+ENDS = sorted(((end, role) for role, ends in ROLES.items() for end in ends), key=lambda item: -len(item[0]))
+
+
+def split(key: str) -> tuple[str, str] | None:
+    """(layer, role) of a key; None if no LoRA file has such keys."""
+    return next(((key.removesuffix(end), role) for end, role in ENDS if key.endswith(end)), None)
+
+
+def is_keyed(keys) -> bool:
+    """Whether the names of a file's tensors are those of a LoRA that names its layers."""
+    return any((found := split(key)) and found[1] != "alpha" for key in keys)
+
+
+def kind(keys) -> str:
+    """`kohya` or `diffusers`, by the first key."""
+    return "kohya" if any(key.startswith(("lora_unet_", "lora_te_")) for key in keys) else "diffusers"
+
+
+def read(path: str | Path, model: nn.Module) -> Lora:
+    """Read a LoRA of any of these spellings for a model. Raises `InputError` for unknown keys and another base model.
+
+    Without an alpha the scale is 1, as in diffusers; alphas of PEFT's configuration in the metadata are heeded.
+    """
+    weights = read_weights(path)
+    known = _lookup(model)
+    found: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key, value in weights.items():
+        layer, role = split(key) or (key, None)
+        name = known.get(plain_name(layer))
+        if role is None or name is None:
+            unknown.append(key)
+        else:
+            found.setdefault(name, {})[role] = value
+    unknown += [name for name, roles in found.items() if not {"up", "down"} <= roles.keys()]
+    if unknown:
+        raise InputError(
+            f"{path}: {len(unknown)} unknown keys, e.g. {', '.join(unknown[:3])}; wrong base model or format?"
+        )
+    alphas = peft_alphas(path)
+    shapes = model.state_dict()
+    layers = {}
+    for name, roles in found.items():
+        down, up = roles["down"], roles["up"]
+        alpha = float(roles["alpha"]) if "alpha" in roles else alphas(name, model, len(down))
+        layers[name] = fitted(Factors(down, up, alpha / len(down)), shapes[f"{name}.weight"].shape, name, str(path))
+    return Lora(layers)
+
+
+def plain_name(layer: str) -> str:
+    """A layer as diffusers calls it now: without PEFT's wrapping, attention processors and a missing `.0`."""
+    layer = layer.removeprefix("base_model.model.").replace(".processor.", ".")
+    return re.sub(r"\.to_out$", ".to_out.0", layer)
+
+
+def _lookup(model: nn.Module) -> dict[str, str]:
+    """Every way to call a layer -> LDM's name."""
+    names = dialects(model)
+    table = {name: name for name in names["diffusers"]}
+    table |= {"lora_unet_" + n.partition("diffusion_model.")[2].replace(".", "_"): n for n in table if "diffusion" in n}
+    table |= {theirs.removeprefix("unet."): ours for ours, theirs in names["diffusers"].items()}
+    table |= {theirs.replace("text_model.", "", 1): ours for ours, theirs in names["diffusers"].items()}
+    for dialect in names.values():
+        table |= {theirs: ours for ours, theirs in dialect.items()}
+    return table
+
+
+def peft_alphas(path: str | Path):
+    """The alpha of a layer by the configuration that diffusers puts into the metadata (`unet.lora_alpha`, patterns)."""
+    try:
+        about = json.loads(metadata_of(path).get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        about = {}
+
+    def alpha(name: str, model: nn.Module, rank: int) -> float:
+        theirs = dialects(model)["diffusers"][name] if about else ""
+        part, _, rest = theirs.partition(".")
+        pattern: Mapping[str, float] = about.get(f"{part}.alpha_pattern") or {}
+        fitting = (value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?{key}", rest))
+        return float(next(fitting, about.get(f"{part}.lora_alpha", rank)))
+
+    return alpha
+
+
+def write_diffusers(path: str | Path, lora: Lora, model: nn.Module) -> None:
+    """Write what diffusers' `load_lora_weights` reads. The scale goes into `up`: the format has no alpha of its own."""
+    names = dialects(model)["diffusers"]
+    tensors = {}
+    for name, factors in lora.layers.items():
+        down, up, _ = folded(factors)
+        tensors |= {f"{names[name]}.lora_A.weight": down, f"{names[name]}.lora_B.weight": up}
+    save_safetensors(path, tensors, {"format": "pt"})
+
+
+def write_kohya(path: str | Path, lora: Lora, model: nn.Module) -> None:
+    """Write what web UIs read: factors as they are and alpha = scale * rank."""
+    names = dialects(model)["kohya"]
+    tensors = {}
+    for name, factors in lora.layers.items():
+        stem, alpha = names[name], torch.tensor(float(factors.scale * factors.rank))
+        tensors |= {
+            f"{stem}.lora_down.weight": factors.down,
+            f"{stem}.lora_up.weight": factors.up,
+            f"{stem}.alpha": alpha,
+        }
+    save_safetensors(path, tensors, {"ss_network_module": "networks.lora", "format": "pt"})

@@ -1,0 +1,213 @@
+"""LoRA files that name their layers, to and from diffusers, PEFT and kohya spellings; diffusers is the other side."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ldm.interchange import apply, cloneofsimo, diffusers_model, layers, lora_keys
+from ldm.interchange.lora import Factors, Lora, delta, fitted
+from ldm.interchange.names import TEXT, UNET
+from ldm.util import InputError
+from tests import interchange_models
+from tests.helpers import assert_close_to
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return interchange_models.small_config(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    return interchange_models.small_model(config)
+
+
+def random_lora(model, part_of_name, rank=3, scale=0.7, seed=5):
+    """A LoRA of noticeable size on the layers whose names contain one of some words."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for part in layers.parts(model):
+        for name, shape in layers.layers_of(model, part).items():
+            if any(word in name for word in part_of_name):
+                ones = (1,) * (len(shape) - 2)
+                down = torch.randn(rank, *shape[1:], generator=generator) * shape[1:].numel() ** -0.5
+                found[name] = Factors(down, torch.randn(shape[0], rank, *ones, generator=generator), scale)
+    return Lora(found)
+
+
+@pytest.fixture(scope="module")
+def lora(model):
+    """Attention of UNet and text encoder, a feed-forward, convolutions of two kinds."""
+    return random_lora(model, ["attn", "ff.net.0", "input_blocks.4.0.in_layers", "proj_in", "upsample", ".conv"])
+
+
+@pytest.fixture(scope="module")
+def folder(config, model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("diffusers") / "small"
+    diffusers_model.write_folder(path, model.state_dict(), config.model.params)
+    return path
+
+
+@pytest.fixture
+def pipeline(folder):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install .[test]")
+    pytest.importorskip("peft", reason="peft, which diffusers loads LoRAs with, is not installed: pip install .[test]")
+    return diffusers.StableDiffusionPipeline.from_pretrained(folder)
+
+
+@torch.no_grad()
+def their_output(pipeline, seed=1):
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    ids = pipeline.tokenizer(
+        interchange_models.PROMPT, padding="max_length", max_length=32, truncation=True, return_tensors="pt"
+    ).input_ids
+    return pipeline.unet(x, torch.tensor([321]), pipeline.text_encoder(ids)[0]).sample
+
+
+def same(one: Lora, two: Lora, tol=1e-6):
+    assert one.layers.keys() == two.layers.keys()
+    for name in one.layers:
+        assert_close_to(delta(two.layers[name]), delta(one.layers[name]), tol)
+
+
+def test_our_outputs_change_and_come_back(model, lora):
+    before = interchange_models.unet_output(model)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    originals = apply.add(model, apply.lora_changes(lora, model))
+    changed = interchange_models.unet_output(model)
+    assert (changed - before).norm() > 0.1 * before.norm()
+    apply.restore(model, originals)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("write", [lora_keys.write_diffusers, lora_keys.write_kohya])
+def test_diffusers_loads_ours(model, lora, pipeline, tmp_path, write):
+    write(tmp_path / "lora.safetensors", lora, model)
+    before = their_output(pipeline)
+    assert_close_to(before, interchange_models.unet_output(model), 1e-4)
+    pipeline.load_lora_weights(tmp_path / "lora.safetensors")
+    theirs = their_output(pipeline)
+    pipeline.unload_lora_weights()
+    assert torch.equal(their_output(pipeline), before)
+    with apply.added(model, apply.lora_changes(lora, model)):
+        ours = interchange_models.unet_output(model)
+    assert (ours - before).norm() > 0.1 * before.norm()
+    assert_close_to(theirs - before, ours - before, 1e-4)
+
+
+def test_we_load_theirs(model, pipeline, tmp_path):
+    from peft import LoraConfig
+
+    settings = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False)
+    pipeline.unet.add_adapter(settings)
+    pipeline.text_encoder.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    before = interchange_models.unet_output(model)
+    theirs = their_output(pipeline) - before
+    unet, text = (get_peft_model_state_dict(part) for part in (pipeline.unet, pipeline.text_encoder))
+    metadata = {"unet_lora_adapter_metadata": {"r": 4, "lora_alpha": 2}, "text_encoder_lora_adapter_metadata": None}
+    type(pipeline).save_lora_weights(
+        tmp_path, convert_state_dict_to_diffusers(unet), convert_state_dict_to_diffusers(text), **metadata
+    )
+    found = lora_keys.read(tmp_path / "pytorch_lora_weights.safetensors", model)
+    assert {f.scale for name, f in found.layers.items() if name.startswith(UNET)} == {0.5}
+    with apply.added(model, apply.lora_changes(found, model)):
+        assert_close_to(interchange_models.unet_output(model) - before, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("write", [lora_keys.write_diffusers, lora_keys.write_kohya])
+def test_there_and_back(model, lora, tmp_path, write):
+    write(tmp_path / "x.safetensors", lora, model)
+    same(lora, lora_keys.read(tmp_path / "x.safetensors", model))
+
+
+def test_kohya_keeps_alpha_and_factors(model, lora, tmp_path):
+    lora_keys.write_kohya(tmp_path / "x.safetensors", lora, model)
+    tensors = load_file(tmp_path / "x.safetensors")
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    assert tensors[f"{stem}.alpha"].item() == pytest.approx(0.7 * 3)
+    ours = lora.layers[f"{UNET}input_blocks.1.1.transformer_blocks.0.attn1.to_q"]
+    assert torch.equal(tensors[f"{stem}.lora_up.weight"], ours.up)
+    assert f"{TEXT}text_model.encoder.layers.0.self_attn.q_proj" in lora.layers
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in tensors
+
+
+@pytest.mark.parametrize(
+    ("stem", "down", "up"),
+    [
+        ("unet.{}.attn2.processor.to_out", "_lora.down.weight", "_lora.up.weight"),
+        ("{}.attn2.processor.to_out", "_lora.down.weight", "_lora.up.weight"),
+        ("unet.{}.attn2.to_out.0", ".lora.down.weight", ".lora.up.weight"),
+        ("base_model.model.{}.attn2.to_out.0", ".lora_A.weight", ".lora_B.weight"),
+    ],
+)
+def test_older_spellings(model, tmp_path, stem, down, up):
+    stem = stem.format("up_blocks.1.attentions.2.transformer_blocks.0")
+    name = f"{UNET}output_blocks.5.1.transformer_blocks.0.attn2.to_out.0"
+    factors = random_lora(model, [name]).layers[name]._replace(scale=1.0)
+    save_file({stem + down: factors.down, stem + up: factors.up}, tmp_path / "old.safetensors")
+    same(Lora({name: factors}), lora_keys.read(tmp_path / "old.safetensors", model))
+
+
+def test_older_text_encoder_spelling(model, tmp_path):
+    stem = "text_encoder.text_model.encoder.layers.1.self_attn.k_proj.lora_linear_layer."
+    save_file({stem + "down.weight": torch.ones(2, 24), stem + "up.weight": torch.ones(24, 2)}, tmp_path / "x")
+    [name] = lora_keys.read(tmp_path / "x", model).layers
+    assert name == f"{TEXT}text_model.encoder.layers.1.self_attn.k_proj"
+
+
+@pytest.mark.parametrize("order", list(layers.ORDERS))
+@pytest.mark.parametrize("fmt", ["safetensors", "pt"])
+def test_nameless_files_in_every_order(model, tmp_path, order, fmt):
+    """What the order of a file is follows from its shapes, where it is not said."""
+    lora = random_lora(model, ["attn1", "attn2", "ff.net.0", "self_attn"])
+    published = cloneofsimo.from_lora(lora, model, order)
+    published.order = None
+    getattr(cloneofsimo, f"write_{fmt}")(tmp_path / f"x.{fmt}", published)
+    back = getattr(cloneofsimo, f"read_{fmt}")(tmp_path / f"x.{fmt}")
+    same(lora, cloneofsimo.to_lora(back, model, "x"), 2e-3)
+
+
+def test_nameless_files_with_residual_blocks_and_with_gaps(model, tmp_path):
+    lora = random_lora(model, ["in_layers", "emb_layers", "attn2.to_v"])
+    cloneofsimo.write_safetensors(tmp_path / "x.safetensors", cloneofsimo.from_lora(lora, model))
+    back = cloneofsimo.to_lora(cloneofsimo.read_safetensors(tmp_path / "x.safetensors"), model, "x")
+    assert all(delta(f).abs().max() == 0 for name, f in back.layers.items() if name not in lora.layers)
+    same(lora, Lora({name: back.layers[name] for name in lora.layers}), 2e-3)
+
+
+def test_the_search_finds_in_diffusers_what_we_think_it_does(model, pipeline):
+    """The order of the installed diffusers' modules is the newest of ours, and sorting LDM's names gives it."""
+    for classes in (["Attention", "GEGLU"], ["Attention", "GEGLU", "ResnetBlock2D"]):
+        theirs = [f"unet.{name}" for name in layers.find_layers(pipeline.unet, classes)]
+        ours = layers.in_order(model, "unet", [*classes, "CrossAttention"], "diffusers>=0.17")
+        names = layers.dialects(model)["diffusers"]
+        assert [names[name] for name in ours] == theirs
+
+
+def test_refusals(model, lora, tmp_path):
+    save_file({"lora_unet_nowhere.lora_down.weight": torch.zeros(1, 1)}, tmp_path / "x")
+    with pytest.raises(InputError, match="1 unknown keys, e.g. lora_unet_nowhere.lora_down.weight"):
+        lora_keys.read(tmp_path / "x", model)
+    stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q."
+    save_file(
+        {stem + "lora_A.weight": torch.zeros(2, 320), stem + "lora_B.weight": torch.zeros(320, 2)}, tmp_path / "x"
+    )
+    with pytest.raises(InputError, match=r"another base model: .*attn1.to_q changes a weight of \[320, 320\]"):
+        lora_keys.read(tmp_path / "x", model)
+    save_file({stem + "hada_w1_a": torch.zeros(2, 320)}, tmp_path / "x")
+    with pytest.raises(InputError, match="hada_w1_a"):
+        lora_keys.read(tmp_path / "x", model)
+    with pytest.raises(InputError, match="rank 2 in its down and 3 in its up"):
+        fitted(Factors(torch.zeros(2, 4), torch.zeros(4, 3)), (4, 4), "a", "b")
+    wide = cloneofsimo.Published({"unet": [Factors(torch.zeros(1, 320), torch.zeros(320, 1))] * 144}, {})
+    with pytest.raises(InputError, match="another base model"):
+        cloneofsimo.to_lora(wide, model, "wide.pt")
+    with pytest.raises(InputError, match="no place for 1 layers, e.g. model.diffusion_model.input_blocks.0.0"):
+        cloneofsimo.from_lora(random_lora(model, ["input_blocks.0.0"]), model)
