@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import atomic_write, fingerprint, is_adapter, read_weights, save_json, save_safetensors
+from ldm.checkpoints import (
+    atomic_write,
+    fingerprint,
+    is_adapter,
+    is_added,
+    read_weights,
+    save_json,
+    save_safetensors,
+)
 from ldm.modules.adapters import ENTRY, FORMS, KINDS, check_entry, tapped_blocks
 from ldm.modules.taps import Route, TappedBlock
 from ldm.util import InputError
@@ -47,9 +55,19 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
     return list(entries.values())
 
 
-def base_fingerprint(model: nn.Module) -> str:
-    """A digest of the frozen weights that the adapters were trained on."""
-    return fingerprint({name: value for name, value in model.state_dict().items() if not is_adapter(name)})
+def base_fingerprint(model: nn.Module, changed: Container[str] = ()) -> str | None:
+    """A digest of the frozen weights of a UNet that was tuned; None if all are `changed`, that is, tuned themselves."""
+    state = model.state_dict()
+    frozen = {name: value for name, value in state.items() if not is_added(name) and name not in changed}
+    return fingerprint(frozen) if frozen else None
+
+
+def check_base(model: nn.Module, config: Mapping[str, Any], source: str) -> None:
+    """Warn if what a folder holds was trained on another UNet than this one."""
+    tuned = [name for family in config.get("families", []) for name in family["tensors"]]
+    changed = {name.removeprefix("model.diffusion_model.") for name in tuned}
+    if config.get("base_fingerprint") not in (None, base_fingerprint(model, changed)):
+        log.warning("%s was trained on another base model (fingerprint %s)", source, config["base_fingerprint"])
 
 
 def save(model: nn.Module, path: str | Path, notes: Mapping[str, Any]) -> None:
@@ -57,17 +75,23 @@ def save(model: nn.Module, path: str | Path, notes: Mapping[str, Any]) -> None:
     entries = describe(model)
     if not entries:
         raise InputError("this model has no adapters to save; give it an adapter_config")
-    about = {
-        "format": "position-adapters-1",
-        "adapters": entries,
-        **notes,
-        "base_fingerprint": base_fingerprint(model),
-        "versions": {name: _version(name) for name in PACKAGES},
-    }
     with atomic_write(path) as beside:
         beside.mkdir()
         save_safetensors(beside / TENSORS, adapter_tensors(model))
-        save_json(beside / CONFIG, about)
+        save_json(beside / CONFIG, about(model, entries, notes))
+
+
+def about(
+    model: nn.Module, entries: list[dict], notes: Mapping[str, Any], changed: Container[str] = ()
+) -> dict[str, Any]:
+    """What the JSON of a folder says beside its tensors: adapters, notes, the base and the packages."""
+    return {
+        "format": "position-adapters-1",
+        "adapters": entries,
+        **notes,
+        "base_fingerprint": base_fingerprint(model, changed),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
 
 
 def _version(package: str) -> str | None:
@@ -86,6 +110,8 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
         config = json.loads(file.read_text())
         for entry in config["adapters"]:
             entry["kind"], entry["name"], entry["din"], entry["dout"], entry["blocks"], float(entry["scale"])
+        for family in config.get("families", []):
+            family["target"], family["params"], list(family["tensors"])
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is damaged ({error!r}); expected what save_adapter_to_dir writes") from None
     return config
@@ -124,8 +150,8 @@ def load(model: nn.Module, path: str | Path, scale: float = 1.0, add: bool = Fal
         raise InputError(
             f"{path} was written by the published code and does not name its routes: use the config it was trained with"
         )
-    if config and config.get("base_fingerprint") not in (None, base_fingerprint(model)):
-        log.warning("%s was trained on another base model (fingerprint %s)", path, config["base_fingerprint"])
+    if config:
+        check_base(model, config, str(path))
     if config and (add or not present):
         _attach_and_fill(model, config["adapters"], tensors, scale, str(path))
         return

@@ -14,7 +14,8 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from ldm.checkpoints import is_adapter, read_object, save_torch
+from ldm.checkpoints import read_object, save_torch
+from ldm.tuning import files
 from ldm.util import InputError
 
 log = logging.getLogger(__name__)
@@ -163,9 +164,7 @@ class SaveRun(Checkpoint):
         )
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Write the adapters, if there are any, and everything that a resume needs."""
-        self.saved_at = trainer.global_step
-        unet = getattr(getattr(module, "model", None), "diffusion_model", None)
-        if trainer.is_global_zero and unet is not None and any(map(is_adapter, module.learning())):
-            unet.save_adapter_to_dir(self.folder / f"{self.step}-adapters", step=self.step, **self.notes)
+        """Write what was tuned, if anything was, and everything that a resume needs."""
+        if trainer.is_global_zero and getattr(module, "is_tuned", False):
+            files.save(module, self.folder / f"{self.step}-adapters", {"step": self.step, **self.notes})
         trainer.save_checkpoint(self.last)

@@ -116,7 +116,10 @@ class FrozenCLIPEmbedder(nn.Module):
             )
         if word in self.new_tokens.words:
             raise InputError(f"token {word!r} exists already; give the new one another name")
-        self.tokenizer.add_tokens(self.new_tokens.add(word, vectors.to(self.transformer.device)))
+        names = self.new_tokens.add(word, vectors.to(self.transformer.device))
+        self.tokenizer.add_tokens(names)
+        if (ids := self.tokenizer.convert_tokens_to_ids(names)) != self.new_tokens.ids_of(word):
+            raise InputError(f"the tokenizer is of another text encoder: it gives new words the ids {ids}")
 
     def load_embeddings(self, path: str | Path) -> list[str]:
         """Add the words of a textual-inversion file; the words. Raises `InputError`."""

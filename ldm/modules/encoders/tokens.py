@@ -35,6 +35,11 @@ class NewTokens(nn.Module):
         self.words[word] = " ".join(names)
         return names
 
+    def ids_of(self, word: str) -> list[int]:
+        """The ids that stand for a word."""
+        names = list(self.vectors)
+        return [self.first_id + names.index(name) for name in self.words[word].split()]
+
     def spell(self, text: str) -> str:
         """A prompt with each new word replaced by the names of its ids; longer words first, never a part of a word."""
         known = "|".join(re.escape(word) for word in sorted(self.words, key=len, reverse=True))

@@ -1,0 +1,130 @@
+"""Everything that learnt in one folder, and that folder onto a fresh base model.
+
+`adapter_config.json` names the families with their parameters and tensors. Position adapters lie in
+`adapters.safetensors`, as `ldm.modules.adapter_files` has them; the tensors of all other families in `tuned.safetensors`, by
+state-dict name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints import atomic_write, is_adapter, is_added, read_weights, save_json, save_safetensors
+from ldm.modules import adapter_files
+from ldm.tuning import Chosen, choose, shares
+from ldm.util import InputError
+
+TUNED = "tuned.safetensors"
+UNET = "model.diffusion_model."
+
+
+def save(model: nn.Module, folder: str | Path, notes: Mapping[str, Any] | None = None) -> None:
+    """Write what the families of a model have learnt, atomically. `notes` (step, class word, ...) go into the JSON.
+
+    Raises `InputError` if the model is not tuned.
+    """
+    unet = model.model.diffusion_model
+    adapters = adapter_files.describe(unet)
+    tensors: dict[str, Tensor] = {}
+    entries = []
+    for chosen, own in zip(model.families, shares(model, model.families), strict=True):
+        own = {name: value for name, value in own.items() if not is_adapter(name)}
+        if own and model.is_tuned:
+            entries.append({"target": chosen.target, "params": chosen.params, "tensors": list(own)})
+            tensors |= own
+    if not adapters and not entries:
+        raise InputError("nothing was tuned in this model: give it an adapter_config, a train_level or tuning")
+    changed = {name.removeprefix(UNET) for name in tensors}
+    about = adapter_files.about(unet, adapters, dict(notes or {}), changed)
+    with atomic_write(folder) as beside:
+        beside.mkdir()
+        if adapters:
+            save_safetensors(beside / adapter_files.TENSORS, adapter_files.adapter_tensors(unet))
+        if entries:
+            save_safetensors(beside / TUNED, tensors)
+            about["families"] = entries
+        save_json(beside / adapter_files.CONFIG, about)
+
+
+def load(model: nn.Module, folder: str | Path, scale: float = 1.0, add: bool = False) -> None:
+    """Rebuild what a folder holds on a model with base weights; also reads folders of the published code.
+
+    `scale` is its strength: it multiplies the scale of position adapters and of LoRA; base weights that were tuned go
+    that share of their way; words have none. A family that the model has already, with the same parameters, is filled
+    in, unless `add`: then those of the folder come beside it. Raises `InputError` if the folder does not fit the model,
+    which then is not to be used.
+    """
+    folder = Path(folder)
+    config = adapter_files.read_config(folder)
+    unet = model.model.diffusion_model
+    if config is None or config["adapters"]:
+        unet.load_adapter_from_dir(folder, scale, add)
+    else:
+        adapter_files.check_base(unet, config, str(folder))
+    entries = config.get("families", []) if config else []
+    tensors = read_weights(folder / TUNED) if entries else {}
+    if entries and not model.is_tuned:
+        settle(model)
+    for entry in entries:
+        if missing := [name for name in entry["tensors"] if name not in tensors]:
+            raise InputError(f"{folder} is damaged: {TUNED} lacks {missing[0]}")
+        _load_family(model, entry, {name: tensors[name] for name in entry["tensors"]}, scale, add, str(folder))
+
+
+def settle(model: nn.Module) -> None:
+    """Make a model a base to tune: it keeps its averaged weights for good, and nothing of it learns."""
+    if model.use_ema:
+        model.model_ema.copy_to(model.model)
+        model.use_ema = False
+    model.families, model.is_tuned = [], True
+    model.requires_grad_(False)
+
+
+@torch.no_grad()
+def _load_family(
+    model: nn.Module, entry: Mapping[str, Any], tensors: dict[str, Tensor], scale: float, add: bool, source: str
+) -> None:
+    base = model.state_dict()
+    same = [one for one in model.families if (one.target, one.params) == (entry["target"], entry["params"])]
+    if add or not same:
+        chosen = choose({"target": entry["target"], "params": entry["params"]})
+        chosen.family.install(model)
+        model.families.append(chosen)
+    else:
+        chosen = same[0]
+    own = _matched(chosen, model, tensors, source)
+    released = vars(model).setdefault("released_weights", {})  # before anything was loaded onto them
+    for (name, parameter), value in zip(own.items(), tensors.values(), strict=True):
+        value = value.to(parameter.device, parameter.dtype)
+        if name not in base or is_added(name):
+            parameter.copy_(value)
+            continue
+        start = released.setdefault(name, parameter.clone())
+        alone = scale == 1 and torch.equal(parameter, start)
+        parameter.copy_(value if alone else parameter + scale * (value - start))
+    if scale != 1 and hasattr(chosen.family, "strength"):
+        chosen.family.strength(model, scale)
+
+
+def _matched(chosen: Chosen, model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, nn.Parameter]:
+    """The parameters of a family in the order of its tensors, whose names may count the families otherwise."""
+    own = {name: p for name, p in chosen.family.trainable(model).items() if not is_adapter(name)}
+    if own.keys() == tensors.keys():
+        own = {name: own[name] for name in tensors}
+    if len(own) != len(tensors):
+        raise InputError(
+            f"{source} does not fit this model: {chosen.target} has {len(tensors)} tensors there, {len(own)} here; "
+            "use the base model that it was trained on"
+        )
+    for (name, parameter), (theirs, value) in zip(own.items(), tensors.items(), strict=True):
+        if parameter.shape != value.shape:
+            raise InputError(
+                f"{source} does not fit this model: {theirs} has shape {list(value.shape)}, here {name} has "
+                f"{list(parameter.shape)}; use the base model that it was trained on"
+            )
+    return own

@@ -1,0 +1,101 @@
+"""Textual inversion: new words whose vectors learn beside the frozen embedding table (arXiv 2208.01618, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.util import InputError, short
+
+# What Custom Diffusion starts its new tokens from (arXiv 2212.04488, section 3.2): rare words, the last token first.
+RARE_WORDS = ("ktn", "pll", "ucd")
+
+
+class TextualInversion:
+    """New words of the text encoder; nothing else moves.
+
+    Args:
+        words: one, several, or a mapping from words to `{init_word, vectors}` of their own.
+        init_word: where the vectors start: at those of this word, which must have one token, or one for each vector;
+            a number draws them from N(0, number^2); by default N(mean, variance) of the whole table.
+        vectors: how many vectors a word has; a prompt is that much longer.
+        norm_weight: after each step at learning rate r, norms go the share min(1, norm_weight * r) of the way to the
+            mean norm of the released table, beside the loss, as weight decay in arXiv 1711.05101. 0: free norms.
+        seed: of random starts.
+
+    Raises `InputError` for a word that the encoder knows already, and for an `init_word` that it does not know.
+    """
+
+    def __init__(
+        self,
+        words: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None],
+        init_word: str | float | None = None,
+        vectors: int = 1,
+        norm_weight: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        words = [words] if isinstance(words, str) else words
+        own = words if isinstance(words, Mapping) else dict.fromkeys(words)
+        self.words = {word: {"init_word": init_word, "vectors": vectors} | dict(own[word] or {}) for word in own}
+        for word, how in self.words.items():
+            if not isinstance(word, str) or not word or len(word.split()) != 1:
+                raise InputError(f"words: expected words without spaces such as <new1>, got {word!r}")
+            if how.keys() != {"init_word", "vectors"}:
+                raise InputError(f"words: {word} has the keys {', '.join(how)}; expected init_word and vectors")
+            if not isinstance(how["vectors"], int) or how["vectors"] < 1:
+                raise InputError(
+                    f"words: vectors of {word} must be a whole number of at least 1, got {how['vectors']!r}"
+                )
+        if not self.words or norm_weight < 0:
+            raise InputError(f"expected at least one word and norm_weight >= 0, got {short(words)} and {norm_weight}")
+        self.norm_weight, self.seed = norm_weight, seed
+
+    def install(self, model: nn.Module) -> None:
+        encoder = model.cond_stage_model
+        if not hasattr(encoder, "add_token"):
+            raise InputError(f"{type(encoder).__name__} reads no words, so it can learn none; use FrozenCLIPEmbedder")
+        for number, (word, how) in enumerate(self.words.items()):
+            if len(word_ids(encoder, word)) == 1:
+                raise InputError(f"the text encoder knows {word!r} already; name the new word otherwise, e.g. <{word}>")
+            encoder.add_token(word, self._start(encoder, word, number, **how))
+
+    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        tokens = getattr(model.cond_stage_model, "new_tokens", None)
+        names = [name for word in self.words if tokens and word in tokens.words for name in tokens.words[word].split()]
+        return {f"cond_stage_model.new_tokens.vectors.{name}": tokens.vectors[name] for name in names}
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, rate: float) -> None:
+        if self.norm_weight:
+            target = released_table(model.cond_stage_model).norm(dim=1).mean()
+            share = min(1.0, self.norm_weight * rate)
+            for vector in self.trainable(model).values():
+                vector.mul_(1 + share * (target / vector.norm() - 1))
+
+    def _start(self, encoder: nn.Module, word: str, number: int, init_word: Any, vectors: int) -> Tensor:
+        """The vectors [v, d] that a word begins with."""
+        table = released_table(encoder)
+        if isinstance(init_word, str):
+            ids = word_ids(encoder, init_word)
+            if len(ids) not in (1, vectors):
+                raise InputError(
+                    f"init_word {init_word!r} has {len(ids)} tokens here: give {word} vectors: {len(ids)}, "
+                    "or name a word of one token"
+                )
+            return table[ids].expand(vectors, -1).clone()
+        noise = torch.randn(vectors, table.shape[1], generator=torch.Generator().manual_seed(self.seed + number))
+        noise = noise.to(table.device, table.dtype)
+        return noise * init_word if init_word is not None else table.mean(0) + table.std(0) * noise
+
+
+def released_table(encoder: nn.Module) -> Tensor:
+    """The embedding table [n, d] that the encoder was released with."""
+    return encoder.transformer.get_input_embeddings().weight.detach()
+
+
+def word_ids(encoder: nn.Module, word: str) -> list[int]:
+    """The ids of a word's tokens; for a learnt word those of its vectors."""
+    return encoder.tokenizer(encoder.new_tokens.spell(word), add_special_tokens=False)["input_ids"]
