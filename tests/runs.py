@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -104,7 +105,7 @@ def differences(a, b, path: str = "") -> list[str]:
 def pixels(path: Path) -> torch.Tensor:
     """A picture as float [h, w, c] in 0 .. 255."""
     with Image.open(path) as picture:
-        return torch.tensor(list(picture.convert("RGB").getdata())).float()
+        return torch.from_numpy(np.array(picture.convert("RGB"))).float()
 
 
 def tiny_model(*overrides: str) -> SimpleNamespace:

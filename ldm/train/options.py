@@ -107,7 +107,9 @@ def parse(p: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[s
     known, rest = p.parse_known_args(argv)
     named = {name: getattr(known, name) for name in vars(known) if name in TRAINER_OPTIONS}
     more, overrides = _trainer_options(rest)
-    return known, named | more, overrides
+    swallowed = [word for word in known.base if "=" in word and not word.endswith((".yaml", ".yml"))]
+    known.base = [word for word in known.base if word not in swallowed]
+    return known, named | more, swallowed + overrides
 
 
 TRAINER_OPTIONS = (

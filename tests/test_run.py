@@ -1,0 +1,360 @@
+"""Training and sampling from end to end, through the two programs as a user calls them."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ldm.checkpoints import read_weights, save_torch
+from ldm.util import InputError, load_config
+from tests.conftest import ROOT
+from tests.runs import TINY, arguments, find_run, last, main_dream_booth, pictures, pixels, sample, tiny_model, train
+
+PUBLISHED = ROOT / "tests" / "data" / "published-attn2o-ffni.yaml"
+NARROW = [  # a published config at the size of the tiny one
+    "model.params.unet_config.params.model_channels=32",
+    "model.params.unet_config.params.channel_mult=[1,2]",
+    "model.params.unet_config.params.attention_resolutions=[1]",
+    "model.params.unet_config.params.num_res_blocks=1",
+    "model.params.unet_config.params.num_heads=2",
+    "model.params.unet_config.params.context_dim=128",
+    "model.params.image_size=8",
+    "model.params.first_stage_config.params.ddconfig={ch: 32, ch_mult: [1, 1, 1], num_res_blocks: 1, resolution: 32}",
+    "model.params.cond_stage_config.params={version: models/sd-mini/clip, max_length: 32}",
+    "data.params.num_workers=0",
+    "checkpoint.random_seed=0",
+    *(f"data.params.{name}.params.size=32" for name in ("train", "reg", "validation")),
+    "lightning.callbacks.image_logger.params.batch_frequency=1000",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 24 steps, the command that made it, and its adapters."""
+    work = tmp_path_factory.mktemp("trained")
+    every = [
+        "lightning.modelcheckpoint.params.every_n_train_steps=12",
+        "lightning.callbacks.image_logger.params.batch_frequency=24",
+    ]
+    run = train(work, "run", "--max_steps", 24, "data.params.batch_size=2", "model.base_learning_rate=0.03", *every)
+    return SimpleNamespace(work=work, run=run, adapters=run / "checkpoints" / "24-adapters")
+
+
+def events(run):
+    found = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return found
+
+
+# --- training
+
+
+def test_the_folder_of_a_run(trained):
+    run = trained.run
+    assert run.name.startswith("photos20") and run.name.endswith("_run")
+    assert {path.name for path in run.iterdir()} == {"configs", "checkpoints", "images", "tensorboard"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"12-adapters", "24-adapters", "last.ckpt"}
+    assert {path.name for path in trained.adapters.iterdir()} == {"adapters.safetensors", "adapter_config.json"}
+    config = load_config(run / "configs" / "project.yaml")
+    assert config.lightning.trainer.max_steps == 24 and config.dreambooth.class_word == "dog"
+
+
+def test_the_last_checkpoint_holds_what_learns_and_nothing_else(trained):
+    content = last(trained.run)
+    adapters = load_file(trained.adapters / "adapters.safetensors")
+    prefix = "model.diffusion_model."
+    assert {name.removeprefix(prefix) for name in content["state_dict"]} == set(adapters)
+    assert all(torch.equal(content["state_dict"][prefix + name], value) for name, value in adapters.items())
+    weights = sum(value.numel() * 4 for value in adapters.values())
+    assert (trained.run / "checkpoints" / "last.ckpt").stat().st_size < 3 * weights + 50_000  # AdamW keeps two more
+
+
+def test_what_the_adapter_folder_says_about_itself(trained):
+    about = json.loads((trained.adapters / "adapter_config.json").read_text())
+    (entry,) = about["adapters"]
+    assert (entry["din"], entry["dout"], entry["mid_dim"], entry["scale"]) == ("attn2o", "ffni", 24, 1.0)
+    assert (about["step"], about["class_word"], about["identifier"]) == (24, "dog", "sks")
+    assert len(about["base_fingerprint"]) == 16 and about["versions"]["torch"] == torch.__version__
+
+
+def test_curves_and_samples_are_in_tensorboard_and_in_the_folder(trained):
+    found = events(trained.run)
+    assert len(found.Scalars("train/loss_simple")) == len(found.Scalars("train/loss_prior")) == 24
+    assert {"val/loss_simple", "lr-AdamW"} <= set(found.Tags()["scalars"])
+    assert [image.step for image in found.Images("samples")] == [24]
+    with Image.open(trained.run / "images" / "000024.png") as grid:
+        assert grid.size == (4 * 36, 2 * 36)  # photo of a sks dog, photo of a dog: four of each, framed by 2 pixels
+        assert grid.text["prompt"] == "photo of a sks dog | photo of a dog"
+
+
+def test_the_loss_falls(trained):
+    """On pictures and draws that are the same after every epoch."""
+    losses = [scalar.value for scalar in events(trained.run).Scalars("val/loss_simple")]
+    assert len(losses) == 4 and losses == sorted(losses, reverse=True) and losses[-1] < 0.985 * losses[0]
+
+
+def test_adapters_change_and_the_base_does_not(tmp_path, trained):
+    from ldm.train import dreambooth
+    from ldm.train import run as runs
+    from ldm.train.options import dreambooth_parser, parse
+
+    argv = arguments(tmp_path, "-n", "run", "--accelerator", "cpu")
+    plan = dreambooth.plan(*parse(dreambooth_parser(""), argv))
+    model = runs.base_model(plan)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    runs.train(plan, model)
+    after = model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(model.learning()) and changed
+
+
+def test_several_configs_later_ones_win(tmp_path):
+    more = tmp_path / "more.yaml"
+    more.write_text("lightning: {trainer: {max_steps: 2}}\nmodel: {base_learning_rate: 0.5}\n")
+    run = train(tmp_path, "run", "-b", more, "model.params.reg_weight=0.5")
+    config = load_config(run / "configs" / "project.yaml")
+    assert last(run)["global_step"] == 2
+    assert (config.model.base_learning_rate, config.model.params.reg_weight) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("scale,rate", [("True", 0.001 * 2 * 3), ("false", 0.001)])
+def test_scale_lr(tmp_path, scale, rate):
+    more = ["--accumulate_grad_batches", 3, "data.params.batch_size=2", "--max_steps", 1]
+    run = train(tmp_path, "run", "--scale_lr", scale, *more)
+    assert last(run)["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(rate)
+
+
+def test_the_whole_unet_learns(tmp_path):
+    more = ["model.params.train_level=[unet]", "model.params.unet_config.params.adapter_config=null"]
+    run = train(tmp_path, "run", *more, "--max_steps", 24)
+    names = set(last(run)["state_dict"])
+    assert names == {name for name, _ in tiny_model(*more).named_parameters() if name.startswith("model.")}
+    first, second = (scalar.value for scalar in events(run).Scalars("val/loss_simple"))
+    assert second < 0.8 * first
+
+
+def test_without_class_pictures(tmp_path):
+    run = train(tmp_path, "run", "data.params.reg=null", "lightning.callbacks.image_logger=null", "--max_steps", 1)
+    assert "train/loss_prior" not in events(run).Tags()["scalars"]
+
+
+def test_without_t_it_only_reports(tmp_path, capsys):
+    main_dream_booth(*(word for word in arguments(tmp_path) if word != "-t"))
+    assert "16 tensors" in (out := capsys.readouterr().out) and "nothing trained: add -t" in out
+    assert not (tmp_path / "logs").exists()
+
+
+def test_the_published_config_runs_unchanged(tmp_path):
+    published = PUBLISHED.read_text()
+    assert len(published.splitlines()) > 100 and "UNetModel_inject" in published and "defaults" not in published
+    run = train(tmp_path, "run", "--max_steps", 2, "--scale_lr", "False", *NARROW, config=PUBLISHED)
+    assert (run / "checkpoints" / "2-adapters").is_dir()
+
+
+def test_class_pictures_are_made_once_and_only_as_many_as_lack(tmp_path, monkeypatch):
+    from ldm import generate
+
+    made, real = [], generate.generate
+    quick = generate.Settings(steps=1)
+    monkeypatch.setattr(generate, "generate", lambda m, p, seeds, s, *a: made.extend(seeds) or real(m, p, seeds, quick))
+    photos, reg = pictures(tmp_path / "photos", 2), tmp_path / "class"
+    pictures(reg, 1)
+    words = ["--base", TINY, "-t", "--data_root", photos, "--reg_data_root", reg, "--logdir", tmp_path / "logs"]
+    words += ["--accelerator", "cpu", "--max_steps", 1, "--num_class_images", 6, "--class_word", "cat"]
+    main_dream_booth(*words, "-n", "first")
+    assert len(made) == 5 and len(list(reg.glob("*.png"))) == 6
+    with Image.open(reg / "00003.png") as picture:
+        assert picture.text == {"prompt": "photo of a cat", "seed": str(23 + 3)}
+        kept = picture.tobytes()
+    (reg / "00003.png").unlink()  # as if interrupted
+    main_dream_booth(*words, "-n", "second")
+    assert len(made) == 6 and len(list(reg.glob("*.png"))) == 6
+    main_dream_booth(*words, "-n", "third")
+    assert len(made) == 6 and kept
+
+
+def base_files(folder) -> None:
+    """One set of weights, as the files that people have."""
+    weights = tiny_model().state_dict()
+    weights = {name: value for name, value in weights.items() if "adapter" not in name}
+    half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    averages = {
+        "model_ema." + n.removeprefix("model.").replace(".", ""): torch.zeros(1)
+        for n in weights
+        if n.startswith("model.")
+    }
+    save_torch(folder / "level.ckpt", {"state_dict": weights, "epoch": 3, "global_step": 70})
+    save_torch(folder / "flat.ckpt", weights)
+    save_torch(folder / "half.ckpt", {"state_dict": half})
+    save_torch(folder / "averages.ckpt", {"state_dict": weights | averages | {"model_ema.decay": torch.tensor(0.9)}})
+    save_file({name: value.clone() for name, value in weights.items()}, folder / "plain.safetensors")
+
+
+def test_base_models_in_every_kind_of_file(tmp_path):
+    base_files(tmp_path)
+    runs = {}
+    for path in [*tmp_path.glob("*.ckpt"), *tmp_path.glob("*.safetensors")]:
+        run = train(tmp_path, path.stem, "--actual_resume", path, "--max_steps", 1)
+        runs[path.stem] = last(run)["state_dict"]
+    assert set(runs) == {"level", "flat", "half", "averages", "plain"}
+    first = runs.pop("level")
+    for kind, state in runs.items():
+        for name, value in state.items():
+            assert (value - first[name]).abs().mean() <= (1e-4 if kind == "half" else 0), f"{kind}: {name}"
+
+
+def test_learnt_words_are_added_before_training(tmp_path, caplog):
+    words = tmp_path / "words.pt"
+    torch.save({"<toy>": torch.randn(128)}, words)
+    with caplog.at_level("INFO"):
+        train(tmp_path, "run", "--embedding_manager_ckpt", words, "--init_word", "toy", "--max_steps", 1)
+    assert "learnt words <toy> added" in caplog.text and "--init_word toy has no effect" in caplog.text
+
+
+def test_real_photographs(tmp_path, shared):
+    roots = ["--data_root", shared / "data/dreambench/dog", "--reg_data_root", shared / "data/class_images/dog"]
+    main_dream_booth(
+        "--base",
+        TINY,
+        "-t",
+        *roots,
+        "--logdir",
+        tmp_path / "logs",
+        "-n",
+        "dog",
+        "--max_steps",
+        2,
+        "--accelerator",
+        "cpu",
+    )
+    assert find_run(tmp_path, "dog").name.startswith("dog20")
+
+
+# --- sampling
+
+
+def test_the_adapter_changes_pictures_and_with_scale_0_nothing(tmp_path, trained):
+    plain = sample(tmp_path / "plain")
+    adapted = sample(tmp_path / "adapted", "--adapter_path", trained.adapters)
+    off = sample(tmp_path / "off", "--adapter_path", trained.adapters, "--adapter_scale", 0)
+    half = sample(tmp_path / "half", "--adapter_path", trained.adapters, "--adapter_scale", 0.5)
+    for a, b, c, d in zip(plain, adapted, off, half, strict=True):
+        assert torch.equal(pixels(a), pixels(c))
+        assert (pixels(a) - pixels(b)).abs().max() > 3
+        assert not torch.equal(pixels(b), pixels(d))
+    assert len(plain) == 2  # n_iter
+
+
+def test_two_adapters_add_up(tmp_path, trained):
+    halves = ["--adapter_path", trained.adapters] * 2 + ["--adapter_scale", 0.25, "--adapter_scale", 0.75]
+    once = sample(tmp_path / "once", "--adapter_path", trained.adapters, "--n_iter", 1)
+    twice = sample(tmp_path / "twice", *halves, "--n_iter", 1)
+    assert (pixels(once[0]) - pixels(twice[0])).abs().max() <= 1
+
+
+def test_metadata_names_and_grid(tmp_path, trained):
+    out = tmp_path / "out"
+    more = ["--prompt", "photo of a sks dög", "--n_samples", 2, "--n_rows", 3, "--seed", 7, "--ddim_steps", 3]
+    first = sample(out, *more, "--n_iter", 2, "--adapter_path", trained.adapters, "--sampler", "dpm_solver")
+    assert [path.name for path in first] == ["00000.png", "00001.png", "00002.png", "00003.png"]
+    with Image.open(first[3]) as picture:
+        assert picture.size == (32, 32)
+        assert picture.text == {
+            "prompt": "photo of a sks dög", "seed": "10", "sampler": "dpm_solver", "steps": "3", "eta": "0.0",
+            "scale": "7.5", "config": str(TINY), "adapter": str(trained.adapters),
+        }  # fmt: skip
+    with Image.open(out / "grid-0000.png") as grid:
+        assert grid.size == (3 * 36, 2 * 36) and grid.text["seed"] == "7"
+    sample(out, *more, "--n_iter", 1)  # goes on counting
+    assert (out / "samples" / "00005.png").is_file() and (out / "grid-0001.png").is_file()
+
+
+def test_a_picture_is_its_seed_whatever_the_batch(tmp_path):
+    one = sample(tmp_path / "one", "--n_iter", 3, "--ddim_eta", 0.5)
+    three = sample(tmp_path / "three", "--n_iter", 1, "--n_samples", 3, "--ddim_eta", 0.5)
+    late = sample(tmp_path / "late", "--n_iter", 1, "--seed", 44, "--ddim_eta", 0.5)
+    for a, b in zip(one, three, strict=True):
+        assert (pixels(a) - pixels(b)).abs().max() <= 1  # batches are summed in another order
+    assert torch.equal(pixels(one[2]), pixels(late[0]))
+    assert not torch.equal(pixels(one[0]), pixels(one[1]))
+
+
+def test_fixed_code_and_prompts_from_a_file(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red house\n\n  a blue house  \n")
+    found = sample(tmp_path / "out", "--from-file", prompts, "--n_iter", 2, "--fixed_code", "--scale", 1)
+    texts = [(picture.text["prompt"], picture.text["seed"]) for picture in map(Image.open, found)]
+    assert texts == [("a red house", "42"), ("a blue house", "42")] * 2
+    assert torch.equal(pixels(found[0]), pixels(found[2]))
+    assert not torch.equal(pixels(found[0]), pixels(found[1]))
+
+
+def test_sizes_and_what_may_be_skipped(tmp_path):
+    out = tmp_path / "out"
+    assert sample(out, "--H", 48, "--W", 64, "--n_iter", 1, "--skip_save", "--precision", "full") == []
+    with Image.open(out / "grid-0000.png") as grid:
+        assert grid.size == (68, 52)
+    sample(out, "--n_iter", 1, "--skip_grid")
+    assert len(list(out.glob("grid-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["--plms"], ["--sampler", "plms"], ["--sampler", "dpm_solver"], ["--sampler", "ddim"]]
+)
+def test_samplers(tmp_path, words):
+    (path,) = sample(tmp_path / "out", *words, "--n_iter", 1)
+    with Image.open(path) as picture:
+        assert picture.text["sampler"] == words[-1].lstrip("-")
+
+
+def test_learnt_words_of_textual_inversion(tmp_path):
+    """The published code saves an `nn.ParameterDict` in a pickle."""
+    file, plain = tmp_path / "embeddings.pt", ["--prompt", "photo of a house", "--n_iter", 1]
+    vectors = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.randn(2, 128))})
+    torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": vectors}, file)
+    star = ["--prompt", "photo of a *", "--n_iter", 1]
+    without = sample(tmp_path / "without", *star)
+    with_it = sample(tmp_path / "with", *star, "--embedding_path", file)
+    assert not torch.equal(pixels(without[0]), pixels(with_it[0]))
+    house = sample(tmp_path / "house", *plain), sample(tmp_path / "house2", *plain, "--embedding_path", file)
+    assert torch.equal(pixels(house[0][0]), pixels(house[1][0]))
+
+
+def test_python_api(trained):
+    from sample import load_model_from_config
+
+    model = load_model_from_config(load_config(TINY), None, verbose=True)
+    unet = model.model.diffusion_model
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    unet.load_adapter_from_dir(str(trained.adapters))
+    saved = read_weights(trained.adapters / "adapters.safetensors")
+    assert {name for name, value in unet.state_dict().items() if not torch.equal(value, before[name])} <= set(saved)
+    assert all(torch.equal(unet.state_dict()[name], value) for name, value in saved.items())
+    assert not model.training
+
+
+def test_published_adapter_folders_are_sampled_with(tmp_path, trained):
+    """Every transformer adapter is there twice, in files named after the modules."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    tensors = load_file(trained.adapters / "adapters.safetensors")
+    modules = {name.rsplit(".adp.", 1)[0] for name in tensors}
+    for module in modules:
+        own = {
+            name.removeprefix(module + "."): value for name, value in tensors.items() if name.startswith(module + ".")
+        }
+        torch.save(own, folder / f"{module}.pt")
+        torch.save({name.removeprefix("adp."): value for name, value in own.items()}, folder / f"{module}.adp.pt")
+    ours = sample(tmp_path / "ours", "--adapter_path", trained.adapters, "--n_iter", 1)
+    theirs = sample(tmp_path / "theirs", "--adapter_path", folder, "--n_iter", 1)
+    assert torch.equal(pixels(ours[0]), pixels(theirs[0]))
+    shutil.rmtree(folder)
+
+
+def test_a_size_that_does_not_fit(tmp_path):
+    with pytest.raises(InputError, match="picture size 60x32 does not fit this model: expected multiples of 8"):
+        sample(tmp_path, "--H", 60)
