@@ -61,7 +61,9 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         name = f"{models[0]} x {len(models)}" if models else name
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{name}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}"

@@ -1,0 +1,98 @@
+"""One training step of Stable Diffusion v1 size: one picture of the subject and one of its class, adapters attn2o-ffni.
+
+    python benchmarks/train_step.py [--size 256] [--precision bf16]
+
+The peer is diffusers with a LoRA of rank 4 from peft on the attention layers: the same UNet, the same batch, the same
+optimizer, in the same run. Both UNets have random weights; only the UNet's step is timed (latents and text are given).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from common import parser, table, timed
+from torch.nn import functional as F
+
+from ldm.checkpoints import skip_init
+from ldm.modules.adapter_files import adapter_tensors
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.util import find_file, load_config, plain
+
+CONFIG = "configs/sd-inject-dreambooth/attn2o-ffni.yaml"
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Random weights at a scale that keeps activations finite."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+
+
+def ours(device: torch.device, checkpointing: bool) -> tuple[torch.nn.Module, list, Callable]:
+    params = plain(load_config(find_file(CONFIG)).model.params.unet_config.params) | {"use_checkpoint": checkpointing}
+    with skip_init():
+        model = UNetModel(**params)
+    fill(model)
+    model.requires_grad_(False)
+    learning = [p for name, p in model.named_parameters() if name in adapter_tensors(model)]
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    return model.to(device), learning, lambda x, t, c: model(x, t, c)
+
+
+def peer(device: torch.device, checkpointing: bool) -> tuple[torch.nn.Module, list, Callable]:
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    with skip_init():
+        model = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
+    fill(model)
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    model.to(device).train()
+    return model, [p for p in model.parameters() if p.requires_grad], lambda x, t, c: model(x, t, c).sample
+
+
+def step_of(made: tuple, device: torch.device, size: int, precision: str) -> Callable[[], None]:
+    model, learning, predict = made
+    optimizer = torch.optim.AdamW(learning, lr=1e-4)
+    latents = torch.randn(2, 4, size // 8, size // 8, device=device)
+    noise, context = torch.randn_like(latents), torch.randn(2, 77, 768, device=device)
+    t = torch.tensor([100, 700], device=device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+            predicted = predict(latents, t, context)
+        F.mse_loss(predicted.float(), noise).backward()
+        optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    p = parser(__doc__)
+    p.add_argument("--size", type=int, default=256, help="picture size in pixels")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass, in both")
+    options = p.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows: dict[str, list[float]] = {}
+    for name, make in {"diffusers + peft LoRA r=4": peer, "attn2o-ffni (ours)": ours}.items():
+        made = make(device, options.checkpointing)
+        rows[name] = timed(step_of(made, device, options.size, options.precision), options.repeats, device)
+        del made
+    table(rows, peer="diffusers + peft LoRA r=4", as_json=options.json)
+    if not options.json:
+        steps = 1 / statistics.median(rows["attn2o-ffni (ours)"])
+        print(f"{options.precision}, {options.size} pixels, {steps:.2f} steps/s")
+
+
+if __name__ == "__main__":
+    main()

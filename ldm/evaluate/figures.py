@@ -1,0 +1,37 @@
+"""Pictures in labelled rows, as one picture that a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.generate import to_pil
+
+
+def labelled_rows(rows: Mapping[str, Sequence[Tensor]], side: int = 128, gap: int = 6) -> Image.Image:
+    """One row of pictures [3, h, w] in [0, 1] for each label, each picture `side` pixels wide, the label above its row."""
+    font = ImageFont.load_default(size=max(12, side // 8))
+    line = font.size + 2 * gap
+    columns = max(len(pictures) for pictures in rows.values())
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, len(rows) * (line + side + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (label, pictures) in enumerate(rows.items()):
+        top = row * (line + side + gap)
+        draw.text((gap, top + gap), label, fill="black", font=font)
+        for column, picture in enumerate(pictures):
+            sheet.paste(to_pil(fit(picture, side)), (gap + column * (side + gap), top + line))
+    return sheet
+
+
+def fit(picture: Tensor, side: int) -> Tensor:
+    """A picture [3, h, w] as [3, side, side]; enlarged by repetition, so that small pictures stay what they are."""
+    larger = side >= picture.shape[-1]
+    how = {"mode": "nearest-exact"} if larger else {"mode": "bilinear", "antialias": True}
+    return (
+        F.interpolate(picture[None].float(), (side, side), **how)[0].clamp(0, 1)
+        if torch.is_tensor(picture)
+        else picture
+    )

@@ -1,0 +1,71 @@
+"""One picture that shows what an adapter has learnt: the subject, the base model's idea of its class, and both afterwards.
+
+python scripts/before_after.py --config configs/sd-mini/attn2o-ffni.yaml --adapter_path logs/<run>/checkpoints/400-adapters
+    --data_root photos --class_word cat --out before-after.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
+
+from ldm.util import best_device, find_file, load_config, load_model_from_config, run_command  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--config", required=True)
+    p.add_argument("--ckpt", help="checkpoint of the base model; by default the one that the config names")
+    p.add_argument("--adapter_path", required=True, metavar="DIR")
+    p.add_argument("--data_root", required=True, metavar="DIR", help="photographs of the subject")
+    p.add_argument("--class_word", required=True)
+    p.add_argument("--identifier", default="sks")
+    p.add_argument("--template", default="photo of a {}", help="caption; {} stands for the subject or its class")
+    p.add_argument("--columns", type=int, default=6, help="pictures in a row")
+    p.add_argument("--steps", type=int, default=25)
+    p.add_argument("--scale", type=float, default=5.0, help="guidance scale")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device")
+    p.add_argument("--out", required=True, metavar="PNG")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parser().parse_args(argv)
+
+    from ldm.checkpoints import atomic_write
+    from ldm.data.pictures import find_pictures, read_picture, to_tensor
+    from ldm.evaluate.figures import labelled_rows
+    from ldm.generate import Settings, generate
+
+    photographs = find_pictures(options.data_root)[: options.columns]
+    model = load_model_from_config(load_config(find_file(options.config)), options.ckpt)
+    model.to(best_device(options.device))
+    unet = model.model.diffusion_model
+    unet.load_adapter_from_dir(options.adapter_path)
+    subject = options.template.replace("{}", f"{options.identifier} {options.class_word}")
+    plain = options.template.replace("{}", options.class_word)
+    seeds = range(options.seed, options.seed + options.columns)
+    settings = Settings(steps=options.steps, scale=options.scale)
+
+    def drawn(prompt: str, with_adapter: bool) -> list:
+        unet.adapters_enable(with_adapter)
+        return list(generate(model, [prompt] * options.columns, seeds, settings))
+
+    rows = {
+        "the subject": [(to_tensor(read_picture(path), 128) + 1) / 2 for path in photographs],
+        f"before: {subject}": drawn(subject, False),
+        f"after: {subject}": drawn(subject, True),
+        f"before: {plain}": drawn(plain, False),
+        f"after: {plain}": drawn(plain, True),
+    }
+    with atomic_write(options.out) as beside:
+        labelled_rows(rows).save(beside, format="PNG")
+    print(options.out)
+
+
+if __name__ == "__main__":
+    run_command(main)
