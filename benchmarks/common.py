@@ -29,7 +29,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def timed(work: Callable[[], Any], repeats: int, device: torch.device | None = None, warm_up: int = 1) -> list[float]:
     """Seconds of each of `repeats` runs after `warm_up` others; the device is waited for."""
     seconds = []
-    for i in range(warm_up + repeats):
+    for _ in range(warm_up + repeats):
         start = time.perf_counter()
         work()
         if device is not None and device.type == "cuda":

@@ -1,7 +1,8 @@
-"""One picture that shows what an adapter has learnt: the subject, the base model's idea of its class, and both afterwards.
+"""One picture that shows what an adapter has learnt: the subject, the base model before, and after.
 
 python scripts/before_after.py --config configs/sd-mini/attn2o-ffni.yaml --adapter_path logs/<run>/checkpoints/400-adapters
-    --data_root photos --class_word cat --out before-after.png
+    --data_root photos --class_word cat
+        --out before-after.png
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from ldm.generate import to_pil
 
 
 def labelled_rows(rows: Mapping[str, Sequence[Tensor]], side: int = 128, gap: int = 6) -> Image.Image:
-    """One row of pictures [3, h, w] in [0, 1] for each label, each picture `side` pixels wide, the label above its row."""
+    """One row of pictures [3, h, w] in [0, 1] for each label, `side` pixels wide each, the label above its row."""
     font = ImageFont.load_default(size=max(12, side // 8))
     line = font.size + 2 * gap
     columns = max(len(pictures) for pictures in rows.values())
@@ -30,8 +30,4 @@ def fit(picture: Tensor, side: int) -> Tensor:
     """A picture [3, h, w] as [3, side, side]; enlarged by repetition, so that small pictures stay what they are."""
     larger = side >= picture.shape[-1]
     how = {"mode": "nearest-exact"} if larger else {"mode": "bilinear", "antialias": True}
-    return (
-        F.interpolate(picture[None].float(), (side, side), **how)[0].clamp(0, 1)
-        if torch.is_tensor(picture)
-        else picture
-    )
+    return F.interpolate(picture[None].float(), (side, side), **how)[0].clamp(0, 1)
