@@ -66,6 +66,34 @@ def layout_of_diffusers(names: Iterable[str]) -> UNetLayout:
     return UNetLayout(count, tuple(level in attend for level in range(levels)))
 
 
+def layout_of_attention(names: Iterable[str]) -> UNetLayout:
+    """The layout behind LDM's names of attention layers alone, for a UNet whose finest level attends."""
+    names = [name.removeprefix(UNET) for name in names]
+    ins, outs = (
+        {int(m[1]) for m in map(re.compile(rf"{half}put_blocks\.(\d+)\.1\.").match, names) if m}
+        for half in ("in", "out")
+    )
+    if 1 not in ins or not outs:
+        raise InputError(f"expected names of attention layers such as input_blocks.1.1...., got {', '.join(names[:3])}")
+    step = next(i for i in range(2, len(ins) + 3) if i not in ins)
+    levels = (max(outs) + 1) // step
+    return UNetLayout(step - 1, tuple(1 + level * step in ins for level in range(levels)))
+
+
+def layout_of_diffusers_attention(names: Iterable[str]) -> UNetLayout:
+    """The same for diffusers' names."""
+    names = list(names)
+    downs, ups = (
+        [m.groups() for m in map(re.compile(rf"{half}_blocks\.(\d+)\.attentions\.(\d+)\.").match, names) if m]
+        for half in ("down", "up")
+    )
+    if not downs or not ups:
+        raise InputError(f"expected names such as down_blocks.0.attentions.0...., got {', '.join(names[:3])}")
+    attend = {int(level) for level, _ in downs}
+    levels = 1 + max(int(level) for level, _ in ups)
+    return UNetLayout(1 + max(int(i) for _, i in downs), tuple(level in attend for level in range(levels)))
+
+
 def unet_table(layout: UNetLayout) -> dict[str, str]:
     """Prefixes of LDM's UNet -> diffusers'. In attention blocks both name everything alike."""
     table = {

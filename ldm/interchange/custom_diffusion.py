@@ -1,0 +1,214 @@
+"""Custom Diffusion's deltas (arXiv 2212.04488): tuned cross-attention weights with the vectors of new words.
+
+Three layouts: the published LDM one {"state_dict": {full names..., "embed": rows}}, the published diffusers one
+{"unet": {...}, "modifier_token": {word: vector}}, and the flat one of diffusers' own script, which is only read.
+Compressed deltas hold {"u", "v"} in place of a weight: low-rank factors of what is added to the pretrained one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints import read_object, save_torch
+from ldm.interchange.names import (
+    TEXT,
+    UNET,
+    inverse,
+    layout_of_attention,
+    layout_of_diffusers_attention,
+    translate_all,
+    unet_table,
+)
+from ldm.util import InputError, short
+
+EMBEDDINGS = TEXT + "text_model.embeddings.token_embedding.weight"
+NEW_TOKENS = "cond_stage_model.new_tokens.vectors."
+# What is saved of a checkpoint, by what was trained. The published code always saves keys and values only.
+SAVED = {"crossattn-kv": r"\.attn2\.to_[kv]\.weight$", "crossattn": r"\.attn2\."}
+COMPRESSED = re.compile(SAVED["crossattn-kv"])
+
+
+class LowRank(NamedTuple):
+    """What is added to a pretrained weight: u [out, r] @ v [r, in]; u holds the singular values."""
+
+    u: Tensor
+    v: Tensor
+
+
+@dataclass
+class Delta:
+    """Tuned weights by LDM's full parameter names, whole or as low-rank changes, and words with vectors [v, d]."""
+
+    weights: dict[str, Tensor | LowRank]
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+
+
+# --- files
+
+
+def kind_of(content: Any) -> str | None:
+    """`ldm`, `diffusers` or `flat` for the content of a delta file; None for something else."""
+    if not isinstance(content, Mapping):
+        return None
+    if isinstance(content.get("unet"), Mapping):
+        return "diffusers"
+    if any("_custom_diffusion" in str(key) for key in content):
+        return "flat"
+    state = content.get("state_dict", content)
+    is_delta = isinstance(state, Mapping) and bool(state) and all(k == "embed" or ".attn2." in str(k) for k in state)
+    return "ldm" if is_delta and any(str(key).startswith(UNET) for key in state) else None
+
+
+def read(path: str | Path, words: Sequence[str] = ()) -> Delta:
+    """Read a delta of any layout. `words` name the rows of `embed`, which has none: by default <new1>, <new2>, ...
+
+    Raises `InputError` for another file, for names that are no layers, and for too few words.
+    """
+    content = read_object(path)
+    kind = kind_of(content)
+    if kind is None:
+        raise InputError(f"{path} is no Custom Diffusion delta: expected attn2 weights, got {short(content)}")
+    if kind == "ldm":
+        state = dict(content.get("state_dict", content))
+        tokens = _named(state.pop("embed", None), words, path)
+    else:
+        state = {_plain(name): value for name, value in dict(content.get("unet", content)).items()}
+        table = inverse(unet_table(layout_of_diffusers_attention(state)))
+        names = translate_all(state, table, str(path))
+        state = {UNET + names[name]: value for name, value in state.items()}
+        found = content.get("modifier_token") or {}
+        tokens = {word: vector.float().reshape(-1, vector.shape[-1]) for word, vector in found.items()}
+    return Delta({name: _entry(value, name, path) for name, value in state.items()}, tokens)
+
+
+def _plain(name: str) -> str:
+    return name.replace(".processor.", ".").replace("_custom_diffusion", "")
+
+
+def _entry(value: Any, name: str, path: str | Path) -> Tensor | LowRank:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping) and value.keys() == {"u", "v"}:
+        return LowRank(value["u"], value["v"])
+    raise InputError(f"{path}: {name} is neither a weight nor its compression {{u, v}}, got {short(value)}")
+
+
+def _named(rows: Tensor | None, words: Sequence[str], path: str | Path) -> dict[str, Tensor]:
+    if rows is None:
+        return {}
+    words = list(words) or [f"<new{i + 1}>" for i in range(len(rows))]
+    if len(words) != len(rows):
+        raise InputError(f"{path} has {len(rows)} new words, --modifier_token names {len(words)}: {'+'.join(words)}")
+    return {word: row[None].float() for word, row in zip(words, rows, strict=True)}
+
+
+def split_words(words: str | None) -> list[str]:
+    """`--modifier_token "<new1>+<new2>"` as a list."""
+    return [word for word in (words or "").split("+") if word]
+
+
+def content_of(delta: Delta, kind: str = "ldm") -> dict[str, Any]:
+    """A delta as a file of a layout (`ldm` or `diffusers`) holds it."""
+    state = {n: {"u": w.u, "v": w.v} if isinstance(w, LowRank) else w.detach() for n, w in delta.weights.items()}
+    if kind == "ldm":
+        embed = {"embed": torch.cat(list(delta.tokens.values()))} if delta.tokens else {}
+        return {"state_dict": {**state, **embed}}
+    if several := [word for word, vectors in delta.tokens.items() if len(vectors) > 1]:
+        raise InputError(f"the diffusers layout holds one vector for a word; {several[0]} has several")
+    table = unet_table(layout_of_attention(state))
+    names = translate_all([name.removeprefix(UNET) for name in state], table, "the delta")
+    return {
+        "unet": {names[name.removeprefix(UNET)]: value for name, value in state.items()},
+        "modifier_token": {word: vectors[0] for word, vectors in delta.tokens.items()},
+    }
+
+
+def write(path: str | Path, delta: Delta, kind: str = "ldm") -> None:
+    """Write a delta in the `ldm` or the `diffusers` layout, atomically."""
+    save_torch(path, content_of(delta, kind))
+
+
+# --- from a checkpoint
+
+
+def extract(
+    weights: Mapping[str, Tensor], newtoken: int = 1, freeze_model: str = "crossattn-kv", source: str = "the checkpoint"
+) -> Delta:
+    """The delta in a checkpoint's weights: its cross-attention, and its last `newtoken` words.
+
+    `freeze_model` tells what was trained; the published code saves keys and values in either case.
+    Words are the last rows of the embedding table or, where the checkpoint has them, the vectors beside it.
+    """
+    wanted = re.compile(SAVED[freeze_model])
+    tuned = {n: value.clone() for n, value in weights.items() if n.startswith(UNET) and wanted.search(n)}
+    if not tuned:
+        raise InputError(f"{source} has no cross-attention weights (attn2): nothing to extract")
+    beside = [value for name, value in weights.items() if name.startswith(NEW_TOKENS)]
+    if newtoken and not beside and EMBEDDINGS not in weights:
+        raise InputError(f"{source} has no text embeddings to take {newtoken} new words from; use --newtoken 0")
+    rows = torch.cat(beside) if beside else weights.get(EMBEDDINGS)
+    if newtoken and newtoken > len(rows):
+        raise InputError(f"{source} has {len(rows)} words, fewer than --newtoken {newtoken}")
+    return Delta(tuned, _named(rows[-newtoken:].clone() if newtoken else None, (), source))
+
+
+# --- what it does to a model
+
+
+def changes(delta: Delta, pretrained: Mapping[str, Tensor], source: str = "the delta") -> dict[str, Tensor]:
+    """What a delta adds to pretrained weights, by parameter name. Raises `InputError` if it does not fit."""
+    result = {}
+    for name, value in delta.weights.items():
+        base = pretrained.get(name)
+        shape = (value.u.shape[0], value.v.shape[1]) if isinstance(value, LowRank) else tuple(value.shape)
+        if base is None:
+            raise InputError(f"{source} does not fit this model, which has no weight {name}")
+        if tuple(base.shape) != shape:
+            raise InputError(
+                f"{source} was made for another base model: {name} has shape {list(shape)}, here {list(base.shape)}"
+            )
+        result[name] = (
+            value.u @ value.v if isinstance(value, LowRank) else value.float() - base.float().to(value.device)
+        )
+    return result
+
+
+def whole(delta: Delta, pretrained: Mapping[str, Tensor], source: str = "the delta") -> Delta:
+    """A delta with whole weights in place of compressed ones."""
+    added = changes(delta, pretrained, source)
+    weights = {
+        name: pretrained[name].float() + added[name] if isinstance(value, LowRank) else value
+        for name, value in delta.weights.items()
+    }
+    return Delta(weights, delta.tokens)
+
+
+def compress(delta: Delta, pretrained: Mapping[str, Tensor], ratio: float = 0.6, source: str = "the delta") -> Delta:
+    """Keys and values as low-rank changes that keep a share of the spectrum (arXiv 2212.04488, section 3.3).
+
+    The rank is the published one: the index of the first singular value at which the cumulated share of the sum (not of
+    the squares) exceeds `ratio`. That value itself is left out, so that a little less than `ratio` is kept.
+    """
+    if not 0 < ratio <= 1:
+        raise InputError(f"--compression_ratio must be above 0 and at most 1, got {ratio}")
+    weights: dict[str, Tensor | LowRank] = dict(delta.weights)
+    for name, change in changes(delta, pretrained, source).items():
+        if COMPRESSED.search(name):
+            u, s, vh = torch.linalg.svd(change, full_matrices=False)
+            rank = kept_rank(s, ratio)
+            weights[name] = LowRank((u[:, :rank] * s[:rank]).contiguous(), vh[:rank].contiguous())
+    return Delta(weights, delta.tokens)
+
+
+def kept_rank(singular_values: Tensor, ratio: float) -> int:
+    """How many singular values are kept, see `compress`; with a ratio of 1 all but the last."""
+    share = singular_values.cumsum(0) / singular_values.sum()
+    above = (share > ratio).nonzero() if ratio < 1 else share.new_zeros(0)
+    return int(above[0]) if len(above) else len(singular_values) - 1

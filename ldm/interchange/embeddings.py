@@ -1,0 +1,57 @@
+"""Learnt words (textual inversion): files of LDM, web UIs and diffusers; reading is `ldm.modules.encoders.tokens`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoints import read_object, save_safetensors, save_torch
+from ldm.modules.encoders.tokens import read_embeddings
+from ldm.util import InputError
+
+WEB_UI = "*"  # what LDM's files and web UIs call the word inside; the word itself is then the name of the file
+
+
+def looks_like(content: Any) -> bool:
+    """Whether the content of a file is that of learnt words: a few vectors of one width under names that are words."""
+    if not isinstance(content, Mapping) or not content:
+        return False
+    if "string_to_param" in content or "emb_params" in content:
+        return True
+    shapes = [value.shape[-1:] for value in content.values() if isinstance(value, Tensor) and value.dim() in (1, 2)]
+    return len(shapes) == len(content) and len(set(shapes)) == 1 and not any("." in str(name) for name in content)
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """Words with their vectors [v, d]. A word called `*` or `emb_params` inside takes the file's own name, `<name>`."""
+    found = read_embeddings(path)
+    content = read_object(path)
+    name = content.get("name") if isinstance(content.get("name"), str) else Path(path).stem
+    own = name if name.startswith("<") else f"<{name}>"
+    return {own if word in (WEB_UI, "emb_params") else word: vectors for word, vectors in found.items()}
+
+
+def write_diffusers(path: str | Path, words: Mapping[str, Tensor]) -> list[Path]:
+    """Write what diffusers' `load_textual_inversion` reads: one word in a file.
+
+    Several words go into a folder, `path`, one file each. Returns the files.
+    """
+    path = Path(path)
+    files = {path: words} if len(words) == 1 else {path / f"{w.strip('<>')}.safetensors": {w: words[w]} for w in words}
+    for file, content in files.items():
+        save_safetensors(file, {w: v[0] if len(v) == 1 else v for w, v in content.items()}, {"format": "pt"})
+    return list(files)
+
+
+def write_ldm(path: str | Path, words: Mapping[str, Tensor]) -> None:
+    """Write LDM's layout, which web UIs read too: {"string_to_token": ..., "string_to_param": {word: [v, d]}}."""
+    if not words:
+        raise InputError("there are no words to write")
+    only = len(words) == 1
+    inside = {WEB_UI if only else word: vectors for word, vectors in words.items()}
+    about = {"name": next(iter(words))} if only else {}
+    ids = dict.fromkeys(inside, 265)  # the id of `*` in CLIP's vocabulary, which readers expect to be there
+    save_torch(path, {"string_to_token": ids, "string_to_param": inside, **about})

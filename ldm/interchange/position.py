@@ -1,0 +1,126 @@
+"""Position adapters (arXiv 2303.18181) put together: scaled, summed within a route, or stacked side by side.
+
+A bottleneck is not linear, so several cannot be averaged tensor by tensor. Their weighted sum is a bottleneck whose
+middle is theirs side by side:
+
+    sum_i w_i (U_i a(D_i x + b_i) + c_i) = [w_1 U_1, ...] a([D_1; ...] x + [b_1; ...]) + sum_i w_i c_i
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints import atomic_write, save_json, save_safetensors
+from ldm.modules.adapter_files import CONFIG, TENSORS, read_config, read_tensors
+from ldm.modules.adapters import KINDS
+from ldm.util import InputError
+
+Folder = tuple[dict[str, Any], dict[str, Tensor]]  # adapter_config.json and the tensors
+FIRST = {"transformer_adp_config": "adapter_inout", "resblock_adp_config": "adapter"}
+MIDDLE = {"transformer_adp_config": ("adp.0", "adp.2"), "resblock_adp_config": ("2", "4")}  # names of the two layers
+SAME = ("kind", "din", "dout", "method", "blocks")  # what must agree for a sum
+
+
+def read(path: str | Path) -> Folder:
+    """A folder's description and tensors. Raises `InputError` for one that does not name its routes."""
+    config, tensors = read_config(path), read_tensors(path)
+    if config is None:
+        raise InputError(
+            f"{path} was written by the published code and does not name its routes: "
+            "load it into a model with its config and save it again"
+        )
+    return config, tensors
+
+
+def scaled(folder: Folder, strength: float) -> Folder:
+    """The same adapters with another strength: only the scales of the routes change."""
+    config, tensors = folder
+    entries = [{**entry, "scale": entry["scale"] * strength} for entry in config["adapters"]]
+    return {**config, "adapters": entries}, dict(tensors)
+
+
+def stacked(folders: Sequence[Folder], strengths: Sequence[float]) -> Folder:
+    """All adapters of several folders side by side in each block: the sum of what each adds, whatever the routes."""
+    entries: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    count = dict.fromkeys(KINDS, 0)
+    for folder, strength in zip(folders, strengths, strict=True):
+        config, own = scaled(folder, strength)
+        for entry in config["adapters"]:
+            number = count[entry["kind"]]
+            name = FIRST[entry["kind"]] + (f"_{number}" if number else "")
+            count[entry["kind"]] += 1
+            entries.append({**entry, "name": name})
+            for block in entry["blocks"]:
+                old, new = f"{block}.{entry['name']}.", f"{block}.{name}."
+                tensors |= {new + key.removeprefix(old): v for key, v in own.items() if key.startswith(old)}
+    return _described(folders, entries), tensors
+
+
+def summed(folders: Sequence[Folder], weights: Sequence[float]) -> Folder:
+    """sum_i weight_i * adapter_i of adapters with the same routes, as one adapter for each route; mid_dims add up.
+
+    Exact. Raises `InputError` where the routes or the activations differ, and for residual-block adapters whose norms
+    do (one form has one norm): those can be stacked.
+    """
+    columns = list(zip(*(config["adapters"] for config, _ in folders), strict=False))
+    first = folders[0][0]["adapters"]
+    for config, _ in folders[1:]:
+        if [[e.get(k) for k in SAME] for e in config["adapters"]] != [[e.get(k) for k in SAME] for e in first]:
+            raise InputError(
+                f"the adapters have different routes or forms ({_told(first)}; {_told(config['adapters'])}): "
+                "a sum needs the same, stacking does not"
+            )
+    entries, tensors = [], {}
+    for column in columns:
+        shares = [weight * entry["scale"] for weight, entry in zip(weights, column, strict=True)]
+        entries.append({**column[0], "scale": 1.0, "mid_dim": sum(entry["mid_dim"] for entry in column)})
+        for block in column[0]["blocks"]:
+            parts = [_below(own, f"{block}.{e['name']}.") for (_, own), e in zip(folders, column, strict=True)]
+            joined = _side_by_side(parts, shares, column[0]["kind"], block)
+            tensors |= {f"{block}.{column[0]['name']}.{name}": value for name, value in joined.items()}
+    return _described(folders, entries), tensors
+
+
+def _side_by_side(
+    parts: Sequence[Mapping[str, Tensor]], shares: Sequence[float], kind: str, block: str
+) -> dict[str, Tensor]:
+    down, up = MIDDLE[kind]
+    joined = {name: value for name, value in parts[0].items() if not name.startswith((f"{down}.", f"{up}."))}
+    for name, value in joined.items():  # the norm of a residual-block adapter
+        if any(not torch.equal(value, other[name]) for other in parts[1:]):
+            raise InputError(f"the adapters in {block} begin with different norms: they cannot be summed, only stacked")
+    for name in (f"{down}.weight", f"{down}.bias"):
+        joined[name] = torch.cat([part[name] for part in parts])
+    joined[f"{up}.weight"] = torch.cat([s * part[f"{up}.weight"] for part, s in zip(parts, shares, strict=True)], dim=1)
+    joined[f"{up}.bias"] = sum(s * part[f"{up}.bias"] for part, s in zip(parts, shares, strict=True))
+    return joined
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _told(entries: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{e['din']}-{e['dout']} ({e.get('method', '?')})" for e in entries)
+
+
+def _described(folders: Sequence[Folder], entries: list[dict[str, Any]]) -> dict[str, Any]:
+    bases = {config.get("base_fingerprint") for config, _ in folders}
+    if len(bases) > 1:
+        raise InputError("the adapters were trained on different base models: their sum means nothing on either")
+    return {"format": folders[0][0].get("format"), "adapters": entries, "base_fingerprint": bases.pop()}
+
+
+def write(path: str | Path, folder: Folder) -> None:
+    """Write a folder that `load_adapter_from_dir` reads, atomically."""
+    config, tensors = folder
+    with atomic_write(path) as beside:
+        beside.mkdir()
+        save_safetensors(beside / TENSORS, tensors)
+        save_json(beside / CONFIG, config)
