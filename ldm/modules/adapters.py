@@ -107,6 +107,7 @@ def attach_one(model: nn.Module, kind: str, entry: Mapping) -> list[str]:
     names = []
     for prefix, block in tapped_blocks(model, kind):
         name = block.next_adapter_name()
+        block.check_route(entry["din"], entry["dout"])
         width = block.width(entry["din"]), block.width(entry["dout"])
         form = FORMS[kind](*width, entry["mid_dim"], entry["method"], entry["init"])
         block.attach(name, form, entry["din"], entry["dout"], entry["scale"])

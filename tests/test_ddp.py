@@ -1,0 +1,97 @@
+"""Two processes on the CPU train on different draws to the same parameters, into one folder, and resume exactly."""
+
+import textwrap
+from collections import Counter
+
+import pytest
+import torch
+
+from ldm.data.sampling import ResumableBatches
+from tests.runs import arguments, command, differences, find_run, last, pictures
+
+TWO = ("--accelerator", "cpu", "--devices", "2")
+
+# What every process sees, into a file of its own: the pictures and the captions that it trained on, its parameters.
+WATCHED = textwrap.dedent(
+    """
+    import os, sys, torch
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from main_dream_booth import main
+    seen, draw = [], LatentDiffusion.draw
+    def watched(model, batch):
+        x_start, cond, t, noise = draw(model, batch)
+        if model.training:
+            seen.append((batch["image"], noise))
+        return x_start, cond, t, noise
+    LatentDiffusion.draw = watched
+    end = LatentDiffusion.on_train_end
+    def on_train_end(model):
+        folder = os.environ["SEEN"]
+        learning = {name: value.detach() for name, value in model.learning().items()}
+        torch.save((seen, learning), os.path.join(folder, f"rank{model.global_rank}.pt"))
+        end(model)
+    LatentDiffusion.on_train_end = on_train_end
+    main(sys.argv[1:])
+    """
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 9 steps on two processes, and what it wrote to the terminal."""
+    work = tmp_path_factory.mktemp("two")
+    pictures(work / "photos", 5), pictures(work / "class", 3)  # 5: validation is uneven
+    script = work / "watched.py"
+    script.write_text(WATCHED)
+    done = command(script, *arguments(work, "-n", "whole", *TWO, "--max_steps", 9), SEEN=str(work))
+    assert done.returncode == 0, done.stderr
+    return work, done
+
+
+def test_both_processes_train_to_the_same_parameters(whole):
+    work, _ = whole
+    (first, learnt), (second, learnt_too) = (torch.load(work / f"rank{i}.pt", weights_only=True) for i in range(2))
+    assert differences(learnt, learnt_too) == []
+    assert len(first) == len(second) == 2 * 9  # subject and class in every step
+    assert all(not torch.equal(noise, other) for (_, noise), (_, other) in zip(first, second, strict=True))
+    # An epoch is 5 pictures, 3 times, of which two processes show 14. That no picture comes a fourth time, and none
+    # just once, is only so if they share the draws out.
+    subject = [image for image, _ in first[:14:2] + second[:14:2]]
+    shown = Counter(round(image.sum().item(), 1) for image in subject)  # flipped or not
+    assert sorted(shown.values()) == [2, 3, 3, 3, 3]
+
+
+def test_one_folder_one_voice(whole):
+    work, done = whole
+    content, run = last(find_run(work, "whole")), find_run(work, "whole")
+    assert content["global_step"] == 9 and len(content["random_states"]) == 2
+    assert not torch.equal(*(states["torch"] for states in content["random_states"]))
+    assert len(list((run / "tensorboard").glob("events*"))) == 1
+    assert done.stderr.count("starting from random base weights") == 1
+    assert done.stdout.count("adapters and checkpoints are in") == 1
+
+
+def test_two_processes_resume_exactly(whole):
+    work, _ = whole
+    for words in (arguments(work, "-n", "parts", *TWO, "--max_steps", 4), None):
+        done = command("main_dream_booth.py", *(words or ["-t", "-r", find_run(work, "parts"), "--max_steps", 9]))
+        assert done.returncode == 0, done.stderr
+    assert last(find_run(work, "parts"))["global_step"] == 9
+    assert differences(last(find_run(work, "whole")), last(find_run(work, "parts"))) == []
+
+
+def test_class_pictures_are_made_once_for_all(tmp_path):
+    pictures(tmp_path / "photos", 2)
+    words = ["--base", "tests/data/tiny.yaml", "-t", "--data_root", tmp_path / "photos", "--logdir", tmp_path / "logs"]
+    words += ["--reg_data_root", tmp_path / "class", "--num_class_images", 2, "-n", "run", *TWO, "--max_steps", 1]
+    done = command("main_dream_booth.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "class").iterdir()) == ["00000.png", "00001.png"]
+    assert last(find_run(tmp_path, "run"))["global_step"] == 1
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_draws_are_disjoint_and_without_gaps(start):
+    ranks = [list(ResumableBatches(3, start, batches_per_epoch=8, rank=rank, world_size=2)) for rank in range(2)]
+    drawn = sorted(k for batches in ranks for batch in batches for k in batch)
+    assert drawn == list(range(start * 6, 8 * 6))
