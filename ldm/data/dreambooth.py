@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,15 @@ from ldm.data.pictures import INTERPOLATIONS, find_pictures, fit_square, normali
 from ldm.util import InputError, short
 
 Item = dict[str, Any]
+
+
+class Choice(NamedTuple):
+    """What a draw shows: the number of the picture, whether it is flipped, and its caption."""
+
+    number: int
+    flipped: bool
+    caption: str
+
 
 SETS = ("train", "val", "validation", "test")
 CACHE_BYTES = 512 * 2**20  # pictures kept in memory per dataset and worker: 680 of 512 pixels
@@ -118,16 +127,29 @@ class PersonalizedBase(Dataset):
 
     def draw(self, k: int) -> Item:
         """Item number k of the run, k >= 0; the shapes are given above. Raises `IndexError` for a negative k."""
+        chosen = self.choose(k)
+        return {"image": self.picture(chosen.number, chosen.flipped), "caption": chosen.caption}
+
+    def choose(self, k: int) -> Choice:
+        """What draw k shows. Raises `IndexError` for a negative k."""
         if k < 0:
             raise IndexError(f"draws are counted from 0, got {k}")
         number = self._picture_of(k)
         flip, mix, choice = torch.rand(3, generator=self._generator("draw", k)).tolist()
-        pixels = normalize(self._read(number))
-        image = hflip(pixels) if flip < self.flip_p else pixels
         identifier = f"{self.identifier}{number}" if mix < self.mixing_prob else self.identifier
         template = self.templates[int(choice * len(self.templates))]
-        caption = template.format_map(self._parts(identifier))
-        return {"image": image.permute(1, 2, 0).contiguous(), "caption": caption}  # c h w -> h w c
+        return Choice(number, flip < self.flip_p, template.format_map(self._parts(identifier)))
+
+    def picture(self, number: int, flipped: bool) -> Tensor:
+        """Picture `number` as [size, size, 3] in [-1, 1]."""
+        pixels = normalize(self._read(number))
+        return (hflip(pixels) if flipped else pixels).permute(1, 2, 0).contiguous()  # c h w -> h w c
+
+    def captions(self) -> list[str]:
+        """Every caption that a draw can have."""
+        own = [f"{self.identifier}{number}" for number in range(len(self.paths))] if self.mixing_prob else []
+        names = [*([self.identifier] if self.mixing_prob < 1 else []), *own]
+        return sorted({t.format_map(self._parts(name)) for t in self.templates for name in names})
 
     def _picture_of(self, k: int) -> int:
         """The number of the picture that draw k shows."""

@@ -1,0 +1,31 @@
+"""A DreamBooth set whose pictures are encoded already: the same draws, with posteriors in place of pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.data.dreambooth import PersonalizedBase
+
+
+class EncodedDraws(Dataset):
+    """Draw k of `dataset`; its "image" is the posterior's parameters [h, w, 2c] of that picture, flipped or not.
+
+    `moments` [pictures, 2, 2c, h, w]: the second index is 1 for flipped pictures.
+    """
+
+    def __init__(self, dataset: PersonalizedBase, moments: Tensor) -> None:
+        self.dataset, self.moments = dataset, moments
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        return self.draw(k)
+
+    def draw(self, k: int) -> dict[str, Any]:
+        chosen = self.dataset.choose(k)
+        image = self.moments[chosen.number, int(chosen.flipped)].permute(1, 2, 0)
+        return {"image": image, "caption": chosen.caption}

@@ -1,0 +1,86 @@
+"""Encode every picture and every caption of a DreamBooth run once, before it begins.
+
+Exact: what is kept is the autoencoder's posterior of each picture, flipped and not, and a step draws from it as it
+would from a fresh one; a frozen text encoder gives the same encoding each time anyway. Pictures are encoded one by one:
+the numbers are those of a batch of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm.checkpoints import fingerprint, read_weights, save_safetensors
+from ldm.data.dreambooth import PersonalizedBase
+from ldm.data.encoded import EncodedDraws
+from ldm.modules.encoded import EncodedPictures, EncodedPrompts
+from ldm.util import InputError
+
+log = logging.getLogger(__name__)
+
+
+def install(model: Any, datasets: dict[str, Any], where: str, device: torch.device) -> None:
+    """Replace the encoders of `model` and the pictures of `datasets` by what they would give.
+
+    `where`: `memory`, `off`, or a folder that keeps the encodings for later runs. Datasets that change their pictures
+    at random are left as they are, and so are encoders that learn.
+    """
+    if where == "off":
+        return
+    encodable = all(type(dataset) is PersonalizedBase for dataset in datasets.values())
+    frozen = not any(p.requires_grad for p in model.first_stage_model.parameters())
+    if encodable and frozen and hasattr(model.first_stage_model, "downsampling_factor"):
+        folder = None if where == "memory" else Path(where)
+        for name, dataset in datasets.items():
+            datasets[name] = EncodedDraws(dataset, pictures(model, dataset, folder, device, name))
+        model.first_stage_model = EncodedPictures(model.first_stage_model.cpu())
+    encoder = model.cond_stage_model
+    if encodable and encoder is not None and not any(p.requires_grad for p in encoder.parameters()):
+        captions = sorted({caption for d in datasets.values() for caption in d.dataset.captions()} | {""})
+        model.cond_stage_model = EncodedPrompts(encoder.cpu(), prompts(encoder, captions, device))
+
+
+@torch.no_grad()
+def pictures(model: Any, dataset: PersonalizedBase, folder: Path | None, device: torch.device, name: str) -> Tensor:
+    """The posteriors' parameters [pictures, 2, 2c, h, w] of a dataset; from `folder` where they are there and fit."""
+    key = _key(model.first_stage_model, dataset) if folder else ""
+    file = folder / f"pictures-{key}.safetensors" if folder else None
+    if file is not None and file.is_file():
+        try:
+            return read_weights(file)["moments"]
+        except (InputError, KeyError) as error:
+            log.warning("%s is rebuilt: %s", file, error)
+    first_stage = model.first_stage_model.to(device).eval()
+    moments = []
+    for number in tqdm(range(len(dataset.paths)), desc=f"encoding pictures ({name})"):
+        both = [dataset.picture(number, flipped).permute(2, 0, 1)[None].to(device) for flipped in (False, True)]
+        moments.append(torch.cat([first_stage.encode(picture).parameters.cpu() for picture in both]))
+    stacked = torch.stack(moments)
+    if file is not None:
+        save_safetensors(file, {"moments": stacked})
+    return stacked
+
+
+@torch.no_grad()
+def prompts(encoder: nn.Module, captions: list[str], device: torch.device) -> dict[str, Tensor]:
+    """The encoding [tokens, d] of each caption."""
+    encoder.to(device)
+    encoded = {caption: encoder.encode([caption])[0].cpu() for caption in captions}
+    encoder.cpu()
+    return encoded
+
+
+def _key(first_stage: nn.Module, dataset: PersonalizedBase) -> str:
+    """A digest of all that the encodings depend on: the pictures' bytes, how they are cut, the autoencoder."""
+    digest = hashlib.sha256(fingerprint(first_stage.state_dict()).encode())
+    digest.update(json.dumps([dataset.size, dataset.interpolation, dataset.center_crop]).encode())
+    for path in dataset.paths:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:24]
