@@ -1,0 +1,129 @@
+"""The files of other programs, read and written: LoRA, Custom Diffusion, learnt words, whole models.
+
+`load_any` puts any of them into a model by looking at the file. Every format is read into a neutral form (`lora.Lora`,
+`custom_diffusion.Delta`, words with vectors) and written from it; `docs/formats.md` describes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ldm.checkpoints import is_adapter, read_object
+from ldm.interchange import apply, cloneofsimo, custom_diffusion, diffusers_model, embeddings, lora_keys
+from ldm.interchange.lora import Lora
+from ldm.util import InputError, short
+
+KINDS = {
+    "adapter": "a folder that training wrote here: position adapters and/or other families",
+    "diffusers-model": "a whole model as a diffusers folder",
+    "checkpoint": "the weights of a whole model",
+    "cloneofsimo": "a LoRA of cloneofsimo's lora, .safetensors",
+    "cloneofsimo-pt": "a LoRA of cloneofsimo's lora, .pt list",
+    "diffusers": "a LoRA with the keys of diffusers or PEFT",
+    "kohya": "a LoRA with the keys of kohya, which web UIs read",
+    "delta": "a Custom Diffusion delta, LDM layout",
+    "delta-diffusers": "a Custom Diffusion delta, diffusers layout",
+    "words": "learnt words (textual inversion)",
+}
+LORAS = ("cloneofsimo", "cloneofsimo-pt", "diffusers", "kohya")
+DELTAS = ("delta", "delta-diffusers")
+
+
+def identify(path: str | Path) -> str:
+    """What a file or folder is, one of `KINDS`. Raises `InputError` for anything else; unsafe files too."""
+    path = Path(path)
+    if path.is_dir():
+        if diffusers_model.is_folder(path):
+            return "diffusers-model"
+        if (path / "adapter_config.json").is_file() or any(is_adapter(f"{file.stem}.") for file in path.glob("*.pt")):
+            return "adapter"
+        raise InputError(f"{path} is a folder with neither model_index.json, adapter_config.json nor adapters")
+    content = read_object(path)
+    if isinstance(content, list):
+        return "cloneofsimo-pt"
+    if isinstance(content, Mapping):
+        if cloneofsimo.is_published(path):
+            return "cloneofsimo"
+        if lora_keys.is_keyed(content):
+            return lora_keys.kind(content)
+        if kind := custom_diffusion.kind_of(content):
+            return "delta" if kind == "ldm" else "delta-diffusers"
+        state = content.get("state_dict", content)
+        if isinstance(state, Mapping) and any(str(key).startswith("model.diffusion_model.") for key in state):
+            return "checkpoint"
+        if embeddings.looks_like(content):
+            return "words"
+    held = list(content) if isinstance(content, Mapping) else content
+    raise InputError(f"{path} is of no known kind; it holds {short(held)}")
+
+
+def read_lora(path: str | Path, model: nn.Module, order: str | None = None) -> Lora:
+    """A LoRA of any format, by the names of a model's layers. Raises `InputError`, also for another base model.
+
+    `order` is one of `layers.ORDERS` and only matters for nameless formats whose shapes do not tell it.
+    """
+    kind = identify(path)
+    if kind == "adapter":
+        from ldm.interchange import own
+
+        return own.lora(path)
+    if kind in ("diffusers", "kohya"):
+        return lora_keys.read(path, model)
+    if kind not in LORAS:
+        raise InputError(f"{path} is {KINDS[kind]}; expected a LoRA")
+    content = cloneofsimo.read_safetensors(path) if kind == "cloneofsimo" else cloneofsimo.read_pt(path)
+    return cloneofsimo.to_lora(content, model, str(path), order)
+
+
+def load_any(
+    model: nn.Module, path: str | Path, scale: float = 1.0, add: bool = False, words: Sequence[str] = ()
+) -> None:
+    """Put whatever a file or folder holds into a `LatentDiffusion`, at a strength.
+
+    A file's changes are added to the weights, those of several files each with its own scale: a delta's change is what
+    it is against the weights that the model had before the first file. Words have no strength. `add` lets the position
+    adapters of a folder come beside those that the model has; `words` name the rows of a delta without names.
+
+    Raises `InputError` for what does not fit the model, which is left as it was.
+    """
+    kind = identify(path)
+    if kind in ("checkpoint", "diffusers-model"):
+        raise InputError(f"{path} is {KINDS[kind]}, not something to add to one; give it as the model's checkpoint")
+    if kind == "adapter":
+        from ldm.tuning import files
+
+        files.load(model, path, scale, add)
+    elif kind == "words":
+        teach(model, embeddings.read(path), words)
+    elif kind in LORAS:
+        lora = read_lora(path, model)
+        changes = apply.lora_changes(lora, model, str(path))
+        _released(model, changes)
+        apply.add(model, changes, scale)
+        teach(model, lora.tokens, words)
+    else:
+        delta = custom_diffusion.read(path, words)
+        apply.add(model, custom_diffusion.changes(delta, _released(model, delta.weights), str(path)), scale)
+        teach(model, delta.tokens)
+
+
+def _released(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The weights as they were before any file changed them; a record shared with `ldm.tuning.files`."""
+    own = apply.parameters(model)
+    released = vars(model).setdefault("released_weights", {})
+    for name in names:
+        if name in own:
+            released.setdefault(name, own[name].data)
+    return released
+
+
+def teach(model: nn.Module, tokens: Mapping[str, Tensor], words: Sequence[str] = ()) -> None:
+    """Add learnt words to a model's text encoder, under other names if some are given."""
+    if words and len(words) != len(tokens):
+        held = "+".join(tokens) or "none"
+        raise InputError(f"{len(words)} words are named ({'+'.join(words)}), the file holds {len(tokens)}: {held}")
+    for word, vectors in zip(words or tokens, tokens.values(), strict=True):
+        model.cond_stage_model.add_token(word, vectors)

@@ -1,0 +1,82 @@
+"""The folders that training writes here (`ldm.tuning.files`), as the neutral forms that formats are written from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints import read_weights
+from ldm.interchange.custom_diffusion import SAVED, Delta
+from ldm.interchange.lora import Factors, Lora
+from ldm.modules.adapter_files import read_config
+from ldm.tuning.files import TUNED
+from ldm.tuning.lora import LoRA
+from ldm.tuning.textual_inversion import TextualInversion
+from ldm.util import InputError
+
+LORA, WORDS = "ldm.tuning.lora.LoRA", "ldm.tuning.textual_inversion.TextualInversion"
+
+
+def families(path: str | Path) -> list[tuple[str, dict[str, Any], dict[str, Tensor]]]:
+    """(target, parameters, tensors) of each family in a folder, position adapters left out."""
+    config = read_config(path) or {}
+    entries = config.get("families", [])
+    tensors = read_weights(Path(path) / TUNED) if entries else {}
+    return [(e["target"], e.get("params") or {}, {name: tensors[name] for name in e["tensors"]}) for e in entries]
+
+
+def lora(path: str | Path) -> Lora:
+    """The LoRAs and words of a folder. Raises `InputError` for kinds that are no low-rank sum, and if there is none."""
+    layers: dict[str, Factors] = {}
+    for target, params, tensors in families(path):
+        if target != LORA:
+            continue
+        family = LoRA(**params)
+        if family.kind not in ("lora", "rslora"):
+            raise InputError(f"{path}: {family.kind} is no low-rank sum, which is all that LoRA files can hold")
+        for name in dict.fromkeys(name.split(".lora_")[0] for name in tensors):
+            own = {role: _only(tensors, f"{name}.lora_{role}.") for role in "AB"}
+            pattern = [pattern for pattern in family.targets if fnmatchcase(name, pattern)][-1]
+            rank, alpha = own["A"].shape[0], family.targets[pattern].get("alpha")
+            size = rank if family.kind == "lora" else rank**0.5
+            if name in layers:
+                raise InputError(f"{path} holds two LoRAs on {name}: merge them first")
+            layers[name] = Factors(own["A"], own["B"], (rank if alpha is None else alpha) / size)
+    found = Lora(layers, words(path))
+    if not layers and not found.tokens:
+        raise InputError(f"{path} holds no LoRA")
+    return found
+
+
+def _only(tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
+    [value] = [value for name, value in tensors.items() if name.startswith(prefix)]
+    return value
+
+
+def words(path: str | Path) -> dict[str, Tensor]:
+    """The words that a folder holds, with their vectors [v, d]."""
+    found: dict[str, Tensor] = {}
+    for target, params, tensors in families(path):
+        if target == WORDS:
+            rows = iter(tensors.values())
+            for word, how in TextualInversion(**params).words.items():
+                found[word] = torch.cat([next(rows) for _ in range(how["vectors"])])
+    return found
+
+
+def delta(path: str | Path) -> Delta:
+    """The tuned cross-attention of a folder as a Custom Diffusion delta, with its words."""
+    tuned: dict[str, Tensor] = {}
+    for target, _, tensors in families(path):
+        if target not in (LORA, WORDS):
+            tuned |= tensors
+    if foreign := [name for name in tuned if ".attn2." not in name]:
+        raise InputError(f"{path} tunes more than cross-attention ({foreign[0]}): no delta can hold it")
+    if not tuned:
+        raise InputError(f"{path} tunes no cross-attention ({', '.join(SAVED)})")
+    return Delta(tuned, words(path))

@@ -1,0 +1,207 @@
+"""Files told apart by looking at them, put into a model, several at once, with strengths; refusals in one line."""
+
+import pickle
+
+import pytest
+import torch
+
+from ldm.interchange import cloneofsimo, custom_diffusion, embeddings, identify, load_any, lora_keys, own
+from ldm.interchange.lora import Lora, delta
+from ldm.interchange.names import UNET
+from ldm.tuning import choose, files
+from ldm.util import InputError
+from tests import interchange_models
+from tests.helpers import assert_close_to
+from tests.test_lora_keys import random_lora, same
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return interchange_models.small_config(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def model(config):
+    return interchange_models.small_model(config)
+
+
+@pytest.fixture(scope="module")
+def made(config, tmp_path_factory):
+    """One file of each kind."""
+    model, folder = interchange_models.small_model(config), tmp_path_factory.mktemp("files")
+    lora = random_lora(model, ["attn1", "attn2", "ff.net.0", "self_attn"])
+    lora.tokens["<s1>"] = torch.randn(1, 24)
+    lora_keys.write_diffusers(folder / "diffusers", lora, model)
+    lora_keys.write_kohya(folder / "kohya", lora, model)
+    cloneofsimo.write_safetensors(folder / "cloneofsimo", cloneofsimo.from_lora(lora, model))
+    cloneofsimo.write_pt(folder / "cloneofsimo-pt", cloneofsimo.from_lora(lora, model))
+    generator = torch.Generator().manual_seed(7)
+    weights = {
+        name: value + 0.2 * torch.randn(value.shape, generator=generator)
+        for name, value in model.state_dict().items()
+        if custom_diffusion.COMPRESSED.search(name)
+    }
+    tuned = custom_diffusion.Delta(weights, {"<new1>": torch.randn(1, 24)})
+    custom_diffusion.write(folder / "delta", tuned)
+    custom_diffusion.write(folder / "delta-diffusers", tuned, "diffusers")
+    custom_diffusion.write(folder / "packed", custom_diffusion.compress(tuned, model.state_dict(), 1.0))
+    embeddings.write_diffusers(folder / "words", {"<w>": torch.randn(2, 24)})
+    interchange_models.save(model, folder / "checkpoint")
+    return folder
+
+
+KINDS = ["cloneofsimo", "cloneofsimo-pt", "diffusers", "kohya", "delta", "delta-diffusers", "words", "checkpoint"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_identify(made, kind):
+    assert identify(made / kind) == kind
+
+
+@pytest.mark.parametrize("kind", ["cloneofsimo", "cloneofsimo-pt", "kohya"])
+def test_every_lora_format_does_the_same(made, config, model, kind):
+    plain, other = interchange_models.unet_output(model), interchange_models.small_model(config)
+    load_any(model, made / "diffusers", 0.5)
+    load_any(other, made / kind, 0.5)
+    expected = interchange_models.unet_output(model)
+    assert (expected - plain).norm() > 0.05 * plain.norm()
+    assert_close_to(interchange_models.unet_output(other), expected, 1e-4 if kind == "kohya" else 1e-2)
+    assert ("<s1>" in other.cond_stage_model.new_tokens.words) == (kind == "cloneofsimo")
+
+
+@pytest.mark.parametrize("kind", ["delta", "delta-diffusers", "packed"])
+def test_deltas(made, config, model, kind):
+    expected = custom_diffusion.read(made / "delta").weights
+    if kind == "packed":
+        expected = custom_diffusion.whole(custom_diffusion.read(made / kind), model.state_dict()).weights
+    load_any(model, made / kind)
+    for name, value in expected.items():
+        assert_close_to(model.state_dict()[name], value, 1e-6)
+    assert list(model.cond_stage_model.new_tokens.words) == ["<new1>"]
+
+
+def test_strengths_and_several_at_once(made, model):
+    """Each file's change is against the released weights, whatever was loaded before it."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    load_any(model, made / "diffusers", 0.5)
+    load_any(model, made / "delta", 0.25, words=["<cat>"])
+    load_any(model, made / "words")
+    lora = lora_keys.read(made / "diffusers", model)
+    tuned = custom_diffusion.read(made / "delta").weights
+    for name in (f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_{x}.weight" for x in "qkv"):
+        expected = before[name] + 0.5 * delta(lora.layers[name.removesuffix(".weight")])
+        if name in tuned:
+            expected = expected + 0.25 * (tuned[name] - before[name])
+        assert_close_to(model.state_dict()[name], expected, 1e-5)
+    assert list(model.cond_stage_model.new_tokens.words) == ["<cat>", "<w>"]
+    assert model.cond_stage_model.tokenize("a <w> b <cat>").max() >= model.cond_stage_model.new_tokens.first_id
+
+
+def test_folders_of_our_own(config, model, tmp_path):
+    """A LoRA with words that was trained here leaves in other formats and does there what it does here."""
+    pytest.importorskip("peft", reason="peft, which trains LoRA here, is not installed")
+    chosen = [
+        choose({"target": own.LORA, "params": {"rank": 2, "alpha": 3, "targets": [UNET + "*.attn2.to_[kv]"]}}),
+        choose({"target": own.WORDS, "params": {"words": {"<x>": {"vectors": 2}}}}),
+    ]
+    for one in chosen:
+        one.family.install(model)
+    model.families, model.is_tuned = chosen, True
+    generator = torch.Generator().manual_seed(2)
+    for parameter in chosen[0].family.trainable(model).values():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    files.save(model, tmp_path / "own")
+    assert identify(tmp_path / "own") == "adapter"
+    lora = own.lora(tmp_path / "own")
+    assert {f.scale for f in lora.layers.values()} == {1.5} and lora.tokens["<x>"].shape == (2, 24)
+    expected = interchange_models.unet_output(model)
+    other = interchange_models.small_model(config)
+    assert (interchange_models.unet_output(other) - expected).norm() > 0.01 * expected.norm()
+    lora_keys.write_kohya(tmp_path / "lora", Lora(lora.layers), other)
+    load_any(other, tmp_path / "lora")
+    assert_close_to(interchange_models.unet_output(other), expected, 1e-4)
+    third = interchange_models.small_model(config)
+    load_any(third, tmp_path / "own")
+    assert_close_to(interchange_models.unet_output(third), expected, 1e-4)
+    # a file of other programs on a model whose layers peft has wrapped
+    same(Lora(lora.layers), lora_keys.read(tmp_path / "lora", third))
+    load_any(third, tmp_path / "lora", -1.0)
+    plain = interchange_models.unet_output(interchange_models.small_model(config))
+    assert_close_to(interchange_models.unet_output(third), plain, 1e-3)
+
+
+def test_words_there_and_back(tmp_path):
+    words = {"<a>": torch.randn(1, 24), "<b>": torch.randn(3, 24)}
+    paths = embeddings.write_diffusers(tmp_path / "both", words)
+    assert [path.name for path in paths] == ["a.safetensors", "b.safetensors"]
+    embeddings.write_ldm(tmp_path / "both.pt", words)
+    for found in (
+        {w: v for path in paths for w, v in embeddings.read(path).items()},
+        embeddings.read(tmp_path / "both.pt"),
+    ):
+        assert found.keys() == words.keys() and all(torch.equal(found[word], words[word]) for word in words)
+    embeddings.write_ldm(tmp_path / "cat.pt", {"<a>": words["<a>"]})
+    assert torch.equal(embeddings.read(tmp_path / "cat.pt")["<a>"], words["<a>"])
+    torch.save({"string_to_param": {"*": words["<a>"]}}, tmp_path / "nameless.pt")
+    assert list(embeddings.read(tmp_path / "nameless.pt")) == ["<nameless>"]
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_diffusers_learns_our_words(config, model, tmp_path, vectors):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install .[test]")
+    from ldm.interchange import diffusers_model
+
+    diffusers_model.write_folder(tmp_path / "sd", model.state_dict(), config.model.params)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "sd")
+    word = {"<sks>": torch.randn(vectors, 24)}
+    [file] = embeddings.write_diffusers(tmp_path / "w.safetensors", word)
+    pipeline.load_textual_inversion(str(file.parent), weight_name=file.name)
+    load_any(model, file)
+    prompt = "a photo of a <sks> cat"
+    ids = pipeline.tokenizer(
+        pipeline.maybe_convert_prompt(prompt, pipeline.tokenizer),
+        padding="max_length",
+        max_length=32,
+        return_tensors="pt",
+    ).input_ids
+    with torch.no_grad():
+        theirs, ours = pipeline.text_encoder(ids)[0], model.get_learned_conditioning([prompt])
+        assert_close_to(theirs, ours, 1e-4)
+        assert (ours - model.get_learned_conditioning(["a photo of a cat"])).norm() > 0.01 * ours.norm()
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_refusals(made, model, tmp_path, capsys):
+    with pytest.raises(InputError, match="not something to add"):
+        load_any(model, made / "checkpoint")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps([Evil()], protocol=2))
+    with pytest.raises(InputError, match="refused: its pickle asks for"):
+        load_any(model, tmp_path / "evil.pt")
+    torch.save([Evil()], tmp_path / "evil.bin")
+    with pytest.raises(InputError, match="refused: its pickle asks for"):
+        load_any(model, tmp_path / "evil.bin")
+    assert "code ran" not in capsys.readouterr().out
+    torch.save({"a.b": torch.zeros(1)}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="of no known kind"):
+        identify(tmp_path / "x.pt")
+    with pytest.raises(InputError, match="neither model_index.json"):
+        identify(made)
+    load_any(model, made / "words")
+    with pytest.raises(InputError, match="exists already"):
+        load_any(model, made / "words")
+    with pytest.raises(InputError, match="2 words are named .* the file holds 1: <w>"):
+        load_any(model, made / "words", words=["<c>", "<d>"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wrong = Lora(
+        {name: f._replace(down=f.down[:, :-1]) for name, f in random_lora(model, ["attn2.to_q"]).layers.items()}
+    )
+    lora_keys.write_kohya(tmp_path / "wrong", wrong, model)
+    with pytest.raises(InputError, match="another base model"):
+        load_any(model, tmp_path / "wrong")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
