@@ -52,6 +52,11 @@ ALIASES = {
     "main_dream_booth.ImageLogger": "ldm.train.callbacks.ImageLogger",
     "main.DataModuleFromConfig": "ldm.train.datamodule.DataModuleFromConfig",
     "main.ImageLogger": "ldm.train.callbacks.ImageLogger",
+    "src.model.CustomDiffusion": "ldm.models.diffusion.custom.CustomDiffusion",
+    "src.custom_modules.FrozenCLIPEmbedderWrapper": "ldm.modules.encoders.modules.FrozenCLIPEmbedderWrapper",
+    "src.finetune_data.MaskBase": "ldm.data.custom.MaskBase",
+    "train.DataModuleFromConfig": "ldm.train.datamodule.DataModuleFromConfig",
+    "train.ImageLogger": "ldm.train.callbacks.ImageLogger",
     "ldm.modules.losses.LPIPSWithDiscriminator": "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator",
 }
 

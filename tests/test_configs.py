@@ -10,12 +10,13 @@ from ldm.util import ALIASES, get_obj_from_str, load_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ALL = sorted(CONFIGS.rglob("*.yaml"))
-NOT_ROUTES = {"model", "inference", "dreambooth"}  # what the routes of configs/sd-mini share
+NOT_ROUTES = {"model", "inference", "dreambooth", "concepts"}  # what the configs in configs/sd-mini share
+FAMILIES = ("lora-", "custom-diffusion-", "textual-inversion-")  # other ways of tuning than routes
 ROUTES = [
     path
     for folder in ("sd-inject-dreambooth", "sd-mini")
     for path in sorted((CONFIGS / folder).glob("*.yaml"))
-    if path.stem not in NOT_ROUTES
+    if path.stem not in NOT_ROUTES and not path.stem.startswith(FAMILIES)
 ]
 
 # The published config each of ours stands for, in ../shared/reference/manifests/published_configs.json.
@@ -24,6 +25,10 @@ PUBLISHED = {
     "sd-inject-dreambooth/resi-reso.yaml": "unet-finetune",
     "sd-dream.yaml": "unet-finetune",
     "stable-diffusion/v1-inference.yaml": "stable-diffusion",
+    **{
+        str(path.relative_to(CONFIGS)): "custom-diffusion"
+        for path in sorted((CONFIGS / "custom-diffusion").glob("*.yaml"))
+    },
     **{
         str(path.relative_to(CONFIGS)): "stable-diffusion"
         for folder in ("autoencoder", "latent-diffusion")

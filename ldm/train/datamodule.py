@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.data.custom import Concepts
 from ldm.data.dreambooth import DreamBoothPairs
 from ldm.data.sampling import ResumableBatches, as_draws
 from ldm.util import InputError, instantiate_from_config
@@ -18,6 +19,8 @@ from ldm.util import InputError, instantiate_from_config
 class DataModuleFromConfig(pl.LightningDataModule):
     """`train`, `reg` (class pictures, paired with those of `train`), `validation` and `test`, each `{target, params}`.
 
+    `train` may be a list, and `train2` (Custom Diffusion's name for it) its second entry: concepts learnt together.
+
     Batches are counted over the whole run; a resumed run goes on with the next one. With several processes each gets
     its own part of every batch. `batch_size` is that of one process. Raises `InputError`.
     """
@@ -25,7 +28,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def __init__(
         self,
         batch_size: int,
-        train: Mapping | None = None,
+        train: Mapping | Sequence[Mapping] | None = None,
+        train2: Mapping | None = None,
         reg: Mapping | None = None,
         validation: Mapping | None = None,
         test: Mapping | None = None,
@@ -38,18 +42,27 @@ class DataModuleFromConfig(pl.LightningDataModule):
             raise InputError(f"data.params.batch_size must be a whole number of at least 1, got {batch_size!r}")
         self.batch_size, self.seed = batch_size, seed
         self.num_workers = min(2 * batch_size, os.cpu_count() or 1) if num_workers is None else num_workers
-        self.configs = {"train": train, "reg": reg, "validation": validation, "test": test}
+        together = [*(train if isinstance(train, Sequence) else [train]), train2]
+        self.concepts = [config for config in together if config is not None]
+        if len(self.concepts) > 1 and reg is not None:
+            raise InputError("data.params.reg is for one concept; several have class pictures of their own")
+        self.configs = {"reg": reg, "validation": validation, "test": test}
         self.datasets: dict[str, Dataset] = {}
         self.batches_done = 0
 
     def setup(self, stage: str | None = None) -> None:
         """Build the datasets, once."""
+        if self.concepts and "train" not in self.datasets:
+            concepts = [instantiate_from_config(config) for config in self.concepts]
+            self.datasets["train"] = concepts[0] if len(concepts) == 1 else Concepts(concepts)
         for name, config in self.configs.items():
             if config is not None and name not in self.datasets:
                 self.datasets[name] = instantiate_from_config(config)
 
     def captions(self) -> list[str]:
         """A caption of the subject and one of its class, for sample pictures during training."""
+        if hasattr(self.datasets["train"], "captions"):
+            return self.datasets["train"].captions()
         items = [self.datasets[name][0] for name in ("train", "reg") if name in self.datasets]
         return [item["caption"] for item in items if "caption" in item]
 

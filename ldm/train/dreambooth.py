@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.data.pictures import find_pictures
+from ldm.train import concepts
 from ldm.train import run as runs
 from ldm.train.run import Run
 from ldm.util import InputError, get_obj_from_str, parameters_of
@@ -34,15 +35,21 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         "class_word": options.class_word,
         "seed": options.seed,
         "scale_lr": options.scale_lr,
+        "concepts": concepts.asked(options) or None,
     }
     told = OmegaConf.merge(DEFAULTS, stored, {key: value for key, value in asked.items() if value is not None})
     config = OmegaConf.merge(config, {"dreambooth": told})
-    fill_in_pictures(config, told, options.num_class_images)
+    concepts.fill_in_words(config, options)
+    if is_custom := has_concepts(config):
+        concepts.fill_in(config, told)
+    else:
+        fill_in_pictures(config, told, options.num_class_images)
     if trainer_options or options.gpus is not None:
         config = OmegaConf.merge(
             config, {"lightning": {"trainer": chosen_devices(config, options.gpus, trainer_options)}}
         )
-    train = config.data.params.train.get("params", {})
+    train = {} if is_custom else config.data.params.train.get("params", {})
+    named = train.get("identifier") or train.get("placeholder_token", "sks")
     return Run(
         config=config,
         folder=folder or new_folder(options),
@@ -52,15 +59,23 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         scale_lr=told.scale_lr,
         debug=options.debug,
         notes={
-            "identifier": train.get("identifier") or train.get("placeholder_token", "sks"),
+            "identifier": concepts.first_word(config) if is_custom else named,
             "class_word": told.class_word,
         },
     )
 
 
+def has_concepts(config: DictConfig) -> bool:
+    """Whether the training set is one of Custom Diffusion's, which read their class pictures themselves."""
+    train = config.data.get("params", {}).get("train")
+    first = train[0] if OmegaConf.is_list(train) else train
+    return first is not None and concepts.takes(first.get("target"), "datapath")
+
+
 def new_folder(options: argparse.Namespace) -> Path:
     name = options.name or Path(options.base[0]).stem
-    data = Path(options.data_root).resolve().name if options.datadir_in_name and options.data_root else ""
+    root = options.data_root or next(iter(options.datapath), None)
+    data = Path(root).resolve().name if options.datadir_in_name and root else ""
     return runs.new_folder(options.logdir, options.project, data, name, options.postfix)
 
 
@@ -110,8 +125,9 @@ def train(run: Run, options: argparse.Namespace) -> pl.Trainer:
     if options.embedding_manager_ckpt:
         words = model.cond_stage_model.load_embeddings(options.embedding_manager_ckpt)
         log.info("learnt words %s added to the text encoder", ", ".join(words))
-    if options.init_word:
-        log.warning("--init_word %s has no effect: no word is learnt in this config", options.init_word)
+    if options.num_class_images:
+        for root, caption in concepts.class_pictures(run.config):
+            runs.prepare_class_pictures(run, model, Path(root), caption, options.num_class_images)
     if options.num_class_images and run.config.data.params.get("reg") is not None:
         reg = run.config.data.params.reg
         folder = Path(reg.params.data_root)

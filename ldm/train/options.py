@@ -93,6 +93,19 @@ def dreambooth_parser(description: str) -> Parser:
     subject.add_argument("--datadir_in_name", type=boolean, nargs="?", const=True, default=True,
                          help="begin the name of the run with that of --data_root (default true)")  # fmt: skip
     subject.add_argument("--init_word", help="start of learnt words, in configs that learn some")
+    concept = p.add_argument_group("Custom Diffusion: concepts, each option once for each of them, in their order")
+    for number in ("", "2"):  # the published program counts them
+        concept.add_argument(f"--datapath{number}", dest="datapath", action="append", default=[], metavar="DIR",
+                             help="photographs, or a text file with their paths")  # fmt: skip
+        concept.add_argument(f"--caption{number}", dest="caption", action="append", default=[], metavar="TEXT",
+                             help="what they show, e.g. '<new1> dog', or a text file of captions")  # fmt: skip
+        concept.add_argument(f"--reg_datapath{number}", dest="reg_datapath", action="append", default=[], metavar="DIR",
+                             help="pictures of the class")  # fmt: skip
+        concept.add_argument(f"--reg_caption{number}", dest="reg_caption", action="append", default=[], metavar="TEXT",
+                             help="what they show, e.g. dog")  # fmt: skip
+    concept.add_argument("--concepts_list", metavar="JSON", help="the same as a file")
+    concept.add_argument("--modifier_token", metavar="<new1>+<new2>", help="words that learn")
+    concept.add_argument("--freeze_model", help="crossattn-kv or crossattn: the part of the UNet that learns")
     subject.add_argument(
         "--embedding_manager_ckpt", default="", metavar="FILE", help="learnt words to add to the text encoder"
     )

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ldm.tuning.full import ByName
+from ldm.tuning.textual_inversion import TextualInversion, word_ids
 from ldm.util import InputError
 
-# `freeze_model` of the published YAML names what is *not* frozen. New tokens beside it: `ldm.tuning.textual_inversion`.
+# `freeze_model` of the published YAML names what is *not* frozen.
 PARTS = {"crossattn-kv": r"\.attn2\.to_[kv]\.weight$", "crossattn": r"\.attn2\."}
+
+# Where new tokens start, the last one first: rare words of CLIP's vocabulary.
+RARE_WORDS = ("ktn", "pll", "ucd")
 
 
 class CrossAttention(ByName):
@@ -16,3 +22,25 @@ class CrossAttention(ByName):
         if freeze_model not in PARTS:
             raise InputError(f"freeze_model must be one of {', '.join(PARTS)}, got {freeze_model!r}")
         super().__init__(r"^model\.diffusion_model\..*" + PARTS[freeze_model])
+
+
+class ModifierTokens(TextualInversion):
+    """New tokens beside the cross-attention, `<new1>+<new2>`, from `init_word` (`cat+dog`), by default `RARE_WORDS`.
+
+    An encoder whose vocabulary lacks a rare word starts that token at random, as `TextualInversion` does.
+    """
+
+    def __init__(self, modifier_token: str, init_word: str | None = None) -> None:
+        words = modifier_token.split("+")
+        starts = init_word.split("+") if init_word else [None] * len(words)
+        if len(starts) != len(words):
+            raise InputError(
+                f"init_word {init_word!r} has {len(starts)} words for the {len(words)} of {modifier_token!r}"
+            )
+        super().__init__({word: {"init_word": start} for word, start in zip(words, starts, strict=True)})
+
+    def install(self, model: nn.Module) -> None:
+        for how, rare in zip(list(self.words.values())[::-1], RARE_WORDS, strict=False):
+            if how["init_word"] is None and len(word_ids(model.cond_stage_model, rare)) == 1:
+                how["init_word"] = rare
+        super().install(model)

@@ -1,8 +1,7 @@
 """Everything that learnt in one folder, and that folder onto a fresh base model.
 
 `adapter_config.json` names the families with their parameters and tensors. Position adapters lie in
-`adapters.safetensors`, as `ldm.modules.adapter_files` has them; the tensors of all other families in `tuned.safetensors`, by
-state-dict name.
+`adapters.safetensors` as `ldm.modules.adapter_files` has them, the tensors of all others in `tuned.safetensors`.
 """
 
 from __future__ import annotations

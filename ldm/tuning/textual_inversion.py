@@ -10,9 +10,6 @@ from torch import Tensor, nn
 
 from ldm.util import InputError, short
 
-# What Custom Diffusion starts its new tokens from (arXiv 2212.04488, section 3.2): rare words, the last token first.
-RARE_WORDS = ("ktn", "pll", "ucd")
-
 
 class TextualInversion:
     """New words of the text encoder; nothing else moves.

@@ -81,6 +81,7 @@ class DDPM(pl.LightningModule):
         optimizer_config: Mapping | None = None,
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
+        mask_as_published: bool = False,  # see `ldm.models.diffusion.losses.simple_loss`
     ) -> None:
         super().__init__()
         if parameterization not in ("eps", "x0"):
@@ -90,7 +91,7 @@ class DDPM(pl.LightningModule):
         self.parameterization, self.loss_type, self.v_posterior = parameterization, loss_type, v_posterior
         self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
-        self.log_every_t, self.learn_logvar = log_every_t, learn_logvar
+        self.log_every_t, self.learn_logvar, self.mask_as_published = log_every_t, learn_logvar, mask_as_published
         self.scheduler_config = scheduler_config
         self.optimizer_config = optimizer_config or {"target": "torch.optim.AdamW"}
         if monitor is not None:
@@ -199,11 +200,13 @@ class DDPM(pl.LightningModule):
         recip = self._at("sqrt_recip_alphas_cumprod", t, x_noisy)
         return (recip * x_noisy - predicted) / self._at("sqrt_recipm1_alphas_cumprod", t, x_noisy)
 
-    def loss_of(self, predicted: Tensor, x_start: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts for logging, from what the UNet predicted."""
+    def loss_of(
+        self, predicted: Tensor, x_start: Tensor, noise: Tensor, t: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts for logging, from what the UNet predicted; only where the mask [b, 1, h, w] is 1."""
         target = noise if self.parameterization == "eps" else x_start
         return diffusion_loss(
-            simple_loss(predicted.float(), target.float(), self.loss_type),
+            simple_loss(predicted.float(), target.float(), self.loss_type, mask, self.mask_as_published),
             t,
             self.logvar,
             self.lvlb_weights,
@@ -256,9 +259,10 @@ class DDPM(pl.LightningModule):
         x_start, cond, t, noise = (reduce(_join, column) for column in zip(*drawn, strict=True))
         predicted = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
         sizes = [len(x) for x, *_ in drawn]
+        masks = [mask_of(batch, x.shape[2:]) for batch, (x, *_) in zip(batches, drawn, strict=True)]
         return [
             self.loss_of(*parts)
-            for parts in zip(*(column.split(sizes) for column in (predicted, x_start, noise, t)), strict=True)
+            for parts in zip(*(column.split(sizes) for column in (predicted, x_start, noise, t)), masks, strict=True)
         ]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -487,6 +491,14 @@ class LatentDiffusion(DDPM):
         if self.scale_by_std and self.global_step == 0 and batch_idx == 0:
             latents, _ = self.clean(batch[0] if isinstance(batch, (list, tuple)) else batch)
             self.scale_factor.fill_(self.scale_factor / latents.std())
+
+
+def mask_of(batch: Mapping[str, Any], size: torch.Size) -> Tensor | None:
+    """A batch's mask of pixels [b, H, W] as a mask of latents [b, 1, h, w]: those whose pixels are all in it."""
+    if "mask" not in batch:
+        return None
+    mask = batch["mask"].float()
+    return -nn.functional.adaptive_max_pool2d(-(mask if mask.dim() == 4 else mask[:, None]), tuple(size))
 
 
 @contextmanager

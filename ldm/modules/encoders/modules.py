@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import read_weights
+from ldm.modules.encoders.bert import BERTEmbedder  # noqa: F401 (YAML files name it here)
+from ldm.modules.encoders.tokenizers import load_tokenizer
 from ldm.modules.encoders.tokens import NewTokens, read_embeddings
 from ldm.util import InputError, find_file
 
@@ -91,21 +93,7 @@ class FrozenCLIPEmbedder(nn.Module):
     @cached_property
     def tokenizer(self) -> Any:
         """The CLIP tokenizer. Raises `InputError` that says which two files to put where, if there is none."""
-        from transformers import CLIPTokenizer
-
-        folders = [self.tokenizer_folder, self.version, f"models/{Path(self.version).name}"]
-        for folder in (find_file(folder) for folder in folders if folder):
-            if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                return CLIPTokenizer.from_pretrained(folder)
-        for offline in (True, False):
-            try:
-                return CLIPTokenizer.from_pretrained(self.version, local_files_only=offline)
-            except Exception:  # the hub client raises a dozen kinds; all mean that the files are not to be had
-                continue
-        raise InputError(
-            f"no tokenizer for {self.version}: put its vocab.json and merges.txt into {folders[-1]}, "
-            "or name a folder that has them as model.params.cond_stage_config.params.tokenizer"
-        )
+        return load_tokenizer("CLIPTokenizer", self.version, ["vocab.json", "merges.txt"], self.tokenizer_folder)
 
     def add_token(self, word: str, vectors: Tensor) -> None:
         """Teach the encoder a word with its own vectors [v, d]. Raises `InputError` for a width that does not fit."""
@@ -153,6 +141,14 @@ def _to_released_names(module: FrozenCLIPEmbedder, state: dict[str, Tensor], pre
         state[outer + "text_model." + name.removeprefix(outer).removeprefix("text_model.")] = value
     positions = module._text_model.embeddings.position_ids
     state[outer + "text_model.embeddings.position_ids"] = positions
+
+
+class FrozenCLIPEmbedderWrapper(FrozenCLIPEmbedder):
+    """The encoder in Custom Diffusion's YAML: `modifier_token` says which words tuning adds, `<new1>+<new2>`."""
+
+    def __init__(self, modifier_token: str = "", **clip: Any) -> None:
+        super().__init__(**clip)
+        self.modifier_token = modifier_token.split("+")
 
 
 class ClassEmbedder(nn.Module):

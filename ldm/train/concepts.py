@@ -1,0 +1,92 @@
+"""Concepts and learnt words on the command line: where they enter a config (Custom Diffusion, textual inversion)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.data.custom import CONCEPT, read_concepts
+from ldm.util import InputError, get_obj_from_str, parameters_of
+
+log = logging.getLogger(__name__)
+
+WRAPPER = "ldm.modules.encoders.modules.FrozenCLIPEmbedderWrapper"
+
+
+def takes(target: Any, name: str) -> bool:
+    """Whether what a dotted name stands for has a parameter of that name."""
+    return name in (parameters_of(get_obj_from_str(str(target)))[1] or [])
+
+
+def asked(options: argparse.Namespace) -> list[dict[str, str]]:
+    """The concepts of the command line. Raises `InputError` where their options do not go together."""
+    given = {key: getattr(options, key) for key in CONCEPT if getattr(options, key)}
+    if options.concepts_list:
+        if given:
+            raise InputError(f"--concepts_list names the concepts; leave --{', --'.join(given)} out")
+        return read_concepts(options.concepts_list)
+    counts = {len(values) for values in given.values()}
+    if given and (len(counts) > 1 or not {"datapath", "caption"} <= given.keys()):
+        told = ", ".join(f"{len(values)} times --{key}" for key, values in given.items())
+        raise InputError(f"each concept needs --datapath and --caption, all or none --reg_datapath; got {told}")
+    return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
+
+
+def fill_in(config: DictConfig, told: Mapping[str, Any]) -> None:
+    """Put the concepts into the data section, or the photographs and the class word of DreamBooth as the only one."""
+    sets, word = config.data.params, first_word(config)
+    concepts = told.get("concepts")
+    if not concepts:
+        concept = {"datapath": told.get("data_root"), "caption": f"{word} {told['class_word']}"}
+        if told.get("reg_data_root"):
+            concept |= {"reg_datapath": told["reg_data_root"], "reg_caption": told["class_word"]}
+        concepts = [concept]
+    if not concepts[0].get("datapath"):
+        raise InputError("no photographs: name their folder with --datapath and --caption, or with --data_root")
+    first = sets.train[0] if OmegaConf.is_list(sets.train) else sets.train
+    kinds = [first, *[sets.get("train2") or first] * (len(concepts) - 1)]
+    sets.train = [
+        OmegaConf.merge(kind, {"params": {**concept, "seed": told["seed"]}})
+        for kind, concept in zip(kinds, concepts, strict=True)
+    ]
+    sets.train2 = None
+
+
+def first_word(config: DictConfig) -> str:
+    """The word that stands for the subject where the command line gives no caption."""
+    return (OmegaConf.select(config, "model.params.cond_stage_config.params.modifier_token") or "sks").split("+")[0]
+
+
+def fill_in_words(config: DictConfig, options: argparse.Namespace) -> None:
+    """Put `--modifier_token`, `--freeze_model` and `--init_word` into the model section. Raises `InputError`."""
+    model = config.model
+    for name in ("modifier_token", "freeze_model"):
+        if getattr(options, name) and not takes(model.target, "freeze_model"):
+            raise InputError(f"--{name} is for Custom Diffusion, this config's model is {model.target}")
+    if options.modifier_token:
+        params = OmegaConf.merge(
+            model.params.cond_stage_config.get("params") or {}, {"modifier_token": options.modifier_token}
+        )
+        model.params.cond_stage_config = {"target": WRAPPER, "params": params}
+        model.params.add_token = True
+    if options.freeze_model:
+        model.params.freeze_model = options.freeze_model
+    if options.init_word:
+        tuning = model.params.get("tuning") or []
+        entries = [model, *(tuning if OmegaConf.is_list(tuning) else [tuning])]
+        learning = [entry for entry in entries if takes(entry.target, "init_word")]
+        for entry in learning:
+            entry.params = OmegaConf.merge(entry.get("params") or {}, {"init_word": options.init_word})
+        if not learning:
+            log.warning("--init_word %s has no effect: no word is learnt in this config", options.init_word)
+
+
+def class_pictures(config: DictConfig) -> list[tuple[str, str]]:
+    """The folder and the caption of each concept's class pictures."""
+    sets = config.data.params.train
+    sets = [concept.params for concept in sets] if OmegaConf.is_list(sets) else []
+    return [(one.reg_datapath, f"photo of a {one.reg_caption}") for one in sets if one.get("reg_datapath")]
