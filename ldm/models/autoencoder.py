@@ -152,7 +152,8 @@ class FirstStage(pl.LightningModule):
 
 
 class AutoencoderKL(FirstStage):
-    """The first stage that encodes a picture in a diagonal Gaussian. LDM's constructor arguments.
+    """The first stage that encodes a picture in a diagonal Gaussian. LDM's constructor arguments,
+    and `scheduler_config`, the factor of both learning rates by batch.
 
     Raises `InputError` for a `ddconfig` that makes no sense and for weights that do not fit.
     """
@@ -167,8 +168,10 @@ class AutoencoderKL(FirstStage):
         image_key: str = "image",
         colorize_nlabels: int | None = None,
         monitor: str | None = None,
+        scheduler_config: Mapping | None = None,
     ):
         super().__init__(ddconfig, lossconfig, embed_dim, image_key, colorize_nlabels, monitor)
+        self.scheduler_config = scheduler_config
         if not ddconfig.get("double_z", True):
             raise InputError("AutoencoderKL needs ddconfig.double_z: true, its encoder gives means and log-variances")
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)

@@ -1,0 +1,58 @@
+"""Latents made once and drawn many times, so that training a diffusion model does nothing but that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.checkpoints import read_weights, save_safetensors
+from ldm.data.captioned import uniforms
+from ldm.util import InputError, explain
+
+
+class CachedLatents(Dataset):
+    """Latents with captions out of one file, drawn at random with replacement. All of them are held in memory.
+
+    Draw k is a function of (seed, k) alone. With probability `ucg_rate` its caption is the empty one, from which
+    classifier-free guidance learns the model without a condition (arXiv 2207.12598, Alg. 1).
+    Raises `InputError` for a file that is absent or no cache of latents.
+    """
+
+    def __init__(self, path: str | Path, ucg_rate: float = 0.0, seed: int = 0) -> None:
+        weights = read_weights(path)
+        with explain(f"{path} is no cache of latents; make it with scripts/cache_latents.py", KeyError, TypeError):
+            self.latents = weights["latents"].movedim(1, -1)
+            with safe_open(path, framework="pt") as file:
+                self.captions = json.loads(file.metadata()["captions"])
+        if len(self.captions) != len(self.latents):
+            raise InputError(f"{path} has {len(self.latents)} latents but {len(self.captions)} captions; make it again")
+        self.ucg_rate, self.seed = ucg_rate, seed
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, k: int) -> dict[str, Tensor | str]:
+        """Draw k: `image` float32 [h, w, c], the latent as LDM's batches have pictures, and `caption` str."""
+        return self.__getitems__([k])[0]
+
+    draw = __getitem__
+
+    def __getitems__(self, ks: Sequence[int]) -> list[dict[str, Tensor | str]]:
+        u = uniforms(self.seed, torch.as_tensor(ks), 2)
+        rows = (u[:, 0] * len(self)).long()
+        told = (u[:, 1] >= self.ucg_rate).tolist()
+        return [
+            {"image": latent, "caption": self.captions[row] if is_told else ""}
+            for latent, row, is_told in zip(self.latents[rows].float(), rows.tolist(), told, strict=True)
+        ]
+
+
+def save_latents(path: str | Path, latents: Tensor, captions: Sequence[str]) -> None:
+    """Write latents [n, c, h, w] in half precision and their captions, atomically."""
+    save_safetensors(path, {"latents": latents.half()}, {"captions": json.dumps(list(captions))})

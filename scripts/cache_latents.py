@@ -1,0 +1,55 @@
+"""Encode draws of captioned pictures with a trained autoencoder, for training a diffusion model on them.
+
+    python scripts/cache_latents.py --ckpt logs/<autoencoder run>/checkpoints/last.ckpt --out build/latents.safetensors
+
+Prints 1 / std of the latents: the `scale_factor` of the diffusion model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.data.latents import save_latents  # noqa: E402
+from ldm.util import find_file, instantiate_from_config, load_config, run_command  # noqa: E402
+
+log = logging.getLogger("cache_latents")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/sd-mini/train/autoencoder.yaml", help="of the autoencoder's run")
+    parser.add_argument("--ckpt", required=True, help="the autoencoder's checkpoint")
+    parser.add_argument("--out", default="build/latents.safetensors")
+    parser.add_argument("--draws", type=int, default=96000, help="how many pictures to draw and encode")
+    parser.add_argument("--first", type=int, default=0, help="number of the first draw")
+    parser.add_argument("--batch_size", type=int, default=100)
+    options = parser.parse_args(arguments)
+
+    config = load_config(find_file(options.config))
+    autoencoder = instantiate_from_config(config.model)
+    autoencoder.init_from_ckpt(options.ckpt)
+    autoencoder.eval().to(memory_format=torch.channels_last)
+    pictures = instantiate_from_config(config.data.params.train)
+    latents, captions = [], []
+    for first in range(options.first, options.first + options.draws, options.batch_size):
+        batch = pictures.batch(range(first, min(first + options.batch_size, options.first + options.draws)))
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            posterior = autoencoder.encode(autoencoder.get_input(batch, "image"))
+        latents.append(posterior.sample().half())
+        captions += batch["caption"]
+        if len(latents) % 50 == 0:
+            log.info("%d of %d", len(captions), options.draws)
+    encoded = torch.cat(latents)
+    save_latents(options.out, encoded, captions)
+    print(f"{options.out}: {len(encoded)} latents, scale_factor {1 / encoded.float().std():.4f}")
+
+
+if __name__ == "__main__":
+    run_command(main)

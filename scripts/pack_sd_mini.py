@@ -1,0 +1,60 @@
+"""Put SD-mini together: the weights of the three training runs as the files that are shipped, in half precision.
+
+    python scripts/pack_sd_mini.py --clip logs/<clip run>/checkpoints/last.ckpt --out models/sd-mini
+    python scripts/pack_sd_mini.py --autoencoder logs/<...>/last.ckpt --ldm logs/<...>/last.ckpt --out models/sd-mini
+
+writes clip/model.safetensors (both towers) and model.safetensors (averaged UNet, autoencoder, text tower).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.checkpoints import load_weights, read_weights, save_safetensors  # noqa: E402
+from ldm.util import instantiate_from_config, load_config, run_command  # noqa: E402
+
+
+def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def averaged_unet(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The averaged weights of a run's UNet under the UNet's own names; LDM's averages have names without dots."""
+    unet = {name: value for name, value in weights.items() if name.startswith("model.diffusion_model.")}
+    return {name: weights["model_ema." + name.removeprefix("model.").replace(".", "")] for name in unet}
+
+
+def half(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clip", help="checkpoint of configs/sd-mini/train/clip.yaml")
+    parser.add_argument("--autoencoder", help="checkpoint of configs/sd-mini/train/autoencoder.yaml")
+    parser.add_argument("--ldm", help="checkpoint of configs/sd-mini/train/ldm.yaml")
+    parser.add_argument("--config", default="configs/sd-mini/model.yaml")
+    parser.add_argument("--out", default="models/sd-mini")
+    options = parser.parse_args(arguments)
+    if options.clip:
+        save_safetensors(f"{options.out}/clip/model.safetensors", half(below(read_weights(options.clip), "clip.")))
+    if options.autoencoder and options.ldm:
+        weights = averaged_unet(read_weights(options.ldm))
+        first_stage = read_weights(options.autoencoder)
+        weights |= {f"first_stage_model.{k}": v for k, v in first_stage.items() if not k.startswith("loss.")}
+        text = below(read_weights(f"{options.out}/clip/model.safetensors"), "text_model.")
+        weights |= {f"cond_stage_model.transformer.text_model.{k}": v for k, v in text.items()}
+        load_weights(instantiate_from_config(load_config(options.config).model), weights, "the packed model")
+        save_safetensors(f"{options.out}/model.safetensors", half(weights))
+
+
+if __name__ == "__main__":
+    run_command(main)
