@@ -1,0 +1,279 @@
+"""Files of weights: what people have is read, safely and without copying; what is written is whole."""
+
+import io
+import os
+import pickle
+import sys
+import zipfile
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ldm.checkpoints import (
+    atomic_write,
+    build_model,
+    choose_checkpoint,
+    fingerprint,
+    is_adapter,
+    load_weights,
+    read_object,
+    read_weights,
+    save_safetensors,
+    save_torch,
+    skip_init,
+)
+from ldm.util import InputError, load_config
+from tests.runs import TINY, tiny_model
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {"a.weight": torch.randn(3, 4, generator=generator), "a.bias": torch.randn(3, generator=generator)}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- reading
+
+
+@pytest.mark.parametrize("level", [True, False])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_every_kind_of_file(tmp_path, kind, level):
+    weights, path = tensors(), tmp_path / "weights.any"  # told apart by content, not by name
+    content = {"state_dict": weights, "epoch": 3} if level else weights
+    if kind == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+    assert same(read_weights(path), weights)
+
+
+def test_a_file_like_the_released_one(tmp_path):
+    """Stable Diffusion v1's holds Lightning's bookkeeping under a class as key, and numpy numbers of numpy 1."""
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    path = tmp_path / "sd-v1-4.ckpt"
+    bookkeeping = {
+        ModelCheckpoint: {"best_model_score": np.float64(0.5), "dirpath": "x", "best_k_models": {"y": np.float32(2)}}
+    }
+    content = {"epoch": 1, "global_step": np.int64(470000), "state_dict": tensors(), "callbacks": bookkeeping}
+    torch.save(content, tmp_path / "new.ckpt")
+    with zipfile.ZipFile(tmp_path / "new.ckpt") as new, zipfile.ZipFile(path, "w") as old:
+        for entry in new.infolist():
+            data = new.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in data or b"numpy.core.multiarray" in data
+                data = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            old.writestr(entry.filename, data)
+    for file in (path, tmp_path / "new.ckpt"):
+        found = read_object(file)
+        assert same(read_weights(file), tensors()) and found["global_step"] == 470000
+        (cls,) = found["callbacks"]
+        assert cls.__name__ == "ModelCheckpoint" and cls is not ModelCheckpoint  # an empty class in its place
+        assert found["callbacks"][cls]["best_model_score"] == 0.5
+
+
+@pytest.mark.parametrize("how", ["reduce", "import"])
+def test_code_is_not_run(tmp_path, how):
+    class Bad:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'ran'}",)) if how == "reduce" else (__import__, ("antigravity",))
+
+    for path, zipped in ((tmp_path / "zip.ckpt", True), (tmp_path / "legacy.ckpt", False)):
+        torch.save({"state_dict": tensors(), "x": Bad()}, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(
+            InputError, match=r"refused: its pickle asks for [\w.]+, which is code, not weights"
+        ) as error:
+            read_weights(path)
+        assert "\n" not in str(error.value)
+    plain = tmp_path / "plain.pkl"
+    plain.write_bytes(pickle.dumps({"x": Bad()}))
+    with pytest.raises(InputError):
+        read_weights(plain)
+    assert not (tmp_path / "ran").exists() and "antigravity" not in sys.modules
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
+def test_files_are_mapped_not_copied(tmp_path, kind):
+    path = tmp_path / f"weights.{kind}"
+    (save_torch if kind == "ckpt" else save_safetensors)(path, {"a": torch.ones(2**20)})
+    weights = read_weights(path)
+    with open("/proc/self/maps") as maps:
+        mapped = [line for line in maps if str(path) in line]
+    assert mapped
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight = nn.Parameter(torch.zeros(2**20))
+    model = nn.ModuleDict({"a": layer})
+    load_weights(model, {"a.weight": weights["a"]}, "file")
+    assert model["a"].weight.data_ptr() == weights["a"].data_ptr()
+    with torch.no_grad():
+        model["a"].weight.zero_()  # training writes to memory, never to the file
+    assert read_weights(path)["a"].sum() == 2**20
+
+
+# --- building and filling
+
+
+@contextmanager
+def poisoned():
+    """Uninitialised memory is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    before, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "base.ckpt"
+    state = tiny_model().state_dict()
+    save_torch(path, {"state_dict": {name: value for name, value in state.items() if not is_adapter(name)}})
+    return path
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_nothing_stays_uninitialised(base, ema):
+    with poisoned():
+        assert torch.empty(3).isnan().all()  # else this test would prove nothing
+        with skip_init():
+            assert nn.Linear(2, 2).weight.isnan().all()
+        config = load_config(TINY, [f"model.params.use_ema={ema}", "model.params.train_level=[adapter, unet]"])
+        model = build_model(config, base)
+    state = model.state_dict()
+    assert [name for name, value in state.items() if not value.isfinite().all()] == []
+    weights = read_weights(base)
+    assert same({name: value for name, value in state.items() if name in weights}, weights)
+    assert all(not value.any() for name, value in state.items() if name.endswith("adapter_inout.adp.2.weight"))
+    assert ("model_ema.decay" in state) == ema
+    if ema:  # averages that the file lacks begin at its weights
+        for name, value in model.model.named_parameters():
+            assert torch.equal(state["model_ema." + name.replace(".", "")], value), name
+
+
+def test_averages_of_the_file_are_kept(base, tmp_path):
+    weights = read_weights(base)
+    averages = {
+        "model_ema." + n.removeprefix("model.").replace(".", ""): v + 1
+        for n, v in weights.items()
+        if n.startswith("model.")
+    }
+    save_torch(tmp_path / "ema.ckpt", weights | averages | {"model_ema.num_updates": torch.tensor(9, dtype=torch.int)})
+    none = "model.params.unet_config.params.adapter_config=null"
+    model = build_model(
+        load_config(TINY, ["model.params.use_ema=true", "model.params.train_level=[unet]", none]), tmp_path / "ema.ckpt"
+    )
+    assert model.model_ema.num_updates == 9
+    with model.ema_scope():
+        inside = model.model.diffusion_model.out[2].bias.clone()
+    assert torch.equal(inside, model.model.diffusion_model.out[2].bias + 1)
+
+
+def test_half_precision_files(base, tmp_path):
+    weights = read_weights(base)
+    save_torch(tmp_path / "half.ckpt", {name: v.half() if v.is_floating_point() else v for name, v in weights.items()})
+    model = build_model(load_config(TINY), tmp_path / "half.ckpt")
+    for name, value in model.state_dict().items():
+        assert value.dtype == (weights[name].dtype if name in weights else torch.float32)
+        if name in weights:
+            torch.testing.assert_close(value, weights[name], atol=1e-3, rtol=1e-3)
+
+
+def test_a_random_base_is_the_same_every_time():
+    first, second = (build_model(load_config(TINY), None, random_seed=3) for _ in range(2))
+    other = build_model(load_config(TINY), None, random_seed=4)
+    assert same(first.state_dict(), second.state_dict())
+    assert not torch.equal(first.model.diffusion_model.out[2].weight, other.model.diffusion_model.out[2].weight)
+    assert first.model.diffusion_model.out[2].weight.any()  # zero layers would block every gradient
+
+
+MISFITS = {
+    "missing": (
+        lambda w: {n: v for n, v in w.items() if "time_embed" not in n},
+        r"lacks 4 of \d+ weights \(model.diffusion_model.time_embed",
+    ),
+    "shape": (
+        lambda w: w | {"model.diffusion_model.out.2.bias": torch.zeros(9)},
+        r"does not fit this config: model.diffusion_model.out.2.bias has shape \[9\], the model wants \[4\] \(1 such\)",
+    ),
+    "foreign": (lambda w: {"x": torch.zeros(1)}, r"lacks \d+ of \d+ weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_what_does_not_fit(base, tmp_path, kind):
+    change, message = MISFITS[kind]
+    save_torch(tmp_path / "bad.ckpt", change(read_weights(base)))
+    with pytest.raises(InputError, match=message) as error:
+        build_model(load_config(TINY), tmp_path / "bad.ckpt")
+    assert "\n" not in str(error.value) and str(tmp_path / "bad.ckpt") in str(error.value)
+
+
+def test_which_checkpoint_is_chosen(tmp_path, caplog):
+    file = tmp_path / "own.ckpt"
+    file.write_bytes(b"x")
+    assert choose_checkpoint({"checkpoint": {"path": str(file), "random_seed": 1}}, None) == (str(file), None)
+    assert choose_checkpoint({"checkpoint": {"path": str(file)}}, "given.ckpt") == ("given.ckpt", None)
+    assert choose_checkpoint({"checkpoint": {"path": "no.ckpt", "random_seed": 1}}, None) == (None, 1)
+    assert "no.ckpt does not exist: starting from random base weights (seed 1)" in caplog.text
+    named = {"checkpoint": {"path": "no.ckpt"}}
+    for config, message in (({}, "the config names no checkpoint: name a"), (named, "no.ckpt does not exist: name a")):
+        with pytest.raises(InputError, match=message):
+            choose_checkpoint(config, None)
+
+
+# --- writing
+
+
+@pytest.mark.parametrize("write", [save_torch, save_safetensors])
+def test_what_is_written_can_be_read_by_the_same_people(tmp_path, write):
+    path, plain = tmp_path / "folder" / "file", tmp_path / "plain"
+    write(path, tensors())
+    plain.touch()
+    assert same(read_weights(path), tensors())
+    assert path.stat().st_mode == plain.stat().st_mode
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_failure_leaves_the_old_content(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as beside:
+        beside.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["folder", "old"])
+def test_folders_are_replaced(tmp_path, name):
+    for content in ("first", "second"):
+        with atomic_write(tmp_path / name) as beside:
+            beside.mkdir()
+            (beside / content).write_text(content)
+    assert [p.name for p in (tmp_path / name).iterdir()] == ["second"]
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_fingerprint_tells_models_apart():
+    weights = tensors()
+    assert fingerprint(weights) == fingerprint(dict(reversed(weights.items())))
+    assert fingerprint(weights) == fingerprint({name: value.half() for name, value in weights.items()})
+    assert fingerprint(weights) != fingerprint(weights | {"a.bias": weights["a.bias"] + 0.1})
+    assert fingerprint(weights) != fingerprint({name + "x": value for name, value in weights.items()})
+
+
+def test_streams_are_not_paths():
+    with pytest.raises(TypeError):
+        read_weights(io.BytesIO(b"x"))
