@@ -23,10 +23,15 @@ def parser() -> Parser:
     model.add_argument("--config", default="configs/stable-diffusion/v1-inference.yaml")
     model.add_argument("--ckpt", help="checkpoint of the base model; by default the one that the config names")
     model.add_argument("--laion400m", action="store_true", help="use the LAION-400M text-to-image model")
-    model.add_argument("--adapter_path", action="append", default=[], metavar="DIR", help="adapter folder; repeatable")
+    model.add_argument("--adapter_path", action="append", default=[], metavar="PATH",
+                       help="what was tuned: our folder, a LoRA of any format, a delta, words; repeatable")  # fmt: skip
+    model.add_argument("--delta_ckpt", dest="adapter_path", action="append", metavar="FILE",
+                       help="the same, in Custom Diffusion's words")  # fmt: skip
     model.add_argument(
-        "--adapter_scale", action="append", type=float, default=[], help="strength of each adapter, in their order"
+        "--adapter_scale", action="append", type=float, default=[], help="strength of each of them, in their order"
     )
+    model.add_argument("--compress", action="store_true", help="Custom Diffusion's option; the file itself tells")
+    model.add_argument("--modifier_token", metavar="<new1>+<new2>", help="names for the words of a file without names")
     model.add_argument("--embedding_path", metavar="FILE", help="learnt words (textual inversion)")
 
     how = p.add_argument_group("how to sample")
@@ -61,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     from ldm import generate
     from ldm.util import best_device, find_file, load_config
 
-    model = load_model_from_config(load_config(find_file(options.config)), options.ckpt, verbose=True)
+    model = load_model_from_config(untuned(load_config(find_file(options.config))), options.ckpt, verbose=True)
     model.to(best_device(options.device))
     add_adapters(model, options)
     settings = generate.Settings(
@@ -117,17 +122,28 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def untuned(config):
+    """A config without the tuning of its training: files bring their own. Routes of position adapters stay."""
+    params = config.get("model", {}).get("params", {})
+    for name in ("tuning", "add_token"):
+        params.pop(name, None)
+    return config
+
+
 def add_adapters(model, options: argparse.Namespace) -> None:
-    if options.embedding_path:
+    from ldm.interchange import DELTAS, LORAS, identify, load_any
+
+    words = options.modifier_token.split("+") if options.modifier_token else ()
+    if options.embedding_path:  # words as they are called in the file, `*` too, as in LDM
         if not hasattr(model.cond_stage_model, "load_embeddings"):
             raise InputError("--embedding_path: this model has no text encoder that could learn words")
         model.cond_stage_model.load_embeddings(options.embedding_path)
-    unet = model.model.diffusion_model
     scales = (options.adapter_scale or [1.0]) + [1.0] * len(options.adapter_path)
     if len(options.adapter_scale) == 1:
         scales = options.adapter_scale * len(options.adapter_path)
     for number, (path, scale) in enumerate(zip(options.adapter_path, scales, strict=False)):
-        unet.load_adapter_from_dir(path, scale, add=number > 0)
+        named = words if identify(path) in (*DELTAS, *LORAS) else ()
+        load_any(model, path, scale, add=number > 0, words=named)
 
 
 if __name__ == "__main__":

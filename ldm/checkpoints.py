@@ -66,12 +66,12 @@ def read_object(path: str | Path) -> Any:
         head = file.read(64)
     if not head:
         raise InputError(f"{path} is empty; download it again")
+    if head[8:9] == b"{":  # before all others: the eight bytes of its length may be anything
+        return _read_safetensors(path)
     if head.lstrip().startswith(b"<"):
         raise InputError(f"{path} is a web page, not a checkpoint: the download went wrong (a login or licence page?)")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a Git LFS pointer, not the checkpoint itself; run 'git lfs pull'")
-    if head[8:9] == b"{":
-        return _read_safetensors(path)
     if head.startswith(b"PK") or head[0] == 0x80:
         return _read_torch(path, mmap=head.startswith(b"PK"))
     raise InputError(f"{path} is neither a safetensors nor a torch file (it begins with {head[:8]!r})")

@@ -117,7 +117,7 @@ class MaskBase(Dataset):
             "mask": mask.contiguous(),
         }
 
-    def captions(self) -> list[str]:
+    def examples(self) -> list[str]:
         """A caption of the concept and one of its class, for sample pictures."""
         named = [self.caption, self.reg_caption][: len(self.sets)]
         first = [pictures[0][1] for pictures in self.sets]
@@ -176,9 +176,9 @@ class Concepts(Dataset):
         """Item number k of the run: one of each concept."""
         return tuple(concept.draw(k) for concept in self.concepts)
 
-    def captions(self) -> list[str]:
+    def examples(self) -> list[str]:
         """Captions of all concepts and of their classes, for sample pictures."""
-        return [caption for concept in self.concepts for caption in concept.captions()]
+        return [caption for concept in self.concepts for caption in concept.examples()]
 
 
 def read_concepts(path: str | Path) -> list[dict[str, str]]:

@@ -77,7 +77,7 @@ def fill_in_words(config: DictConfig, options: argparse.Namespace) -> None:
         model.params.freeze_model = options.freeze_model
     if options.init_word:
         tuning = model.params.get("tuning") or []
-        entries = [model, *(tuning if OmegaConf.is_list(tuning) else [tuning])]
+        entries = [model, *([tuning] if OmegaConf.is_dict(tuning) else tuning)]
         learning = [entry for entry in entries if takes(entry.target, "init_word")]
         for entry in learning:
             entry.params = OmegaConf.merge(entry.get("params") or {}, {"init_word": options.init_word})

@@ -61,8 +61,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def captions(self) -> list[str]:
         """A caption of the subject and one of its class, for sample pictures during training."""
-        if hasattr(self.datasets["train"], "captions"):
-            return self.datasets["train"].captions()
+        if hasattr(self.datasets["train"], "examples"):
+            return self.datasets["train"].examples()
         items = [self.datasets[name][0] for name in ("train", "reg") if name in self.datasets]
         return [item["caption"] for item in items if "caption" in item]
 
