@@ -145,7 +145,7 @@ class PersonalizedBase(Dataset):
         pixels = normalize(self._read(number))
         return (hflip(pixels) if flipped else pixels).permute(1, 2, 0).contiguous()  # c h w -> h w c
 
-    def captions(self) -> list[str]:
+    def all_captions(self) -> list[str]:
         """Every caption that a draw can have."""
         own = [f"{self.identifier}{number}" for number in range(len(self.paths))] if self.mixing_prob else []
         names = [*([self.identifier] if self.mixing_prob < 1 else []), *own]

@@ -21,29 +21,30 @@ from ldm.checkpoints import fingerprint, read_weights, save_safetensors
 from ldm.data.dreambooth import PersonalizedBase
 from ldm.data.encoded import EncodedDraws
 from ldm.modules.encoded import EncodedPictures, EncodedPrompts
+from ldm.train.datamodule import DataModuleFromConfig
 from ldm.util import InputError
 
 log = logging.getLogger(__name__)
 
 
-def install(model: Any, datasets: dict[str, Any], where: str, device: torch.device) -> None:
-    """Replace the encoders of `model` and the pictures of `datasets` by what they would give.
+def install(model: Any, data: DataModuleFromConfig, where: str, device: torch.device) -> None:
+    """Replace the encoders of `model` and the pictures of `data` by what they would give.
 
-    `where`: `memory`, `off`, or a folder that keeps the encodings for later runs. Datasets that change their pictures
-    at random are left as they are, and so are encoders that learn.
+    `where`: `memory`, or a folder that keeps the encodings for later runs. Datasets that change their pictures
+    at random are left as they are, and so is a text encoder that learns.
     """
-    if where == "off":
+    datasets = data.datasets
+    if not all(type(dataset) is PersonalizedBase for dataset in datasets.values()):
         return
-    encodable = all(type(dataset) is PersonalizedBase for dataset in datasets.values())
-    frozen = not any(p.requires_grad for p in model.first_stage_model.parameters())
-    if encodable and frozen and hasattr(model.first_stage_model, "downsampling_factor"):
+    captions = sorted({caption for dataset in datasets.values() for caption in dataset.all_captions()} | {""})
+    if hasattr(model.first_stage_model, "downsampling_factor"):
         folder = None if where == "memory" else Path(where)
         for name, dataset in datasets.items():
             datasets[name] = EncodedDraws(dataset, pictures(model, dataset, folder, device, name))
         model.first_stage_model = EncodedPictures(model.first_stage_model.cpu())
+        data.num_workers = 0  # an encoded picture is read faster than it is sent between processes
     encoder = model.cond_stage_model
-    if encodable and encoder is not None and not any(p.requires_grad for p in encoder.parameters()):
-        captions = sorted({caption for d in datasets.values() for caption in d.dataset.captions()} | {""})
+    if encoder is not None and not any(name.startswith("cond_stage_model.") for name in model.learning()):
         model.cond_stage_model = EncodedPrompts(encoder.cpu(), prompts(encoder, captions, device))
 
 

@@ -18,7 +18,7 @@ from ldm.util import InputError, get_obj_from_str, parameters_of
 
 log = logging.getLogger(__name__)
 
-DEFAULTS = {"class_word": "dog", "seed": 23, "scale_lr": False}
+DEFAULTS = {"class_word": "dog", "seed": 23, "scale_lr": False, "cache": "memory"}
 
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:
@@ -35,6 +35,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         "class_word": options.class_word,
         "seed": options.seed,
         "scale_lr": options.scale_lr,
+        "cache": options.cache,
         "concepts": concepts.asked(options) or None,
     }
     told = OmegaConf.merge(DEFAULTS, stored, {key: value for key, value in asked.items() if value is not None})
@@ -58,6 +59,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         seed=told.seed,
         scale_lr=told.scale_lr,
         debug=options.debug,
+        cache=told.cache,
         notes={
             "identifier": concepts.first_word(config) if is_custom else named,
             "class_word": told.class_word,

@@ -92,6 +92,8 @@ def dreambooth_parser(description: str) -> Parser:
                          help="fill --reg_data_root up to N pictures by sampling the base model first")  # fmt: skip
     subject.add_argument("--datadir_in_name", type=boolean, nargs="?", const=True, default=True,
                          help="begin the name of the run with that of --data_root (default true)")  # fmt: skip
+    subject.add_argument("--cache", metavar="memory|off|DIR",
+                         help="encode pictures and captions once, before training (default memory)")  # fmt: skip
     subject.add_argument("--init_word", help="start of learnt words, in configs that learn some")
     concept = p.add_argument_group("Custom Diffusion: concepts, each option once for each of them, in their order")
     for number in ("", "2"):  # the published program counts them

@@ -23,6 +23,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from ldm.checkpoints import atomic_write, build_model, choose_checkpoint
 from ldm.data.class_images import missing_class_images
 from ldm.generate import Settings, fill_class_folder
+from ldm.train import caches
 from ldm.train.callbacks import EpochReport, ImageLogger
 from ldm.train.resume import RandomStates, SafeCheckpointIO, SaveRun
 from ldm.util import (
@@ -62,6 +63,7 @@ class Run:
     seed: int = 23
     scale_lr: bool = False
     debug: bool = False
+    cache: str = "off"  # where encodings of pictures and captions are kept: memory, off, or a folder
     notes: dict[str, Any] = field(default_factory=dict)  # go into adapter folders: class word, identifier
 
     @property
@@ -228,6 +230,9 @@ def train(run: Run, model: pl.LightningModule) -> pl.Trainer:
     pl.seed_everything(run.seed + trainer.global_rank, verbose=False)  # other noise in every process
     model.learning_rate = learning_rate(run, trainer.world_size)
     data = instantiate_from_config(run.config.data)
+    if run.cache != "off":
+        data.setup()
+        caches.install(model, data, run.cache, trainer.strategy.root_device)
     write_configs(run)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("%s: %s weights learn, learning rate %g", run.folder, f"{count:,}", model.learning_rate)

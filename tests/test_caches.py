@@ -1,0 +1,97 @@
+"""Encodings made once: the same numbers, no work by the encoders afterwards, nothing trusted that does not fit."""
+
+import pytest
+import torch
+
+from ldm.data.dreambooth import PersonalizedBase
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.train import caches
+from tests.runs import differences, last, pictures, train
+
+
+def test_the_cache_changes_no_number(tmp_path):
+    kept = str(tmp_path / "kept")
+    off, memory, written, read = (
+        train(tmp_path, name, "--max_steps", 6, "--cache", where)
+        for name, where in {"off": "off", "memory": "memory", "written": kept, "read": kept}.items()
+    )
+    assert len(list((tmp_path / "kept").iterdir())) == 2  # subject and class; validation shows the subject again
+    for run in (memory, written, read):
+        assert differences(last(off)["state_dict"], last(run)["state_dict"]) == []
+        assert differences(last(off)["optimizer_states"], last(run)["optimizer_states"]) == []
+
+
+def test_no_encoder_works_during_training(tmp_path, monkeypatch):
+    calls = {"pictures": 0, "prompts": 0}
+
+    def counted(cls, name, key):
+        original = getattr(cls, name)
+
+        def method(self, *args, **kwargs):
+            calls[key] += 1
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, name, method)
+
+    counted(AutoencoderKL, "encode", "pictures")
+    counted(FrozenCLIPEmbedder, "forward", "prompts")
+    quiet = ["lightning.callbacks.image_logger.params.disabled=true"]
+    train(tmp_path, "short", "--max_steps", 2, *quiet)
+    short = dict(calls)
+    calls.update(pictures=0, prompts=0)
+    train(tmp_path, "long", "--max_steps", 9, *quiet)
+    assert calls == short
+    assert calls["prompts"] == 3  # subject, class, and the empty one for guidance
+    train(tmp_path, "uncached", "--max_steps", 9, "--cache", "off", *quiet)
+    assert calls["prompts"] > 3 + 9
+
+
+def test_an_encoder_that_learns_is_not_replaced(tmp_path):
+    run = train(tmp_path, "words", "--max_steps", 2, "model.params.train_level=[adapter,embeder]")
+    assert any(name.startswith("cond_stage_model.") for name in last(run)["state_dict"])
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    return pictures(tmp_path / "photos", 3)
+
+
+@pytest.fixture
+def kept(tmp_path, photographs):
+    """A small autoencoder, a set of pictures, and a function that gives their encodings from a folder."""
+    torch.manual_seed(0)
+    config = {"double_z": True, "z_channels": 2, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32}
+    config |= {"ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+    first_stage = AutoencoderKL(config, {"target": "torch.nn.Identity"}, embed_dim=2).eval()
+    model = type("Model", (), {"first_stage_model": first_stage})
+
+    def encode(**options):
+        dataset = PersonalizedBase(photographs, **{"size": 16, "class_word": "dog"} | options)
+        return caches.pictures(model, dataset, tmp_path / "kept", torch.device("cpu"), "train")
+
+    return encode, tmp_path / "kept", first_stage
+
+
+def test_what_is_kept_depends_on_pictures_settings_and_encoder(kept, photographs):
+    encode, folder, first_stage = kept
+    first = encode()
+    assert first.shape == (len(list(photographs.iterdir())), 2, 4, 8, 8)
+    assert torch.equal(encode(), first) and len(list(folder.iterdir())) == 1
+    assert not torch.equal(encode(interpolation="nearest"), first)
+    one = sorted(photographs.iterdir())[0]
+    one.write_bytes(sorted(photographs.iterdir())[1].read_bytes())
+    assert not torch.equal(encode(), first)
+    with torch.no_grad():
+        first_stage.quant_conv.weight.mul_(2)
+    encode()
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_a_damaged_file_is_rebuilt(kept):
+    encode, folder, _ = kept
+    first = encode()
+    [file] = folder.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    assert torch.equal(encode(), first)
+    assert torch.equal(encode(), first) and file.stat().st_size > 100
