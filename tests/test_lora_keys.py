@@ -192,8 +192,8 @@ def test_the_search_finds_in_diffusers_what_we_think_it_does(model, pipeline):
 
 
 def test_refusals(model, lora, tmp_path):
-    save_file({"lora_unet_nowhere.lora_down.weight": torch.zeros(1, 1)}, tmp_path / "x")
-    with pytest.raises(InputError, match="1 unknown keys, e.g. lora_unet_nowhere.lora_down.weight"):
+    save_file({f"lora_unet_nowhere.lora_{x}.weight": torch.zeros(1, 1) for x in ("up", "down")}, tmp_path / "x")
+    with pytest.raises(InputError, match="1 unknown keys, e.g. lora_unet_nowhere;"):
         lora_keys.read(tmp_path / "x", model)
     stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q."
     save_file(

@@ -87,7 +87,7 @@ def load_any(
     it is against the weights that the model had before the first file. Words have no strength. `add` lets the position
     adapters of a folder come beside those that the model has; `words` name the rows of a delta without names.
 
-    Raises `InputError` for what does not fit the model, which is left as it was.
+    Raises `InputError` for what does not fit the model. A file that does not leaves the model as it was.
     """
     kind = identify(path)
     if kind in ("checkpoint", "diffusers-model"):
@@ -102,12 +102,13 @@ def load_any(
         lora = read_lora(path, model)
         changes = apply.lora_changes(lora, model, str(path))
         _released(model, changes)
-        apply.add(model, changes, scale)
         teach(model, lora.tokens, words)
+        apply.add(model, changes, scale)
     else:
         delta = custom_diffusion.read(path, words)
-        apply.add(model, custom_diffusion.changes(delta, _released(model, delta.weights), str(path)), scale)
+        changes = custom_diffusion.changes(delta, _released(model, delta.weights), str(path))
         teach(model, delta.tokens)
+        apply.add(model, changes, scale)
 
 
 def _released(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

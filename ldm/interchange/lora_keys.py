@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -46,34 +46,40 @@ def kind(keys) -> str:
     return "kohya" if any(key.startswith(("lora_unet_", "lora_te_")) for key in keys) else "diffusers"
 
 
+def raw(path: str | Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a file by layer, as the file calls it, and role. Raises `InputError` for keys that are none."""
+    found: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key, value in read_weights(path).items():
+        if (parts := split(key)) is None:
+            unknown.append(key)
+        else:
+            found.setdefault(parts[0], {})[parts[1]] = value
+    unknown += [layer for layer, roles in found.items() if not {"up", "down"} <= roles.keys()]
+    if unknown:
+        raise _unknown(path, unknown)
+    return found
+
+
+def _unknown(path: str | Path, keys: list[str]) -> InputError:
+    return InputError(f"{path}: {len(keys)} unknown keys, e.g. {', '.join(keys[:3])}; wrong base model or format?")
+
+
 def read(path: str | Path, model: nn.Module) -> Lora:
     """Read a LoRA of any of these spellings for a model. Raises `InputError` for unknown keys and another base model.
 
     Without an alpha the scale is 1, as in diffusers; alphas of PEFT's configuration in the metadata are heeded.
     """
-    weights = read_weights(path)
-    known = _lookup(model)
-    found: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, value in weights.items():
-        layer, role = split(key) or (key, None)
-        name = known.get(plain_name(layer))
-        if role is None or name is None:
-            unknown.append(key)
-        else:
-            found.setdefault(name, {})[role] = value
-    unknown += [name for name, roles in found.items() if not {"up", "down"} <= roles.keys()]
-    if unknown:
-        raise InputError(
-            f"{path}: {len(unknown)} unknown keys, e.g. {', '.join(unknown[:3])}; wrong base model or format?"
-        )
-    alphas = peft_alphas(path)
-    shapes = model.state_dict()
+    found, known = raw(path), _lookup(model)
+    if unknown := [layer for layer in found if plain_name(layer) not in known]:
+        raise _unknown(path, unknown)
+    alphas, shapes = peft_alphas(path, model), model.state_dict()
     layers = {}
-    for name, roles in found.items():
-        down, up = roles["down"], roles["up"]
-        alpha = float(roles["alpha"]) if "alpha" in roles else alphas(name, model, len(down))
-        layers[name] = fitted(Factors(down, up, alpha / len(down)), shapes[f"{name}.weight"].shape, name, str(path))
+    for layer, roles in found.items():
+        name, down = known[plain_name(layer)], roles["down"]
+        alpha = float(roles["alpha"]) if "alpha" in roles else alphas(name, len(down))
+        factors = Factors(down, roles["up"], alpha / len(down))
+        layers[name] = fitted(factors, shapes[f"{name}.weight"].shape, name, str(path))
     return Lora(layers)
 
 
@@ -95,18 +101,18 @@ def _lookup(model: nn.Module) -> dict[str, str]:
     return table
 
 
-def peft_alphas(path: str | Path):
-    """The alpha of a layer by the configuration that diffusers puts into the metadata (`unet.lora_alpha`, patterns)."""
+def peft_alphas(path: str | Path, model: nn.Module) -> Callable[[str, int], float]:
+    """(layer, rank) -> alpha by the configuration of PEFT in the metadata; without one, the rank."""
     try:
         about = json.loads(metadata_of(path).get("lora_adapter_metadata", "{}"))
     except ValueError:
         about = {}
+    names = dialects(model)["diffusers"] if about else {}
 
-    def alpha(name: str, model: nn.Module, rank: int) -> float:
-        theirs = dialects(model)["diffusers"][name] if about else ""
-        part, _, rest = theirs.partition(".")
-        pattern: Mapping[str, float] = about.get(f"{part}.alpha_pattern") or {}
-        fitting = (value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?{key}", rest))
+    def alpha(name: str, rank: int) -> float:
+        part, _, rest = names.get(name, "").partition(".")
+        patterns = about.get(f"{part}.alpha_pattern") or {}
+        fitting = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?{key}", rest))
         return float(next(fitting, about.get(f"{part}.lora_alpha", rank)))
 
     return alpha

@@ -1,0 +1,82 @@
+"""What the commands on files share: options, models by path, and outputs that are not overwritten by accident."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm.checkpoints import read_weights, save_safetensors, save_torch
+from ldm.interchange import cloneofsimo, diffusers_model, layers, lora_keys
+from ldm.interchange.lora import Lora
+from ldm.util import InputError, find_file, load_config
+
+BASE = "configs/stable-diffusion/v1-inference.yaml"
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """`--config`, the model that files belong to, and `--force`."""
+    parser.add_argument("--config", default=BASE, help=f"config of the base model (default {BASE})")
+    parser.add_argument("--force", action="store_true", help="overwrite what exists")
+
+
+def to_be_written(path: str | Path, force: bool) -> Path:
+    """The path of an output. Raises `InputError` if it exists and `--force` is not given."""
+    path = Path(path)
+    if path.exists() and not force:
+        raise InputError(f"{path} exists: name another output or add --force")
+    return path
+
+
+def in_order(values: Sequence[str], named: Mapping[str, str | None], usage: str) -> list[str]:
+    """Arguments by position or by name (`a b` or `--one a --two b`, as python-fire takes them), in their order."""
+    rest = list(values)
+    found = [value if value is not None else rest.pop(0) if rest else None for value in named.values()]
+    if rest or None in found:
+        raise InputError(f"expected {usage}, by position or as --name value; got {len(values)} by position")
+    return found
+
+
+def dashes(argv: Sequence[str]) -> list[str]:
+    """`--alpha-1 x` and `--alpha_1=x` alike: dashes in the names of options become underscores."""
+
+    def spelled(arg: str) -> str:
+        name, equals, value = arg.partition("=")
+        return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
+
+    return [spelled(arg) for arg in argv]
+
+
+def params_of(config: str | Path) -> Any:
+    """`model.params` of a config."""
+    return load_config(find_file(config)).model.params
+
+
+def skeleton(config: str | Path) -> nn.Module:
+    """The model of a config without its numbers."""
+    return layers.skeleton(load_config(find_file(config)))
+
+
+def read_model(path: str | Path) -> dict[str, Tensor]:
+    """The weights of a whole model by LDM's names, from a checkpoint or a diffusers folder."""
+    return diffusers_model.read_folder(path) if diffusers_model.is_folder(path) else read_weights(path)
+
+
+def write_checkpoint(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint: `.safetensors` by that suffix, else a torch file with `state_dict`."""
+    if path.suffix == ".safetensors":
+        save_safetensors(path, {name: value.clone() for name, value in weights.items()})
+    else:
+        save_torch(path, {"state_dict": dict(weights)})
+
+
+def write_lora(path: Path, lora: Lora, model: nn.Module, kind: str, order: str = "diffusers") -> None:
+    """Write a LoRA in one of the formats."""
+    if kind in ("diffusers", "kohya"):
+        {"diffusers": lora_keys.write_diffusers, "kohya": lora_keys.write_kohya}[kind](path, lora, model)
+    else:
+        content = cloneofsimo.from_lora(lora, model, order)
+        {"cloneofsimo": cloneofsimo.write_safetensors, "cloneofsimo-pt": cloneofsimo.write_pt}[kind](path, content)

@@ -1,0 +1,86 @@
+"""Custom Diffusion: concepts that were trained one by one, in one delta, by the closed form (arXiv 2212.04488).
+
+    python scripts/compose.py --paths cat/delta.ckpt+pot/delta.ckpt --categories "cat+wooden pot"
+        --ckpt models/sd-v1-4.ckpt --regularization_prompt captions.txt
+
+writes <save_path>/<categories>/checkpoints/delta_epoch=000000.ckpt with the new words <new1>, <new2>, ... in order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
+
+from ldm.util import InputError, run_command  # noqa: E402
+
+MOST = 200  # captions read of each file
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--paths", required=True, help="deltas, joined by +")
+    p.add_argument("--categories", required=True, help="what each concept is, joined by +")
+    p.add_argument("--ckpt", required=True, help="the pretrained model: a checkpoint or a diffusers folder")
+    p.add_argument("--save_path", default="optimized_logs", help="(default optimized_logs)")
+    p.add_argument(
+        "--prompts",
+        help="for each concept a file of prompts, joined by +; {} stands for the concept (default: its name alone)",
+    )
+    p.add_argument(
+        "--regularization_prompt",
+        default="./data/regularization_captions.txt",
+        help=f"captions on which the weights are to stay, one per line, the first {MOST} count (default %(default)s)",
+    )
+    p.add_argument("--device", help="cuda, mps or cpu; by default the best there is")
+    from ldm.interchange.command import add_common
+
+    add_common(p)
+    return p
+
+
+def read_lines(path: str) -> list[str]:
+    """The first non-empty lines of a text file."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); expected text, a caption per line") from None
+    if not any(lines):
+        raise InputError(f"{path} holds no text; expected a caption per line")
+    return [line for line in lines if line][:MOST]
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parser().parse_args(argv)
+
+    from ldm.checkpoints import load_weights, skip_init
+    from ldm.interchange import custom_diffusion
+    from ldm.interchange.command import params_of, read_model, to_be_written
+    from ldm.interchange.compose import compose
+    from ldm.util import best_device, instantiate_from_config
+
+    paths, categories = options.paths.split("+"), options.categories.split("+")
+    folder = "_".join(categories).replace(" ", "-")
+    output = Path(options.save_path) / folder / "checkpoints" / "delta_epoch=000000.ckpt"
+    to_be_written(output, options.force)
+    prompts = [read_lines(path) for path in options.prompts.split("+")] if options.prompts else None
+    if prompts and len(prompts) != len(paths):
+        raise InputError(f"--prompts names {len(prompts)} files for {len(paths)} deltas; expected one for each")
+    regularization = read_lines(options.regularization_prompt)
+    deltas = [custom_diffusion.read(path) for path in paths]
+    weights = read_model(options.ckpt)
+    text = {n.removeprefix("cond_stage_model."): v for n, v in weights.items() if n.startswith("cond_stage_model.")}
+    with skip_init():
+        encoder = instantiate_from_config(params_of(options.config).cond_stage_config)
+    load_weights(encoder, text, options.ckpt)
+    encoder.to(best_device(options.device))
+    joint = compose(encoder, weights, deltas, categories, regularization, prompts)
+    custom_diffusion.write(output, joint)
+    named = ", ".join(f"{word} ({category})" for word, category in zip(joint.tokens, categories, strict=False))
+    print(f"{output}  {len(joint.weights)} weights; {named or 'no new words'}")
+
+
+if __name__ == "__main__":
+    run_command(main)

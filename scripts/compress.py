@@ -1,0 +1,53 @@
+"""Custom Diffusion: a delta with low-rank changes of keys and values in place of whole weights.
+
+    python scripts/compress.py --delta_ckpt logs/<run>/checkpoints/delta_epoch=000004.ckpt --ckpt models/sd-v1-4.ckpt
+
+writes compressed_delta_... beside the delta.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
+
+from ldm.util import InputError, run_command  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--delta_ckpt", required=True, help="the delta, in LDM's or in diffusers' layout")
+    p.add_argument("--ckpt", required=True, help="the pretrained model: a checkpoint or a diffusers folder")
+    p.add_argument("--diffuser", action="store_true", help="write diffusers' layout (default: that of the input)")
+    p.add_argument(
+        "--compression_ratio", type=float, default=0.6, help="share of the sum of singular values (default 0.6)"
+    )
+    p.add_argument("--force", action="store_true", help="overwrite what exists")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parser().parse_args(argv)
+
+    from ldm.interchange import DELTAS, custom_diffusion, identify
+    from ldm.interchange.command import read_model, to_be_written
+
+    source = Path(options.delta_ckpt)
+    if "delta" not in source.name:
+        raise InputError(
+            f"{source.name}: the output is called as the input with compressed_delta for delta; rename it so"
+        )
+    output = to_be_written(source.with_name(source.name.replace("delta", "compressed_delta")), options.force)
+    if (kind := identify(source)) not in DELTAS:
+        raise InputError(f"{source} is no Custom Diffusion delta but of the kind {kind}")
+    delta = custom_diffusion.read(source)
+    packed = custom_diffusion.compress(delta, read_model(options.ckpt), options.compression_ratio, str(source))
+    custom_diffusion.write(output, packed, "diffusers" if options.diffuser or kind == "delta-diffusers" else "ldm")
+    before, after = (path.stat().st_size / 2**20 for path in (source, output))
+    print(f"{output}  {before:.2f} MB -> {after:.2f} MB")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,44 @@
+"""What is in a file or folder: kind, routes, layers, ranks, words, size, norms, and its base as far as it is named.
+
+python scripts/inspect_adapter.py logs/<run>/checkpoints/500-adapters some_lora.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
+
+from ldm.util import run_command  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("paths", nargs="+", metavar="PATH")
+    p.add_argument("--json", action="store_true", help="one JSON object per file")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parser().parse_args(argv)
+    import json
+
+    from ldm.interchange.inspection import describe
+
+    for path in options.paths:
+        about = describe(path)
+        if options.json:
+            print(json.dumps(about, default=str))
+            continue
+        print(about.pop("path"))
+        for key, value in about.items():
+            lines = value if isinstance(value, list) and key in ("routes", "families") else [value]
+            if isinstance(value, dict):
+                lines = [f"{name}: {told}" for name, told in value.items()]
+            print("\n".join(f"  {key if i == 0 else '':24} {line}" for i, line in enumerate(lines)))
+
+
+if __name__ == "__main__":
+    run_command(main)

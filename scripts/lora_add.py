@@ -1,0 +1,127 @@
+"""Merge LoRAs with each other, or one into a model.
+
+    lora_add one.safetensors two.safetensors both.safetensors --alpha_1 0.5 --alpha_2 0.5 --mode sum --rank 8
+    lora_add models/sd-v1-4.ckpt one.safetensors merged.ckpt --alpha_1 0.8 --mode upl-ckpt-v2
+
+Modes:
+  lpl          average the factors, ups and downs separately, as the published program does, which is not the average
+               of what the LoRAs do; two cloneofsimo files of equal ranks
+  ljl          put the factors side by side: what the LoRAs do adds up, and so do their ranks; alphas are ignored;
+               two cloneofsimo files
+  sum          alpha_1 * first + alpha_2 * second, exactly, or with --rank as well as that rank allows; any formats
+  upl          path_1 is a model, path_2 a LoRA: a diffusers folder with alpha_1 * LoRA in its weights (alpha_2: unused)
+  upl-ckpt-v2  the same as one checkpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
+
+from ldm.util import InputError, run_command  # noqa: E402
+
+MODES = ("lpl", "ljl", "sum", "upl", "upl-ckpt-v2")
+PATHS = ("path_1", "path_2", "output_path")
+
+
+def parser() -> argparse.ArgumentParser:
+    from ldm.interchange.command import add_common
+    from ldm.train.options import Parser, boolean
+
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("paths", nargs="*", metavar="PATH_1 PATH_2 OUTPUT_PATH")
+    for name in PATHS:
+        p.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    p.add_argument(
+        "--alpha_1", type=float, default=0.5, help="weight of the first, or of the LoRA in upl (default 0.5)"
+    )
+    p.add_argument("--alpha_2", type=float, default=0.5, help="weight of the second (default 0.5)")
+    p.add_argument("--mode", choices=MODES, default="lpl", help="(default lpl)")
+    p.add_argument("--with_text_lora", type=boolean, nargs="?", const=True, default=False,
+                   help="for .pt files: their text encoder's lists too (.safetensors have theirs inside)")  # fmt: skip
+    p.add_argument("--rank", type=int, help="for sum: reduce to this rank by SVD")
+    p.add_argument("--format", choices=("cloneofsimo", "cloneofsimo-pt", "diffusers", "kohya"),
+                   help="of the output of sum (default: that of the first file)")  # fmt: skip
+    add_common(p)
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    from ldm.interchange.command import dashes, in_order, to_be_written
+
+    options = parser().parse_args(dashes(sys.argv[1:] if argv is None else argv))
+    one, two, output = in_order(options.paths, {name: getattr(options, name) for name in PATHS}, " ".join(PATHS))
+    to_be_written(output, options.force)
+    merge = {"lpl": numbered, "ljl": numbered, "sum": weighted, "upl": into_model, "upl-ckpt-v2": into_model}
+    print(merge[options.mode](one, two, Path(output), options))
+
+
+def numbered(one: str, two: str, output: Path, options: argparse.Namespace) -> str:
+    """lpl and ljl, which need no model."""
+    from ldm.interchange import cloneofsimo as cs
+    from ldm.interchange import identify
+
+    kinds = {identify(path) for path in (one, two)}
+    if kinds not in ({"cloneofsimo"}, {"cloneofsimo-pt"}):
+        raise InputError(
+            f"{options.mode} works on two cloneofsimo files of one kind, got {', '.join(sorted(kinds))}: use sum"
+        )
+    is_list = kinds == {"cloneofsimo-pt"}
+    contents = [(cs.read_pt if is_list else cs.read_safetensors)(path) for path in (one, two)]
+    if is_list and not options.with_text_lora:
+        for content in contents:
+            content.factors.pop("text_encoder", None)
+    merged = cs.joined(contents) if options.mode == "ljl" else cs.averaged(*contents, options.alpha_1, options.alpha_2)
+    (cs.write_pt if is_list else cs.write_safetensors)(output, merged)
+    return f"{output}  ranks {cs.numbered(merged).ranks()}, words {', '.join(merged.tokens) or 'none'}"
+
+
+def weighted(one: str, two: str, output: Path, options: argparse.Namespace) -> str:
+    """The honest sum, between any formats."""
+    from ldm.interchange import cloneofsimo, identify, read_lora
+    from ldm.interchange.command import skeleton, write_lora
+    from ldm.interchange.lora import weighted_sum
+
+    kinds = [identify(path) for path in (one, two)]
+    kind = options.format or (kinds[0] if kinds[0] != "adapter" else "kohya")
+    alphas = (options.alpha_1, options.alpha_2)
+    if kinds == [kind] * 2 == ["cloneofsimo"] * 2:
+        contents = [cloneofsimo.read_safetensors(path) for path in (one, two)]
+        merged = weighted_sum([cloneofsimo.numbered(content) for content in contents], alphas, options.rank)
+        cloneofsimo.write_safetensors(output, cloneofsimo.renumbered(merged, contents[0]))
+    else:
+        model = skeleton(options.config)
+        merged = weighted_sum([read_lora(path, model) for path in (one, two)], alphas, options.rank)
+        write_lora(output, merged, model, kind)
+    return f"{output}  ranks {merged.ranks()}, words {', '.join(merged.tokens) or 'none'}"
+
+
+def into_model(model_path: str, lora_path: str, output: Path, options: argparse.Namespace) -> str:
+    """A LoRA's change in a model's own weights, for good."""
+    from ldm.interchange import apply, diffusers_model, embeddings, read_lora
+    from ldm.interchange import lora as loras
+    from ldm.interchange.command import params_of, read_model, skeleton, write_checkpoint
+
+    weights = read_model(model_path)
+    lora = read_lora(lora_path, skeleton(options.config))
+    merged = apply.merged(weights, loras.changes(lora, weights, lora_path), options.alpha_1)
+    if options.mode == "upl":
+        diffusers_model.write_folder(output, merged, params_of(options.config))
+    else:
+        write_checkpoint(output, merged)
+    if not lora.tokens:
+        return f"{output}  {len(lora.layers)} layers changed"
+    words = embeddings.write_diffusers(output.with_name(f"{output.stem}.words.safetensors"), lora.tokens)
+    return f"{output}  {len(lora.layers)} layers changed; its words {', '.join(lora.tokens)} are in {words[0]}"
+
+
+def command() -> None:
+    """The console script."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,87 @@
+"""A LoRA from the difference of two models, e.g. a fully fine-tuned one and its base.
+
+    lora_distill tuned.ckpt base.ckpt --rank 4 --clamp_quantile 0.99 --save_path svd_distill.safetensors
+
+Attention, feed-forward gates and residual blocks of the UNet, attention of the text encoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
+
+from ldm.util import InputError, run_command  # noqa: E402
+
+MODELS = ("target_model", "base_model")
+
+
+def parser() -> argparse.ArgumentParser:
+    from ldm.interchange.command import add_common
+    from ldm.train.options import Parser
+
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("models", nargs="*", metavar="TARGET_MODEL BASE_MODEL", help="checkpoints or diffusers folders")
+    for name in MODELS:
+        p.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    p.add_argument("--rank", type=int, default=4, help="(default 4)")
+    p.add_argument("--clamp_quantile", type=float, default=0.99,
+                   help="quantile of absolute values at which entries are cut (default 0.99; 1: none)")  # fmt: skip
+    p.add_argument("--signed_quantile", action="store_true",
+                   help="the published rule: that of the signed values, which depends on the SVD's signs")  # fmt: skip
+    p.add_argument("--device", help="cuda, mps or cpu; by default the best there is")
+    p.add_argument("--save_path", default="svd_distill.safetensors", help="(default svd_distill.safetensors)")
+    p.add_argument("--format", choices=("cloneofsimo", "cloneofsimo-pt", "diffusers", "kohya"), default="cloneofsimo",
+                   help="(default cloneofsimo)")  # fmt: skip
+    add_common(p)
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    from ldm.interchange import cloneofsimo, layers
+    from ldm.interchange.command import dashes, in_order, read_model, skeleton, to_be_written, write_lora
+    from ldm.interchange.lora import Lora, distilled
+    from ldm.util import best_device
+
+    options = parser().parse_args(dashes(sys.argv[1:] if argv is None else argv))
+    paths = in_order(options.models, {name: getattr(options, name) for name in MODELS}, " ".join(MODELS))
+    if options.rank < 1 or not 0 < options.clamp_quantile <= 1:
+        raise InputError(
+            f"expected --rank >= 1 and 0 < --clamp_quantile <= 1, got {options.rank}, {options.clamp_quantile}"
+        )
+    output, device = to_be_written(options.save_path, options.force), best_device(options.device)
+    tuned, base = (read_model(path) for path in paths)
+    model = skeleton(options.config)
+    names = [
+        name
+        for part, classes in (("unet", cloneofsimo.CLASSES["unet"][1]), ("text_encoder", ["CLIPAttention"]))
+        for name in layers.layers_of(model, part, classes)
+    ]
+    from tqdm import tqdm
+
+    found = {}
+    for name in tqdm(names, desc="layers"):
+        if not (f"{name}.weight" in tuned and f"{name}.weight" in base):
+            raise InputError(f"{name}.weight is not in both models; are they of the family that --config names?")
+        pair = tuned[f"{name}.weight"], base[f"{name}.weight"]
+        if pair[0].shape != pair[1].shape:
+            raise InputError(
+                f"{name} has shape {list(pair[0].shape)} and {list(pair[1].shape)}: not one model's tuning"
+            )
+        factors = distilled(
+            *(one.to(device) for one in pair), options.rank, options.clamp_quantile, options.signed_quantile
+        )
+        found[name] = factors._replace(down=factors.down.cpu(), up=factors.up.cpu())
+    write_lora(output, Lora(found), model, options.format)
+    print(f"{output}  {len(found)} layers, rank {options.rank}")
+
+
+def command() -> None:
+    """The console script."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    command()

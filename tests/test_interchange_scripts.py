@@ -1,0 +1,392 @@
+"""The commands on files, each through its `main`: what they write, the published flags, and refusals."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from ldm.checkpoints import read_weights
+from ldm.interchange import cloneofsimo, custom_diffusion, diffusers_model, embeddings, load_any, lora_keys
+from ldm.interchange.lora import Lora, delta
+from ldm.interchange.names import UNET
+from ldm.util import InputError
+from tests import interchange_models
+from tests.conftest import ROOT
+from tests.helpers import assert_close_to
+from tests.test_lora_keys import random_lora, same
+from tests.test_position_sums import saved as saved_adapter
+
+torch.set_num_threads(1)
+SCRIPTS = [
+    "get_deltas",
+    "compress",
+    "compose",
+    "inspect_adapter",
+    "lora_add",
+    "lora_distill",
+    "convert",
+    "merge_adapters",
+]
+
+
+def run(name, *args):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        importlib.import_module(name).main([str(arg) for arg in args])
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small model as a checkpoint, with its config."""
+    folder = tmp_path_factory.mktemp("base")
+    config = interchange_models.small_config(folder / "clip")
+    OmegaConf.save(config, folder / "config.yaml")
+    model = interchange_models.small_model(config)
+    interchange_models.save(model, folder / "model.safetensors")
+    return folder / "model.safetensors", folder / "config.yaml", model
+
+
+@pytest.fixture(scope="module")
+def lora(base):
+    return random_lora(base[2], ["attn1", "attn2", "ff.net.0", "self_attn"], rank=2)
+
+
+@pytest.fixture
+def tuned(base):
+    _, _, model = base
+    generator = torch.Generator().manual_seed(3)
+    weights = {
+        name: value + 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in model.state_dict().items()
+        if custom_diffusion.COMPRESSED.search(name)
+    }
+    return custom_diffusion.Delta(weights, {"<new1>": torch.randn(1, 24, generator=generator)})
+
+
+def published(golden, script):
+    return json.loads((golden / "manifests/published_cli.json").read_text())[script]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(name, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(name, "--help")
+    assert exit_.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("script", "origin"),
+    [
+        ("get_deltas", "custom-diffusion/src/get_deltas.py"),
+        ("compose", "custom-diffusion/src/composenW.py"),
+        ("compress", "custom-diffusion/src/compress.py"),
+        ("convert", "custom-diffusion/src/convert.py"),
+    ],
+)
+def test_the_published_flags(golden, script, origin):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    ours = {
+        flag: action for action in importlib.import_module(script).parser()._actions for flag in action.option_strings
+    }
+    sys.path.pop(0)
+    for flag in published(golden, origin):
+        action = ours[flag["flags"][0]]
+        if flag.get("default") is not None and flag["flags"][0] not in ("--config", "--mode", "--sd_version"):
+            assert action.default == flag["default"]
+        if "choices" in flag:
+            assert set(flag["choices"]) <= set(action.choices)
+
+
+@pytest.mark.parametrize(
+    ("script", "origin"),
+    [
+        ("lora_add", "lora/lora_diffusion/cli_lora_add.py:add"),
+        ("lora_distill", "lora/lora_diffusion/cli_svd.py:svd_distill"),
+    ],
+)
+def test_the_published_arguments(golden, script, origin):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    ours = {action.dest: action for action in importlib.import_module(script).parser()._actions}
+    sys.path.pop(0)
+    for argument in published(golden, origin):
+        assert argument["name"] in ours
+        if not argument["required"] and argument["name"] != "device":
+            assert ours[argument["name"]].default == argument["default"]
+
+
+def test_a_refusal_is_one_line_and_code_2(tmp_path):
+    """As a process, the way users start it."""
+    command = [sys.executable, ROOT / "scripts/inspect_adapter.py", tmp_path / "nothing.pt"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip() == f"error: checkpoint {tmp_path}/nothing.pt does not exist"
+
+
+# --- Custom Diffusion
+
+
+def test_get_deltas_keeps_its_source(golden, tmp_path, capsys):
+    expected = torch.load(golden / "custom_diffusion/delta_epoch=000004.ckpt")
+    weights = dict(expected["state_dict"])
+    weights[custom_diffusion.EMBEDDINGS] = torch.cat([torch.zeros(3, 24), weights.pop("embed")])
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("epoch=000004.ckpt", "last.ckpt"):
+        torch.save({"state_dict": weights}, tmp_path / "checkpoints" / name)
+    run("get_deltas", "--path", tmp_path)
+    names = ["delta_epoch=000004.ckpt", "epoch=000004.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
+    ours = torch.load(tmp_path / "checkpoints" / names[0])
+    assert list(ours["state_dict"]) == list(expected["state_dict"])
+    assert all(torch.equal(ours["state_dict"][n], v) for n, v in expected["state_dict"].items())
+    assert "14 weights, 1 new words" in capsys.readouterr().out
+    with pytest.raises(InputError, match="exists: name another output or add --force"):
+        run("get_deltas", "--path", tmp_path)
+    run("get_deltas", "--path", tmp_path / "checkpoints", "--newtoken", 0, "--force")
+    assert "embed" not in torch.load(tmp_path / "checkpoints" / names[0])["state_dict"]
+
+
+def test_compress(base, tuned, tmp_path, capsys):
+    custom_diffusion.write(tmp_path / "delta.ckpt", tuned)
+    run("compress", "--delta_ckpt", tmp_path / "delta.ckpt", "--ckpt", base[0])
+    packed = custom_diffusion.read(tmp_path / "compressed_delta.ckpt")
+    expected = custom_diffusion.compress(tuned, base[2].state_dict())
+    assert [v.v.shape for v in packed.weights.values()] == [v.v.shape for v in expected.weights.values()]
+    assert "MB ->" in capsys.readouterr().out
+    custom_diffusion.write(tmp_path / "delta.bin", tuned, "diffusers")
+    run("compress", "--delta_ckpt", tmp_path / "delta.bin", "--ckpt", base[0], "--diffuser", "--compression_ratio", 0.9)
+    assert set(torch.load(tmp_path / "compressed_delta.bin")) == {"unet", "modifier_token"}
+    lora_keys.write_kohya(tmp_path / "delta_not.safetensors", random_lora(base[2], ["attn2.to_q"]), base[2])
+    with pytest.raises(InputError, match="no Custom Diffusion delta but of the kind kohya"):
+        run("compress", "--delta_ckpt", tmp_path / "delta_not.safetensors", "--ckpt", base[0])
+
+
+def test_compose(base, tuned, tmp_path, capsys):
+    paths = [tmp_path / f"{name}.ckpt" for name in "ab"]
+    for path in paths:
+        custom_diffusion.write(path, tuned)
+    (tmp_path / "captions.txt").write_text("a photo of a dog on the beach\n\ntwo red hats in the snow by night\n" * 3)
+    flags = [
+        "--paths",
+        "+".join(map(str, paths)),
+        "--categories",
+        "cat+wooden pot",
+        "--ckpt",
+        base[0],
+        "--config",
+        base[1],
+    ]
+    flags += ["--save_path", tmp_path / "logs", "--device", "cpu"]
+    with pytest.raises(InputError, match="regularization_captions.txt cannot be read"):
+        run("compose", *flags)
+    flags += ["--regularization_prompt", tmp_path / "captions.txt"]
+    run("compose", *flags)
+    output = tmp_path / "logs/cat_wooden-pot/checkpoints/delta_epoch=000000.ckpt"
+    joint = custom_diffusion.read(output)
+    assert list(joint.tokens) == ["<new1>", "<new2>"] and joint.weights.keys() == tuned.weights.keys()
+    assert all(value.isfinite().all() for value in joint.weights.values())
+    assert "<new1> (cat), <new2> (wooden pot)" in capsys.readouterr().out
+    with pytest.raises(InputError, match="exists"):
+        run("compose", *flags)
+
+
+# --- LoRA
+
+
+def test_lora_add_lpl_and_ljl(golden, tmp_path):
+    a, b = golden / "lora/A.safetensors", golden / "lora/B.safetensors"
+    run("lora_add", a, b, tmp_path / "lpl.safetensors")
+    run("lora_add", "--path_1", a, f"--path-2={b}", "--output_path", tmp_path / "ljl.safetensors", "--mode", "ljl")
+    for ours, theirs in (("lpl", "merge_lpl"), ("ljl", "merge_ljl_A_B")):
+        mine, expected = load_file(tmp_path / f"{ours}.safetensors"), load_file(golden / f"lora/{theirs}.safetensors")
+        assert mine.keys() == expected.keys()
+        for key in mine:
+            assert_close_to(mine[key].float(), expected[key].float(), 1e-3)
+    run("lora_add", golden / "lora/A.pt", golden / "lora/B.pt", tmp_path / "lpl.pt", "--with_text_lora=True")
+    for name in ("lpl.pt", "lpl.text_encoder.pt"):
+        for mine, theirs in zip(torch.load(tmp_path / name), torch.load(golden / f"lora/merge_{name}"), strict=True):
+            assert_close_to(mine.float(), theirs.float(), 1e-3)
+    run("lora_add", golden / "lora/A.pt", golden / "lora/B.pt", tmp_path / "unet.pt")
+    assert not (tmp_path / "unet.text_encoder.pt").exists()
+
+
+def test_lora_add_sum(golden, base, lora, tmp_path):
+    a, b = golden / "lora/A.safetensors", golden / "lora/B.safetensors"
+    run("lora_add", a, b, tmp_path / "sum.safetensors", "--mode", "sum", "--alpha_1", 0.3, "--alpha-2", -2)
+    one, two, both = (
+        cloneofsimo.numbered(cloneofsimo.read_safetensors(p)) for p in (a, b, tmp_path / "sum.safetensors")
+    )
+    for name in one.layers:
+        expected = 0.3 * delta(one.layers[name]) - 2 * delta(two.layers[name])
+        assert_close_to(delta(both.layers[name]), expected, 2e-3)
+    _, config, model = base
+    lora_keys.write_kohya(tmp_path / "kohya", lora, model)
+    lora_keys.write_diffusers(tmp_path / "peft", lora, model)
+    run(
+        "lora_add",
+        tmp_path / "kohya",
+        tmp_path / "peft",
+        tmp_path / "x",
+        "--mode",
+        "sum",
+        "--rank",
+        2,
+        "--config",
+        config,
+    )
+    same(lora, lora_keys.read(tmp_path / "x", model), 1e-4)
+
+
+def test_lora_add_upl(base, lora, tmp_path):
+    checkpoint, config, model = base
+    lora = Lora(lora.layers, {"<s1>": torch.randn(1, 24)})
+    cloneofsimo.write_safetensors(tmp_path / "lora.safetensors", cloneofsimo.from_lora(lora, model))
+    args = [checkpoint, tmp_path / "lora.safetensors"]
+    run("lora_add", *args, tmp_path / "m.ckpt", "--mode", "upl-ckpt-v2", "--alpha_1", 0.6, "--config", config)
+    run("lora_add", *args, tmp_path / "folder", "--mode", "upl", "--alpha_1", 0.6, "--config", config)
+    merged, folder, before = (
+        read_weights(tmp_path / "m.ckpt"),
+        diffusers_model.read_folder(tmp_path / "folder"),
+        read_weights(checkpoint),
+    )
+    for name, value in folder.items():
+        assert torch.equal(value, merged[name])
+        changed = name.removesuffix(".weight") in lora.layers
+        expected = before[name] + 0.6 * delta(lora.layers[name.removesuffix(".weight")]) if changed else before[name]
+        assert_close_to(value, expected, 1e-3)
+    assert list(embeddings.read(tmp_path / "m.words.safetensors")) == ["<s1>"]
+
+
+def test_lora_distill(base, lora, tmp_path):
+    checkpoint, config, model = base
+    weights = read_weights(checkpoint)
+    tuned = {**weights, **{f"{name}.weight": weights[f"{name}.weight"] + delta(f) for name, f in lora.layers.items()}}
+    torch.save({"state_dict": tuned}, tmp_path / "tuned.ckpt")
+    more = ["--rank", 2, "--clamp_quantile", 1, "--device", "cpu", "--config", config]
+    run("lora_distill", tmp_path / "tuned.ckpt", checkpoint, *more, "--save_path", tmp_path / "d", "--format", "kohya")
+    found = lora_keys.read(tmp_path / "d", model)
+    same(lora, Lora({name: found.layers[name] for name in lora.layers}), 1e-3)
+    assert all(delta(f).abs().max() < 1e-6 for name, f in found.layers.items() if name not in lora.layers)
+    with pytest.raises(InputError, match="exists"):
+        run("lora_distill", tmp_path / "tuned.ckpt", checkpoint, *more, "--save_path", tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["a"], "expected path_1 path_2 output_path, by position or as --name value; got 1"),
+        (["A", "C_rank2", "out"], "different ranks .4 and 2"),
+        (["A", "A.pt", "out"], "two cloneofsimo files of one kind, got cloneofsimo, cloneofsimo-pt: use sum"),
+        (["A", "A.pt", "out", "--mode", "sum"], "another base model"),
+        (["A", "A", "A"], "A.safetensors exists"),
+    ],
+)
+def test_lora_add_refuses(golden, tmp_path, args, message):
+    files = {
+        "A": golden / "lora/A.safetensors",
+        "C_rank2": golden / "lora/C_rank2.safetensors",
+        "A.pt": golden / "lora/A.pt",
+    }
+    with pytest.raises(InputError, match=message):
+        run("lora_add", *(files.get(arg, tmp_path / arg if arg == "out" else arg) for arg in args))
+    assert not (tmp_path / "out").exists()
+
+
+# --- convert, inspect, adapters
+
+
+@pytest.mark.parametrize("start", ["diffusers", "kohya", "cloneofsimo", "cloneofsimo-pt"])
+def test_convert_loras_in_a_circle(base, lora, tmp_path, start):
+    from ldm.interchange.command import write_lora
+
+    _, config, model = base
+    kinds = ["diffusers", "kohya", "cloneofsimo", "cloneofsimo-pt"]
+    kinds = kinds[kinds.index(start) :] + kinds[: kinds.index(start)] + [start]
+    write_lora(tmp_path / "0", lora, model, start)
+    for i, kind in enumerate(kinds[1:]):
+        run("convert", tmp_path / str(i), tmp_path / str(i + 1), "--to", kind, "--config", config)
+    with_model = interchange_models.small_model(OmegaConf.load(config))
+    load_any(with_model, tmp_path / "4")
+    from ldm.interchange import read_lora
+
+    same(lora, read_lora(tmp_path / "4", model), 3e-3)
+
+
+def test_convert_models(base, tmp_path):
+    checkpoint, config, _ = base
+    run("convert", checkpoint, tmp_path / "folder", "--to", "diffusers-model", "--config", config)
+    run("convert", tmp_path / "folder", tmp_path / "back.ckpt", "--to", "checkpoint", "--config", config)
+    before, after = read_weights(checkpoint), read_weights(tmp_path / "back.ckpt")
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    lost = [name for name in before.keys() - after.keys() if "_model." in name and not name.endswith("position_ids")]
+    assert not lost
+
+
+def test_convert_deltas_and_words(base, tuned, tmp_path):
+    custom_diffusion.write(tmp_path / "d.ckpt", tuned)
+    run("convert", tmp_path / "d.ckpt", tmp_path / "d.bin", "--to", "delta-diffusers", "--modifier_token", "<cat>")
+    assert list(torch.load(tmp_path / "d.bin")["modifier_token"]) == ["<cat>"]
+    run("convert", tmp_path / "d.bin", tmp_path / "w.safetensors", "--to", "words")
+    run("convert", tmp_path / "w.safetensors", tmp_path / "w.pt", "--to", "words-ldm")
+    assert torch.equal(embeddings.read(tmp_path / "w.pt")["<cat>"], tuned.tokens["<new1>"])
+    with pytest.raises(InputError, match="cannot become kohya"):
+        run("convert", tmp_path / "d.bin", tmp_path / "x", "--to", "kohya")
+    with pytest.raises(InputError, match="expected INPUT OUTPUT --to FORMAT"):
+        run("convert", tmp_path / "d.bin")
+
+
+def test_convert_by_the_published_modes(base, tuned, tmp_path):
+    custom_diffusion.write(tmp_path / "d.ckpt", tuned)
+    common = ["--ckpt", base[0], "--config", base[1]]
+    run("convert", "--mode", "compvis-to-diffuser", "--delta_ckpt", tmp_path / "d.ckpt", *common)
+    run("convert", "--mode", "diffuser-to-compvis", "--delta_ckpt", tmp_path / "delta.bin", *common)
+    back = custom_diffusion.read(tmp_path / "delta.ckpt")
+    assert all(torch.equal(back.weights[name], value) for name, value in tuned.weights.items())
+    run("convert", "--mode", "compvis-to-webui", "--delta_ckpt", tmp_path / "d.ckpt", *common)
+    merged, before = read_weights(tmp_path / "model.ckpt"), read_weights(base[0])
+    assert merged.keys() == before.keys()
+    assert all(torch.allclose(merged[name], tuned.weights.get(name, before[name])) for name in merged)
+    assert (tmp_path / "<new1>.pt").is_file()
+
+
+def test_inspect(base, lora, tuned, tmp_path, capsys):
+    _, _, model = base
+    lora_keys.write_kohya(tmp_path / "lora", lora, model)
+    custom_diffusion.write(tmp_path / "delta", tuned)
+    run("inspect_adapter", "--json", tmp_path / "lora", tmp_path / "delta", base[0], saved_adapter(tmp_path, 1))
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [about["kind"] for about in told] == ["kohya", "delta", "checkpoint", "adapter"]
+    assert told[0]["ranks"] == [2] and told[0]["layers"] == len(lora.layers) and told[0]["scales"] == [0.7]
+    norm = sum(delta(f).norm() ** 2 for f in lora.layers.values()).sqrt().item()
+    assert told[0]["norm of the change"] == pytest.approx(norm, rel=1e-4)
+    assert told[1]["weights"] == 32 and list(told[1]["words"]) == ["<new1>"]
+    from ldm.modules.adapter_files import base_fingerprint
+
+    assert told[2]["base fingerprint"] == base_fingerprint(model.model.diffusion_model)
+    assert told[3]["routes"][0].startswith("attn2o-ffni in ") and told[3]["parameters"] > 0
+    run("inspect_adapter", tmp_path / "1", tmp_path / "lora")
+    out = capsys.readouterr().out
+    assert "attn2o-ffni" in out and "lora_unet" in out
+    assert UNET not in out
+
+
+def test_merge_adapters(tmp_path, capsys):
+    one, two = saved_adapter(tmp_path, 1), saved_adapter(tmp_path, 2)
+    run("merge_adapters", one, two, "--weights", 0.7, 0.3, "--out", tmp_path / "sum")
+    assert "attn2o-ffni, mid_dim 8, scale 1" in capsys.readouterr().out
+    run("merge_adapters", one, two, "--stack", "--out", tmp_path / "stack")
+    run("merge_adapters", one, "--weights", 0.5, "--out", tmp_path / "half")
+    assert "scale 0.5" in capsys.readouterr().out
+    with pytest.raises(InputError, match="1 --weights for 2 folders"):
+        run("merge_adapters", one, two, "--weights", 1, "--out", tmp_path / "x")
+    with pytest.raises(InputError, match="exists"):
+        run("merge_adapters", one, two, "--out", tmp_path / "sum")
