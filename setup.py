@@ -3,6 +3,8 @@
 from setuptools import find_packages, setup
 
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9"]
+PEERS = ["diffusers>=0.31", "peft>=0.13"]  # the other side of file formats, and what timings are compared with
+LORA_COMMANDS = ["lora_add", "lora_distill"]
 
 setup(
     name="position-adapters-ldm",
@@ -11,8 +13,10 @@ setup(
     author="the authors",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["ldm", "ldm.*"]),
+    packages=[*find_packages(include=["ldm", "ldm.*"]), "ldm_scripts"],
+    package_dir={"ldm_scripts": "scripts"},  # a name of its own among the installed packages
     py_modules=["main_dream_booth", "sample"],
+    entry_points={"console_scripts": [f"{name} = ldm_scripts.{name}:command" for name in LORA_COMMANDS]},
     install_requires=[
         "torch>=2.4",
         "pytorch-lightning>=2.2,<3",
@@ -27,8 +31,8 @@ setup(
         "tensorboard>=2.15",
     ],
     extras_require={
-        "test": TEST,
-        "bench": ["diffusers>=0.31", "peft>=0.13"],
+        "test": TEST + PEERS,
+        "bench": PEERS,
         # Its metadata also asks for torchvision, which nothing here imports: `pip install .[vq]` brings both, while
         # `pip install --no-deps -r requirements-vq.txt` (what the Makefile does) brings only what is used.
         "vq": ["taming-transformers-rom1504>=0.0.6"],
