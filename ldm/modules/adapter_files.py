@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 TENSORS, CONFIG = "adapters.safetensors", "adapter_config.json"
 COMPARED = ("kind", "din", "dout", "mid_dim", "method")  # what must agree between a folder and a model
-PACKAGES = ("torch", "pytorch-lightning", "transformers", "position-adapters")
+PACKAGES = ("torch", "pytorch-lightning", "transformers", "position-adapters-ldm")
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -57,9 +57,19 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
 
 def base_fingerprint(model: nn.Module, changed: Container[str] = ()) -> str | None:
     """A digest of the frozen weights of a UNet that was tuned; None if all are `changed`, that is, tuned themselves."""
+    if hasattr(model, "released_fingerprint") and not changed:
+        return model.released_fingerprint
     state = model.state_dict()
     frozen = {name: value for name, value in state.items() if not is_added(name) and name not in changed}
     return fingerprint(frozen) if frozen else None
+
+
+def half_base(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put the frozen weights of a UNet into `dtype`; what learns stays in fp32. The digest remains that of before."""
+    model.released_fingerprint = base_fingerprint(model)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def check_base(model: nn.Module, config: Mapping[str, Any], source: str) -> None:

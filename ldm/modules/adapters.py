@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -41,6 +41,11 @@ def start(layers: nn.Sequential, init: str) -> None:
         nn.init.zeros_(layers[-1].bias)
 
 
+def in_own_dtype(function: Callable[[Tensor], Tensor], x: Tensor, like: Tensor) -> Tensor:
+    """`function(x)` computed in the dtype of its weights: fp32 adapters learn beside a base in half precision."""
+    return function(x.to(like.dtype)).to(x.dtype)
+
+
 class BottleneckMLP(nn.Module):
     """Down-projection, activation, up-projection: [b, n, dim_in] to [b, n, dim_out] (arXiv 2303.18181, section 3.2)."""
 
@@ -54,7 +59,7 @@ class BottleneckMLP(nn.Module):
         start(self.adp, self.config["init"])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.adp(x)
+        return in_own_dtype(self.adp, x, like=self.adp[0].weight)
 
 
 class BottleneckConv(nn.Sequential):
@@ -73,6 +78,9 @@ class BottleneckConv(nn.Sequential):
 
     def reset_parameters(self) -> None:
         start(self, self.config["init"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_own_dtype(super().forward, x, like=self[2].weight)
 
 
 # One row per key of `adapter_config`: which blocks it speaks of and the form that they get.

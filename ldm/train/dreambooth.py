@@ -18,7 +18,7 @@ from ldm.util import InputError, get_obj_from_str, parameters_of
 
 log = logging.getLogger(__name__)
 
-DEFAULTS = {"class_word": "dog", "seed": 23, "scale_lr": False, "cache": "memory"}
+DEFAULTS = {"class_word": "dog", "seed": 23, "scale_lr": False, "cache": "memory", "base_precision": "fp32"}
 
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:
@@ -36,6 +36,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         "seed": options.seed,
         "scale_lr": options.scale_lr,
         "cache": options.cache,
+        "base_precision": options.base_precision,
         "concepts": concepts.asked(options) or None,
     }
     told = OmegaConf.merge(DEFAULTS, stored, {key: value for key, value in asked.items() if value is not None})
@@ -60,6 +61,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         scale_lr=told.scale_lr,
         debug=options.debug,
         cache=told.cache,
+        base_precision=told.base_precision,
         notes={
             "identifier": concepts.first_word(config) if is_custom else named,
             "class_word": told.class_word,

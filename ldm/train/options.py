@@ -92,6 +92,8 @@ def dreambooth_parser(description: str) -> Parser:
                          help="fill --reg_data_root up to N pictures by sampling the base model first")  # fmt: skip
     subject.add_argument("--datadir_in_name", type=boolean, nargs="?", const=True, default=True,
                          help="begin the name of the run with that of --data_root (default true)")  # fmt: skip
+    subject.add_argument("--base_precision", choices=("fp32", "bf16", "fp16"),
+                         help="of the frozen UNet; what learns is kept in fp32 (default fp32)")  # fmt: skip
     subject.add_argument("--cache", metavar="memory|off|DIR",
                          help="encode pictures and captions once, before training (default memory)")  # fmt: skip
     subject.add_argument("--init_word", help="start of learnt words, in configs that learn some")

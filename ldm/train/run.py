@@ -23,6 +23,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from ldm.checkpoints import atomic_write, build_model, choose_checkpoint
 from ldm.data.class_images import missing_class_images
 from ldm.generate import Settings, fill_class_folder
+from ldm.modules.adapter_files import half_base
 from ldm.train import caches
 from ldm.train.callbacks import EpochReport, ImageLogger
 from ldm.train.resume import RandomStates, SafeCheckpointIO, SaveRun
@@ -51,6 +52,8 @@ for message in (
 ):
     warnings.filterwarnings("ignore", message)
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass
 class Run:
@@ -63,6 +66,7 @@ class Run:
     seed: int = 23
     scale_lr: bool = False
     debug: bool = False
+    base_precision: str = "fp32"  # of the UNet's frozen weights: fp32, bf16 or fp16
     cache: str = "off"  # where encodings of pictures and captions are kept: memory, off, or a folder
     notes: dict[str, Any] = field(default_factory=dict)  # go into adapter folders: class word, identifier
 
@@ -233,6 +237,8 @@ def train(run: Run, model: pl.LightningModule) -> pl.Trainer:
     if run.cache != "off":
         data.setup()
         caches.install(model, data, run.cache, trainer.strategy.root_device)
+    if run.base_precision != "fp32":
+        half_base(model.model.diffusion_model, PRECISIONS[run.base_precision])
     write_configs(run)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("%s: %s weights learn, learning rate %g", run.folder, f"{count:,}", model.learning_rate)
