@@ -97,7 +97,7 @@ class SaveRun(Checkpoint):
         self.folder, self.every, self.notes = folder, every_n_train_steps, notes or {}
         self.step = 0  # the latest one that is done
         self.asked: int | None = None  # the signal that came last
-        self.unchecked: torch.Tensor | None = None  # the loss of the latest batch
+        self.unchecked: torch.Tensor | None = None  # the sum of the losses since the last look
         self.handlers: dict[int, Any] = {}
 
     @property
@@ -124,14 +124,18 @@ class SaveRun(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._check_loss(trainer, module)  # that of the batch before, which the device has finished by now
-        self.unchecked = (outputs or {}).get("loss")  # none where the model steps its optimizers itself
+        loss = (outputs or {}).get("loss")  # none where the model steps its optimizers itself
+        if loss is not None:
+            self.unchecked = loss if self.unchecked is None else self.unchecked + loss
         if trainer.global_step == self.step:
             return  # in the midst of accumulated batches, whose gradients no checkpoint holds
         self.step = trainer.global_step
+        due = self.step % self.every == 0 or self._ends(trainer)
+        if not due and module.device.type == "cuda" and self.step % trainer.log_every_n_steps:
+            return  # to look at the loss is to wait for the device, which works ahead
+        self._check_loss(trainer, module)
         asked = self._asked_anywhere(trainer)
-        if asked or self.step % self.every == 0 or self._ends(trainer):
-            self._check_loss(trainer, module)
+        if asked or due:
             self.save(trainer, module)
         if asked in (signal.SIGTERM, signal.SIGINT):
             name, folder = signal.Signals(asked).name, self.folder.parent
@@ -154,12 +158,13 @@ class SaveRun(Checkpoint):
         return asked
 
     def _check_loss(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self.unchecked is None or bool(torch.isfinite(self.unchecked).all()):
+        summed, self.unchecked = self.unchecked, None
+        if summed is None or bool(torch.isfinite(summed).all()):
             return
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         kept = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint had been written"
         raise InputError(
-            f"the loss is {float(self.unchecked)} near step {trainer.global_step} (learning rate {rate:g}); {kept}; "
+            f"the loss is {float(summed)} near step {trainer.global_step} (learning rate {rate:g}); {kept}; "
             "go on with --precision 32, or start again with a lower model.base_learning_rate"
         )
 

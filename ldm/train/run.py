@@ -191,7 +191,8 @@ def make_callbacks(run: Run) -> list[pl.Callback]:
     for callback in callbacks:
         if isinstance(callback, ImageLogger):
             callback.folder = run.folder / "images"
-    progress = TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50)
+    often = 10 if torch.cuda.is_available() else 1  # to show the loss is to wait for the device
+    progress = TQDMProgressBar(refresh_rate=often if sys.stderr.isatty() else 50)
     own = [RandomStates(), EpochReport(), LearningRateMonitor("step"), progress]
     return [*callbacks, *own, SaveRun(run.checkpoints, every, run.notes)]
 

@@ -273,6 +273,7 @@ class DDPM(pl.LightningModule):
         for prior_loss, _ in prior:
             self.log("train/loss_prior", prior_loss, batch_size=len(batches[0][self.first_stage_key]))
             loss = dreambooth_loss(loss, prior_loss, self.reg_weight)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=1)
         return loss
 
     @torch.no_grad()
