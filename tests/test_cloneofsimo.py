@@ -205,6 +205,13 @@ def test_writing_gives_the_published_files(folder, tmp_path, name):
             assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
 
 
+def test_words_of_several_vectors(tmp_path):
+    words = {"<a>": torch.randn(12, 4), "<a_b>": torch.randn(1, 4)}
+    cs.write_safetensors(tmp_path / "x.safetensors", cs.Published({}, {}, words))
+    found = cs.read_safetensors(tmp_path / "x.safetensors").tokens
+    assert found.keys() == words.keys() and all(torch.equal(found[word], words[word]) for word in words)
+
+
 def check_same(ours, path):
     theirs = cs.read_safetensors(path)
     assert ours.tokens.keys() == theirs.tokens.keys()

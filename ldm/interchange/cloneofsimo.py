@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,12 +83,16 @@ def read_safetensors(path: str | Path) -> Published:
         raise InputError(
             f"{path} is not a cloneofsimo LoRA: unknown tensors {', '.join(list(tensors)[:3]) or '(none)'}"
         )
-    return Published(factors, classes, {word: rows(value) for word, value in tokens.items()}, about.get("order"))
+    return Published(factors, classes, grouped(tokens), about.get("order"))
 
 
-def rows(value: Tensor) -> Tensor:
-    """A word's vectors as [v, d]."""
-    return value.float().reshape(-1, value.shape[-1])
+def grouped(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Words with their vectors [v, d], by name; `<s>_1`, `<s>_2`, ... are further vectors of `<s>`, as in diffusers."""
+    words: dict[str, list[Tensor]] = {}
+    for name in sorted(tokens, key=lambda name: (len(name), name)):
+        stem, _, number = name.rpartition("_")
+        words.setdefault(stem if number.isdigit() and stem in words else name, []).append(tokens[name].float())
+    return {word: torch.cat([v.reshape(-1, v.shape[-1]) for v in words[word]]) for word in sorted(words)}
 
 
 def write_safetensors(path: str | Path, content: Published) -> None:

@@ -1,0 +1,238 @@
+"""Pivotal tuning: first the new words learn, then LoRA on the UNet and the text encoder around them, in one run.
+
+    lora_pti --instance_data_dir photos --pretrained_model_name_or_path models/sd-v1-4.ckpt --output_dir out
+        --placeholder_tokens "<s1>|<s2>" --initializer_tokens "dog|<rand-0.017>" --use_template object
+
+writes <output_dir>/final_lora.safetensors (cloneofsimo's format, with the words inside) and the run beside it. The run
+is that of main_dream_booth.py with --config; overrides of the config may follow: data.params.num_workers=0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
+
+from ldm.util import InputError, run_command  # noqa: E402
+
+PATHS = ("instance_data_dir", "pretrained_model_name_or_path", "output_dir")
+TEMPLATES = {
+    "object": ["a photo of {identifier}", "a picture of {identifier}", "a close-up of {identifier}", "{identifier}"],
+    "style": [
+        "a painting in the style of {identifier}",
+        "a picture in the style of {identifier}",
+        "{identifier} style",
+    ],
+}
+UNET = ["model.diffusion_model.*.attn[12].to_*", "model.diffusion_model.*.ff.net.0.proj"]  # Attention, GEGLU
+RESIDUAL = ["model.diffusion_model.*.in_layers.2", "model.diffusion_model.*.out_layers.3",
+            "model.diffusion_model.*.emb_layers.1"]  # fmt: skip
+TEXT = ["cond_stage_model.*.self_attn.*_proj"]
+# Published arguments without a counterpart here, with the only value that is accepted...
+FIXED = dict.fromkeys(
+    ("train_inpainting", "use_8bit_adam", "use_face_segmentation_condition", "use_mask_captioned_data", "log_wandb"),
+    "False",
+) | dict.fromkeys(("pretrained_vae_name_or_path", "revision", "extra_args", "continue_inversion_lr"), "None")
+FIXED |= {"weight_decay_ti": "0.0", "lr_scheduler": "linear", "lr_scheduler_lora": "linear"}
+# ... and those that change nothing: they belong to an argument above, or to how the published program computes.
+IGNORED = ("color_jitter", "sample_batch_size", "cached_latents", "mask_temperature", "wandb_log_prompt_cnt",
+           "wandb_project_name", "wandb_entity", "proxy_token", "enable_xformers_memory_efficient_attention",
+           "lora_unet_target_modules", "lora_clip_target_modules")  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    from ldm.train.options import Parser, boolean
+
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--instance_data_dir", required=True, help="photographs of the subject")
+    p.add_argument("--pretrained_model_name_or_path", required=True, help="a checkpoint or a diffusers folder")
+    p.add_argument("--output_dir", required=True)
+    p.add_argument("--config", default="configs/textual-inversion/pivotal.yaml", help="(default %(default)s)")
+    p.add_argument("--placeholder_tokens", default="", help="the new words, joined by |")
+    p.add_argument("--placeholder_token_at_data", metavar="A|B", help="B stands for the subject in captions")
+    p.add_argument("--initializer_tokens", help="for each word: a known one, <rand-0.017> (the default) or <zero>")
+    p.add_argument("--use_template", choices=tuple(TEMPLATES), help="captions (default: those of the config)")
+    p.add_argument("--out_name", default="final_lora", help="name of the LoRA (default final_lora)")
+    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--resolution", type=int, help="pixels (default: those of the config)")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    p.add_argument("--force", action="store_true", help="overwrite what exists")
+    for name, value in (
+        ("train_batch_size", 1), ("max_train_steps_tuning", 1000), ("max_train_steps_ti", 1000), ("save_steps", 100),
+        ("gradient_accumulation_steps", 1), ("lora_rank", 4), ("lr_warmup_steps", 0), ("lr_warmup_steps_lora", 0),
+        ("lora_dropout_p", 0.0), ("lora_scale", 1.0), ("learning_rate_unet", 1e-4), ("learning_rate_text", 1e-5),
+        ("learning_rate_ti", 5e-4), ("weight_decay_lora", 1e-3),
+    ):  # fmt: skip
+        p.add_argument(f"--{name}", type=type(value), default=value, help=f"(default {value})")
+    for name, value, text in (
+        ("train_text_encoder", True, "LoRA on the text encoder too"),
+        ("perform_inversion", True, "the first stage"),
+        ("use_extended_lora", False, "residual blocks too"),
+        ("clip_ti_decay", True, "keep the words' norms near those of known words"),
+        ("continue_inversion", False, "the words learn on in the second stage, at their rate"),
+        ("scale_lr", False, "multiply learning rates by batch size and accumulation"),
+        ("gradient_checkpointing", False, "less memory, slower"),
+    ):
+        p.add_argument(
+            f"--{name}", type=boolean, nargs="?", const=True, default=value, help=f"{text} (default {value})"
+        )
+    for name in (*FIXED, *IGNORED):
+        p.add_argument(f"--{name}", nargs="?", const="True", help=argparse.SUPPRESS)
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    from ldm.interchange.command import dashes, to_be_written
+
+    argv = dashes(sys.argv[1:] if argv is None else argv)
+    given, overrides = parser().parse_known_args(argv)
+    for name, value in FIXED.items():
+        if getattr(given, name) not in (None, value):
+            raise InputError(f"--{name} {getattr(given, name)} has no counterpart here; only {value} is accepted")
+    output = to_be_written(Path(given.output_dir) / f"{given.out_name}.safetensors", given.force)
+    with tempfile.TemporaryDirectory() as work:
+        folder = train(given, overrides, Path(work))
+    if folder is None:
+        return
+    from ldm.interchange import own
+    from ldm.interchange.command import skeleton, write_lora
+
+    lora = own.lora(folder)
+    if lora.layers:
+        write_lora(output, lora, skeleton(given.config), "cloneofsimo")
+    print(
+        f"{output}  {len(lora.layers)} layers, words {', '.join(lora.tokens) or 'none'}; the run is in {folder.parent}"
+    )
+
+
+def train(given: argparse.Namespace, overrides: list[str], work: Path) -> Path | None:
+    """Train; the folder with what was learnt last, or None in all processes but the first."""
+    from omegaconf import OmegaConf
+
+    from ldm.interchange.command import read_model, write_checkpoint
+    from ldm.train import dreambooth
+    from ldm.train.options import dreambooth_parser, parse
+
+    OmegaConf.save(OmegaConf.create(config_of(given)), work / "pti.yaml")
+    base = Path(given.pretrained_model_name_or_path)
+    if base.is_dir():
+        base = work / "base.safetensors"
+        write_checkpoint(base, read_model(given.pretrained_model_name_or_path))
+    device = {"cuda": "gpu"}.get((given.device or "auto").partition(":")[0], given.device or "auto")
+    words = [
+        "--base", given.config, str(work / "pti.yaml"), "-t", "--actual_resume", str(base), "--data_root",
+        given.instance_data_dir, "--logdir", given.output_dir, "-n", "pti", "--seed", str(given.seed),
+        "--accelerator", device, "--scale_lr", str(given.scale_lr), *overrides,
+    ]  # fmt: skip
+    run = dreambooth.plan(*(parsed := parse(dreambooth_parser(__doc__), words)))
+    if not dreambooth.train(run, parsed[0]).is_global_zero:
+        return None
+    return max(run.checkpoints.glob("*-adapters"), key=lambda path: int(path.name.partition("-")[0]))
+
+
+def config_of(given: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments change in the config."""
+    words, starts = words_of(given)
+    first = given.max_train_steps_ti if given.perform_inversion and words else 0
+    total = first + given.max_train_steps_tuning
+    subject = (given.placeholder_token_at_data or "").partition("|")[2] or "".join(words)
+    data: dict[str, Any] = {"identifier": subject} if subject else {}
+    data |= {"templates": TEMPLATES[given.use_template]} if given.use_template else {}
+    data |= {"size": given.resolution} if given.resolution else {}
+    stages = [
+        (n, warm) for n, warm in ((first, given.lr_warmup_steps), (total - first, given.lr_warmup_steps_lora)) if n
+    ]
+    unet: dict[str, Any] = {"params": {"use_checkpoint": True}} if given.gradient_checkpointing else {}
+    return {
+        "model": {
+            "base_learning_rate": given.learning_rate_unet,
+            "params": {
+                "train_level": [],
+                "tuning": [*inversion(given, words, starts, first), *loras(given, first)],
+                "unet_config": unet,
+                "optimizer_config": {
+                    "target": "torch.optim.AdamW", "params": {"weight_decay": given.weight_decay_lora},
+                },
+                "scheduler_config": {
+                    "target": "ldm.lr_scheduler.LambdaLinearScheduler",
+                    "params": {
+                        "cycle_lengths": [n for n, _ in stages],
+                        "warm_up_steps": [warm for _, warm in stages],
+                        "f_start": [1e-6] * len(stages), "f_max": [1.0] * len(stages), "f_min": [0.0] * len(stages),
+                    },
+                },
+            },
+        },
+        "data": {"params": {"batch_size": given.train_batch_size, "train": {"params": data}, "reg": None,
+                            "validation": {"params": data}}},
+        "lightning": {
+            "modelcheckpoint": {"params": {"every_n_train_steps": given.save_steps}},
+            "trainer": {"max_steps": total, "accumulate_grad_batches": given.gradient_accumulation_steps},
+        },
+    }  # fmt: skip
+
+
+def words_of(given: argparse.Namespace) -> tuple[list[str], list[str | float]]:
+    """The new words and what they start from. Raises `InputError` where the two lists do not match."""
+    words = [word for word in given.placeholder_tokens.split("|") if word]
+    named = given.initializer_tokens.split("|") if given.initializer_tokens else ["<rand-0.017>"] * len(words)
+    if len(named) != len(words):
+        raise InputError(
+            f"{len(named)} --initializer_tokens for {len(words)} --placeholder_tokens; expected one for each"
+        )
+    starts: list[str | float] = []
+    for name in named:
+        if name.startswith("<rand"):
+            try:
+                starts.append(float(name.strip("<>").partition("-")[2]))
+            except ValueError:
+                raise InputError(f"--initializer_tokens: expected <rand-0.017> or the like, got {name}") from None
+        else:
+            starts.append(0.0 if name == "<zero>" else name)
+    if 0.0 in starts and given.clip_ti_decay:
+        raise InputError("a word that starts at <zero> has no norm to keep; add --clip_ti_decay False")
+    return words, starts
+
+
+def inversion(given: argparse.Namespace, words: list[str], starts: list[str | float], first: int) -> list[dict]:
+    """The first stage."""
+    if not words:
+        return []
+    params = {
+        "words": {word: {"init_word": start} for word, start in zip(words, starts, strict=True)},
+        "norm_weight": 100.0 if given.clip_ti_decay else 0.0,
+        "seed": given.seed,
+    }
+    steps = [0, None if given.continue_inversion else first]
+    target = "ldm.tuning.textual_inversion.TextualInversion"
+    return [{"target": target, "params": params, "learning_rate": given.learning_rate_ti, "steps": steps}]
+
+
+def loras(given: argparse.Namespace, first: int) -> list[dict]:
+    """The second stage."""
+    targets = {"unet": (UNET + RESIDUAL * given.use_extended_lora, given.learning_rate_unet)}
+    if given.train_text_encoder:
+        targets["text"] = (TEXT, given.learning_rate_text)
+    size = {"rank": given.lora_rank, "alpha": given.lora_scale * given.lora_rank, "dropout": given.lora_dropout_p}
+    return [
+        {
+            "target": "ldm.tuning.lora.LoRA",
+            "params": {"targets": patterns, **size, "seed": given.seed},
+            "learning_rate": rate,
+            "steps": [first, None],
+        }
+        for patterns, rate in targets.values()
+    ]
+
+
+def command() -> None:
+    """The console script."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,95 @@
+"""lora_pti: the published arguments, both stages in one run, and a LoRA that the published format holds."""
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+
+from ldm.interchange import cloneofsimo
+from ldm.interchange.command import skeleton
+from ldm.interchange.lora import delta
+from ldm.util import InputError
+from tests.conftest import ROOT
+from tests.runs import TINY, pictures
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield importlib.import_module("lora_pti")
+    sys.path.pop(0)
+
+
+def arguments(tmp_path, *more):
+    """A run of three steps of each stage on the tiny model."""
+    config, base = tmp_path / "tiny.yaml", tmp_path / "base.safetensors"
+    if not config.exists():
+        from omegaconf import OmegaConf
+
+        from ldm.checkpoints import build_model, save_safetensors
+
+        plain = {"defaults": str(TINY), "model": {"params": {"unet_config": {"params": {"adapter_config": None}}}}}
+        OmegaConf.save(OmegaConf.create(plain), config)
+        from ldm.util import load_config
+
+        save_safetensors(base, build_model(load_config(config), None, 0).state_dict())
+    photos = pictures(tmp_path / "photos", 2)
+    words = ["--instance_data_dir", photos, "--pretrained_model_name_or_path", base, "--output_dir", tmp_path / "out"]
+    words += ["--config", config, "--device", "cpu", "--max_train_steps_ti", 3, "--max_train_steps_tuning", 3]
+    return [str(word) for word in [*words, *more]]
+
+
+def test_both_stages(script, tmp_path, capsys):
+    more = ["--placeholder_tokens", "<s1>|<s2>", "--initializer_tokens", "dog|<rand-0.05>", "--use_template", "object"]
+    more += ["--lora_rank", "2", "--learning_rate_unet=0.01", "--learning-rate-text=0.01", "--save_steps", "3"]
+    script.main(arguments(tmp_path, *more))
+    content = cloneofsimo.read_safetensors(tmp_path / "out/final_lora.safetensors")
+    assert list(content.tokens) == ["<s1>", "<s2>"]
+    found = cloneofsimo.to_lora(content, skeleton(tmp_path / "tiny.yaml"), "final")
+    changed = {name for name, factors in found.layers.items() if delta(factors).abs().max() > 0}
+    assert any(".attn2.to_out.0" in name for name in changed) and any(".ff.net.0.proj" in name for name in changed)
+    assert any("self_attn.q_proj" in name for name in changed)
+    assert "words <s1>, <s2>" in capsys.readouterr().out
+    (run,) = (tmp_path / "out").glob("*_pti")
+    first, last = (run / "checkpoints" / f"{step}-adapters/tuned.safetensors" for step in (3, 6))
+    from safetensors.torch import load_file
+
+    before, after = load_file(first), load_file(last)
+    words = [name for name in before if "new_tokens" in name]
+    assert len(words) == 2 and all(torch.equal(before[name], after[name]) for name in words)  # they learn only at first
+    ups = [name for name in before if ".lora_B." in name]
+    assert not any(before[name].any() for name in ups) and any(after[name].any() for name in ups)
+    with pytest.raises(InputError, match="final_lora.safetensors exists"):
+        script.main(arguments(tmp_path, *more))
+
+
+def test_the_published_arguments(script, golden):
+    ours = {action.dest: action for action in script.parser()._actions}
+    published = json.loads((golden / "manifests/published_cli.json").read_text())[
+        "lora/lora_diffusion/cli_lora_pti.py:train"
+    ]
+    for argument in published:
+        action = ours[argument["name"]]
+        assert action.required == argument["required"]
+        other = ("device", "resolution", "gradient_accumulation_steps", *script.FIXED, *script.IGNORED)
+        if not argument["required"] and argument["name"] not in other:
+            assert action.default == argument["default"], argument["name"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--train_inpainting"], "--train_inpainting True has no counterpart here"),
+        (["--placeholder_tokens", "<a>|<b>", "--initializer_tokens", "cat"], "1 --initializer_tokens for 2"),
+        (["--placeholder_tokens", "<a>", "--initializer_tokens", "<zero>"], "no norm to keep"),
+        (["--placeholder_tokens", "<a>", "--initializer_tokens", "<rand>"], "expected <rand-0.017>"),
+        (["--nonsense", "1"], "nonsense"),
+    ],
+)
+def test_refusals(script, tmp_path, more, message):
+    with pytest.raises(InputError, match=message):
+        script.main(arguments(tmp_path, *more))
