@@ -9,7 +9,8 @@ Modes:
   ljl          put the factors side by side: what the LoRAs do adds up, and so do their ranks; alphas are ignored;
                two cloneofsimo files
   sum          alpha_1 * first + alpha_2 * second, exactly, or with --rank as well as that rank allows; any formats
-  upl          path_1 is a model, path_2 a LoRA: a diffusers folder with alpha_1 * LoRA in its weights (alpha_2: unused)
+  upl          path_1 is a model, path_2 a LoRA (or a folder with one of its kin): a diffusers folder with
+               alpha_1 * LoRA in its weights; alpha_2 is unused
   upl-ckpt-v2  the same as one checkpoint
 """
 
@@ -101,21 +102,26 @@ def weighted(one: str, two: str, output: Path, options: argparse.Namespace) -> s
 
 def into_model(model_path: str, lora_path: str, output: Path, options: argparse.Namespace) -> str:
     """A LoRA's change in a model's own weights, for good."""
-    from ldm.interchange import apply, diffusers_model, embeddings, read_lora
+    from ldm.interchange import apply, diffusers_model, embeddings, identify, own, read_lora
     from ldm.interchange import lora as loras
-    from ldm.interchange.command import params_of, read_model, skeleton, write_checkpoint
+    from ldm.interchange.command import filled_model, params_of, read_model, skeleton, write_checkpoint
 
     weights = read_model(model_path)
-    lora = read_lora(lora_path, skeleton(options.config))
-    merged = apply.merged(weights, loras.changes(lora, weights, lora_path), options.alpha_1)
+    if identify(lora_path) == "adapter":
+        tokens = own.words(lora_path)
+        merged = own.folded(lora_path, filled_model(options.config, weights, model_path), options.alpha_1)
+    else:
+        lora = read_lora(lora_path, skeleton(options.config))
+        tokens = lora.tokens
+        merged = apply.merged(weights, loras.changes(lora, weights, lora_path), options.alpha_1)
     if options.mode == "upl":
         diffusers_model.write_folder(output, merged, params_of(options.config))
     else:
         write_checkpoint(output, merged)
-    if not lora.tokens:
-        return f"{output}  {len(lora.layers)} layers changed"
-    words = embeddings.write_diffusers(output.with_name(f"{output.stem}.words.safetensors"), lora.tokens)
-    return f"{output}  {len(lora.layers)} layers changed; its words {', '.join(lora.tokens)} are in {words[0]}"
+    if not tokens:
+        return str(output)
+    files = embeddings.write_diffusers(output.with_name(f"{output.stem}.words.safetensors"), tokens)
+    return f"{output}; the words {', '.join(tokens)} are in {', '.join(map(str, files))}"
 
 
 def command() -> None:

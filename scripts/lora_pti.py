@@ -30,7 +30,7 @@ TEMPLATES = {
 }
 UNET = ["model.diffusion_model.*.attn[12].to_*", "model.diffusion_model.*.ff.net.0.proj"]  # Attention, GEGLU
 RESIDUAL = ["model.diffusion_model.*.in_layers.2", "model.diffusion_model.*.out_layers.3",
-            "model.diffusion_model.*.emb_layers.1"]  # fmt: skip
+            "model.diffusion_model.*.emb_layers.1", "model.diffusion_model.*.skip_connection"]  # fmt: skip
 TEXT = ["cond_stage_model.*.self_attn.*_proj"]
 # Published arguments without a counterpart here, with the only value that is accepted...
 FIXED = dict.fromkeys(

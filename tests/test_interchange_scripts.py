@@ -266,6 +266,33 @@ def test_lora_add_upl(base, lora, tmp_path):
     assert list(embeddings.read(tmp_path / "m.words.safetensors")) == ["<s1>"]
 
 
+@pytest.mark.parametrize("kind", ["dora", "loha"])
+def test_lora_add_upl_takes_every_kind_that_is_trained_here(base, tmp_path, kind):
+    pytest.importorskip("peft", reason="peft, which trains LoRA here, is not installed")
+    from ldm.tuning import choose, files
+
+    checkpoint, config, _ = base
+    model = interchange_models.small_model(OmegaConf.load(config))
+    params = {"kind": kind, "rank": 2, "targets": [UNET + "*.attn2.to_[kv]"]}
+    chosen = choose({"target": "ldm.tuning.lora.LoRA", "params": params})
+    chosen.family.install(model)
+    model.families, model.is_tuned = [chosen], True
+    generator = torch.Generator().manual_seed(2)
+    for parameter in chosen.family.trainable(model).values():
+        parameter.data = parameter.data + torch.randn(parameter.shape, generator=generator) * 0.3
+    files.save(model, tmp_path / "own")
+    expected = interchange_models.unet_output(model)
+    with pytest.raises(InputError, match=f"{kind} is no low-rank sum"):
+        run("convert", tmp_path / "own", tmp_path / "x", "--to", "kohya", "--config", config)
+    more = ["--mode", "upl-ckpt-v2", "--alpha_1", 1, "--config", config]
+    run("lora_add", checkpoint, tmp_path / "own", tmp_path / "m.safetensors", *more)
+    merged = interchange_models.small_model(OmegaConf.load(config), seed=5)
+    merged.load_state_dict(load_file(tmp_path / "m.safetensors"))
+    assert_close_to(interchange_models.unet_output(merged), expected, 1e-4)
+    with pytest.raises(InputError, match="position adapters, which cannot be folded"):
+        run("lora_add", checkpoint, saved_adapter(tmp_path, 1), tmp_path / "y.ckpt", *more)
+
+
 def test_lora_distill(base, lora, tmp_path):
     checkpoint, config, model = base
     weights = read_weights(checkpoint)

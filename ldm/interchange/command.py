@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.checkpoints import read_weights, save_safetensors, save_torch
+from ldm.checkpoints import is_adapter, load_weights, read_weights, save_safetensors, save_torch, skip_init
 from ldm.interchange import cloneofsimo, diffusers_model, layers, lora_keys
 from ldm.interchange.lora import Lora
-from ldm.util import InputError, find_file, load_config
+from ldm.util import InputError, find_file, instantiate_from_config, load_config
 
 BASE = "configs/stable-diffusion/v1-inference.yaml"
 
@@ -63,6 +63,14 @@ def skeleton(config: str | Path) -> nn.Module:
 def read_model(path: str | Path) -> dict[str, Tensor]:
     """The weights of a whole model by LDM's names, from a checkpoint or a diffusers folder."""
     return diffusers_model.read_folder(path) if diffusers_model.is_folder(path) else read_weights(path)
+
+
+def filled_model(config: str | Path, weights: Mapping[str, Tensor], source: str) -> nn.Module:
+    """The model of a config with the given weights."""
+    with skip_init():
+        model = instantiate_from_config(load_config(find_file(config)).model)
+    load_weights(model, weights, source, may_lack=is_adapter)
+    return model.eval()
 
 
 def write_checkpoint(path: Path, weights: Mapping[str, Tensor]) -> None:

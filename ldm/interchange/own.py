@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.checkpoints import read_weights
-from ldm.interchange.custom_diffusion import SAVED, Delta
-from ldm.interchange.lora import Factors, Lora
+from ldm.interchange.custom_diffusion import NEW_TOKENS, SAVED, Delta
+from ldm.interchange.lora import Factors, Lora, weighted_sum
 from ldm.modules.adapter_files import read_config
 from ldm.tuning.files import TUNED
 from ldm.tuning.lora import LoRA
@@ -44,9 +44,10 @@ def lora(path: str | Path) -> Lora:
             pattern = [pattern for pattern in family.targets if fnmatchcase(name, pattern)][-1]
             rank, alpha = own["A"].shape[0], family.targets[pattern].get("alpha")
             size = rank if family.kind == "lora" else rank**0.5
-            if name in layers:
-                raise InputError(f"{path} holds two LoRAs on {name}: merge them first")
-            layers[name] = Factors(own["A"], own["B"], (rank if alpha is None else alpha) / size)
+            factors = Factors(own["A"], own["B"], (rank if alpha is None else alpha) / size)
+            if name in layers:  # two families on one layer act side by side
+                factors = weighted_sum([Lora({name: one}) for one in (layers[name], factors)], [1, 1]).layers[name]
+            layers[name] = factors
     found = Lora(layers, words(path))
     if not layers and not found.tokens:
         raise InputError(f"{path} holds no LoRA")
@@ -56,6 +57,21 @@ def lora(path: str | Path) -> Lora:
 def _only(tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
     [value] = [value for name, value in tensors.items() if name.startswith(prefix)]
     return value
+
+
+def folded(path: str | Path, model: nn.Module, strength: float = 1.0) -> dict[str, Tensor]:
+    """All weights of a model with a folder's changes in them: LoRA and its kin of every kind, tuned base weights.
+
+    Raises `InputError` for position adapters, which are no change of any weight.
+    """
+    from ldm.tuning import files
+    from ldm.tuning.lora import merge
+
+    if routes := (read_config(path) or {"adapters": ["unnamed ones"]})["adapters"]:
+        raise InputError(f"{path} holds {len(routes)} position adapters, which cannot be folded into weights")
+    files.load(model, path, strength)
+    merge(model)
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(NEW_TOKENS)}
 
 
 def words(path: str | Path) -> dict[str, Tensor]:
