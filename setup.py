@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9"]
-PEERS = ["diffusers>=0.31", "peft>=0.13"]  # the other side of file formats, and what timings are compared with
+PEERS = ["diffusers>=0.31"]  # the other side of file formats, and what timings are compared with
 LORA_COMMANDS = ["lora_add", "lora_distill", "lora_pti"]
 
 setup(
@@ -24,6 +24,7 @@ setup(
         "omegaconf>=2.3",
         "einops>=0.7",
         "kornia>=0.7",
+        "peft>=0.18",
         "pillow>=10",
         "numpy>=1.26",
         "tqdm>=4.66",

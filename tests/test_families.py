@@ -2,14 +2,18 @@
 
 import json
 import re
+from collections import Counter
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from ldm.checkpoints import read_weights
 from ldm.tuning import choose, families, files
 from ldm.tuning.full import ByName
-from ldm.util import InputError
+from ldm.util import InputError, load_config
+from tests import runs
+from tests.conftest import ROOT
 from tests.helpers import assert_close_to
 from tests.tuned_models import ROUTE, answer, base_weights, batch, family, model, shake, train
 
@@ -234,3 +238,56 @@ def test_train_level_is_shorthand():
 def test_by_name_leaves_out_what_was_added():
     tuned = model([LORA])
     assert not set(ByName(r"attn2").trainable(tuned)) & set(tuned.learning())
+
+
+# --- whole runs
+
+COMBINATION = """
+defaults: {tiny}
+model:
+  params:
+    train_level: [adapter]
+    tuning:
+      - target: ldm.tuning.textual_inversion.TextualInversion
+        params: {{words: <sks>, vectors: 2, norm_weight: 10}}
+        learning_rate: 0.01
+        steps: [0, 3]
+      - target: ldm.tuning.lora.LoRA
+        params: {{rank: 2, dropout: 0.1, targets: {{"model.*.attn2.*": null, "model.*.in_layers.2": {{rank: 1}}}}}}
+        learning_rate: 0.002
+        steps: [1, null]
+      - target: ldm.tuning.lora.LoRA
+        params: {{rank: 2, kind: dora, targets: ["cond_stage_model.*_proj"]}}
+data: {{params: {{train: {{params: {{identifier: <sks>}}}}}}}}
+"""
+
+
+def test_a_combination_stops_between_stages_and_goes_on_without_a_trace(tmp_path):
+    (tmp_path / "all.yaml").write_text(COMBINATION.format(tiny=runs.TINY))
+    how = {"config": tmp_path / "all.yaml"}
+    whole = runs.train(tmp_path, "whole", "--init_word", "dog", **how)
+    parts = runs.train(tmp_path, "parts", "--init_word", "dog", "--max_steps", 2, **how)
+    runs.resume(parts, "--max_steps", 4)
+    for key in ("state_dict", "optimizer_states"):
+        assert runs.differences(runs.last(whole)[key], runs.last(parts)[key]) == []
+    assert load_config(whole / "configs" / "project.yaml").model.params.tuning[0].params.init_word == "dog"
+    (optimizer,) = runs.last(whole)["optimizer_states"]
+    counted = Counter(int(state["step"]) for state in optimizer["state"].values())
+    assert counted[3] == 2 + 2 * (4 * 4 + 8) and counted.keys() == {3, 4}  # words, the first LoRA; everything else
+
+
+def test_pivotal_tuning_learns_the_word_first(tmp_path):
+    config = tmp_path / "pivotal.yaml"
+    pivotal = load_config(ROOT / "configs/sd-mini/textual-inversion-pivotal.yaml").model.params
+    for entry, steps in zip(pivotal.tuning, ([0, 2], [2, None], [2, None]), strict=True):
+        entry.steps = steps
+    narrow = {"unet_config": {"params": {"adapter_config": None}}, "train_level": [], "tuning": pivotal.tuning}
+    OmegaConf.save({"defaults": str(runs.TINY), "model": {"params": narrow}, "data": {"params": {"reg": None}}}, config)
+    two = runs.train(tmp_path, "two", "--init_word", "dog", "--max_steps", 2, config=config)
+    four = runs.train(tmp_path, "four", "--init_word", "dog", "--max_steps", 4, config=config)
+    first, second = runs.last(two)["state_dict"], runs.last(four)["state_dict"]
+    for name in first:
+        if ".new_tokens." in name:
+            assert torch.equal(first[name], second[name])
+        elif "lora_B" in name:
+            assert not first[name].any() and second[name].any()
