@@ -10,7 +10,7 @@ from torch import nn
 
 from ldm.interchange import cloneofsimo as cs
 from ldm.interchange.layers import find_layers
-from ldm.interchange.lora import Factors, clamped, delta, distilled, selected, weighted_sum
+from ldm.interchange.lora import Factors, clamped, delta, distilled, from_delta, reduced, selected, weighted_sum
 from ldm.util import InputError
 from tests.helpers import assert_close_to
 
@@ -278,6 +278,12 @@ def test_svd_clamp_on_the_stored_decomposition(folder, tensors):
         assert_close_to(ours.down, t["down"])
         limit = max(ours.up.max().item(), ours.down.max().item())
         assert limit == pytest.approx(about["clamp_values"][name], rel=1e-4)
+
+
+def test_reduced_is_the_best_of_its_rank():
+    change = Factors(torch.randn(8, 6, 3, 3), torch.randn(10, 8, 1, 1), 0.7)
+    for rank in (1, 3, 20):
+        assert_close_to(delta(reduced(change, rank)), delta(from_delta(delta(change), rank)), 1e-4)
 
 
 def test_distilled_does_not_depend_on_signs(tensors):

@@ -59,6 +59,16 @@ def from_delta(change: Tensor, rank: int) -> Factors:
     return shaped(vh[:rank], u[:, :rank] * s[:rank], change.shape)
 
 
+def reduced(factors: Factors, rank: int) -> Factors:
+    """The best factors of a lower rank, without ever forming the product: up @ down = Q_u (R_u R_d^T) Q_d^T."""
+    down, up, scale = factors
+    q_up, r_up = torch.linalg.qr(up.float().flatten(1))
+    q_down, r_down = torch.linalg.qr(down.float().flatten(1).T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    rank = min(rank, len(s))
+    return shaped(vh[:rank] @ q_down.T, q_up @ (u[:, :rank] * s[:rank]), (len(up), *down.shape[1:]), scale)
+
+
 def shaped(down: Tensor, up: Tensor, weight: Sequence[int], scale: float = 1.0) -> Factors:
     """Factors [r, n] and [out, r] in the shapes that belong to a linear layer's or a convolution's weight."""
     ones = (1,) * (len(weight) - 2)
@@ -103,11 +113,9 @@ def weighted_sum(loras: Sequence[Lora], weights: Sequence[float], rank: int | No
         ]
         if len({(f.up.shape[0], f.down.shape[1:]) for _, f in parts}) > 1:
             raise InputError(f"{name} has different shapes in the files: they were made for different base models")
-        if rank is None:
-            scaled = [f.up.float() * (weight * f.scale) for weight, f in parts]
-            layers[name] = Factors(torch.cat([f.down.float() for _, f in parts]), torch.cat(scaled, dim=1))
-        else:
-            layers[name] = from_delta(sum(weight * delta(f) for weight, f in parts), rank)
+        scaled = [f.up.float() * (weight * f.scale) for weight, f in parts]
+        exact = Factors(torch.cat([f.down.float() for _, f in parts]), torch.cat(scaled, dim=1))
+        layers[name] = exact if rank is None else reduced(exact, rank)
     return Lora(layers, first_of(lora.tokens for lora in loras))
 
 
