@@ -43,7 +43,7 @@ def whole(tmp_path_factory):
     pictures(work / "photos", 5), pictures(work / "class", 3)  # 5: validation is uneven
     script = work / "watched.py"
     script.write_text(WATCHED)
-    done = command(script, *arguments(work, "-n", "whole", *TWO, "--max_steps", 9), SEEN=str(work))
+    done = command(script, *arguments(work, "-n", "whole", *TWO, "--max_steps", 9, "--cache", "off"), SEEN=str(work))
     assert done.returncode == 0, done.stderr
     return work, done
 

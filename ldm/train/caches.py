@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +29,43 @@ from ldm.util import InputError
 log = logging.getLogger(__name__)
 
 
-def install(model: Any, data: DataModuleFromConfig, where: str, device: torch.device) -> None:
-    """Replace the encoders of `model` and the pictures of `data` by what they would give.
+@contextmanager
+def encoded(model: Any, data: DataModuleFromConfig, where: str, device: torch.device) -> Iterator[None]:
+    """Within this context the encoders of `model` and the pictures of `data` are replaced by what they would give.
 
-    `where`: `memory`, or a folder that keeps the encodings for later runs. Datasets that change their pictures
+    `where`: `off`, `memory`, or a folder that keeps the encodings for later runs. Datasets that change their pictures
     at random are left as they are, and so is a text encoder that learns.
     """
-    datasets = data.datasets
-    if not all(type(dataset) is PersonalizedBase for dataset in datasets.values()):
+    if where == "off":
+        yield
         return
-    captions = sorted({caption for dataset in datasets.values() for caption in dataset.all_captions()} | {""})
-    if hasattr(model.first_stage_model, "downsampling_factor"):
-        folder = None if where == "memory" else Path(where)
-        for name, dataset in datasets.items():
-            datasets[name] = EncodedDraws(dataset, pictures(model, dataset, folder, device, name))
-        model.first_stage_model = EncodedPictures(model.first_stage_model.cpu())
-        data.num_workers = 0  # an encoded picture is read faster than it is sent between processes
+    data.setup()
+    first_stage, text_encoder = model.first_stage_model, model.cond_stage_model
+    if all(type(dataset) is PersonalizedBase for dataset in data.datasets.values()):
+        _encode_pictures(model, data, None if where == "memory" else Path(where), device)
+        _encode_prompts(model, data, device)
+    try:
+        yield
+    finally:
+        model.first_stage_model, model.cond_stage_model = first_stage, text_encoder
+
+
+def _encode_pictures(model: Any, data: DataModuleFromConfig, folder: Path | None, device: torch.device) -> None:
+    if not hasattr(model.first_stage_model, "downsampling_factor"):
+        return  # nothing that encodes
+    for name, dataset in data.datasets.items():
+        data.datasets[name] = EncodedDraws(dataset, pictures(model, dataset, folder, device, name))
+    model.first_stage_model = EncodedPictures(model.first_stage_model.cpu())
+    data.num_workers = 0  # an encoded picture is read faster than it is sent between processes
+
+
+def _encode_prompts(model: Any, data: DataModuleFromConfig, device: torch.device) -> None:
     encoder = model.cond_stage_model
-    if encoder is not None and not any(name.startswith("cond_stage_model.") for name in model.learning()):
-        model.cond_stage_model = EncodedPrompts(encoder.cpu(), prompts(encoder, captions, device))
+    if encoder is None or any(name.startswith("cond_stage_model.") for name in model.learning()):
+        return
+    sets = [getattr(dataset, "dataset", dataset) for dataset in data.datasets.values()]
+    captions = sorted({caption for pictures in sets for caption in pictures.all_captions()} | {""})
+    model.cond_stage_model = EncodedPrompts(encoder.cpu(), prompts(encoder, captions, device))
 
 
 @torch.no_grad()

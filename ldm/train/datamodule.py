@@ -40,6 +40,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         super().__init__()
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"data.params.batch_size must be a whole number of at least 1, got {batch_size!r}")
+        if not (num_workers is None or isinstance(num_workers, int) and num_workers >= 0):
+            raise InputError(f"data.params.num_workers must be a whole number of at least 0, got {num_workers!r}")
         self.batch_size, self.seed = batch_size, seed
         self.num_workers = min(2 * batch_size, os.cpu_count() or 1) if num_workers is None else num_workers
         together = [*(train if isinstance(train, Sequence) else [train]), train2]

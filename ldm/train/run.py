@@ -36,6 +36,7 @@ from ldm.util import (
     load_config,
     parse_overrides,
     plain,
+    short,
 )
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,17 @@ def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -
     for section in ("model", "data"):
         if section not in config:
             raise InputError(f"the config has no {section!r} section; its keys are {list(config)}")
+    for section in (
+        "model",
+        "data",
+        "lightning",
+        "lightning.trainer",
+        "lightning.callbacks",
+        "lightning.modelcheckpoint",
+    ):
+        content = OmegaConf.select(config, section)
+        if content is not None and not OmegaConf.is_dict(content):
+            raise InputError(f"the section {section!r} of the config must be a mapping, got {short(content)}")
     return config
 
 
@@ -112,10 +124,11 @@ def new_folder(logdir: str, project: str, data: str, name: str, postfix: str) ->
 @rank_zero_only
 def write_configs(run: Run) -> None:
     """Keep what is needed to repeat or resume the run: its resolved config and its command."""
-    for name in ("checkpoints", "configs", "images"):
-        (run.folder / name).mkdir(parents=True, exist_ok=True)
-    with atomic_write(run.folder / "configs" / "project.yaml") as beside:
-        beside.write_text(f"# {' '.join(sys.argv)}\n" + OmegaConf.to_yaml(run.config, resolve=True))
+    with explain(f"the folder {run.folder} cannot be written to", OSError):
+        for name in ("checkpoints", "configs", "images"):
+            (run.folder / name).mkdir(parents=True, exist_ok=True)
+        with atomic_write(run.folder / "configs" / "project.yaml") as beside:
+            beside.write_text(f"# {' '.join(sys.argv)}\n" + OmegaConf.to_yaml(run.config, resolve=True))
 
 
 # --- parts --------------------------------------------------------------------------------------------------------
@@ -209,7 +222,7 @@ def make_trainer(run: Run, automatic: bool = True) -> pl.Trainer:
             plugins=[SafeCheckpointIO()],
             enable_model_summary=False,
         )
-    except (pl.utilities.exceptions.MisconfigurationException, TypeError, ValueError) as error:
+    except (pl.utilities.exceptions.MisconfigurationException, TypeError, ValueError, ImportError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"Lightning's Trainer refuses its options: {' '.join(str(error).split())}") from None
@@ -230,21 +243,18 @@ def prepare_class_pictures(run: Run, model: Any, folder: Path, prompt: str, numb
 
 def train(run: Run, model: pl.LightningModule) -> pl.Trainer:
     """Train `model` as the config says; the trainer, when it is done or was asked to stop."""
-    write_configs(run)
     trainer = make_trainer(run, model.automatic_optimization)
     pl.seed_everything(run.seed + trainer.global_rank, verbose=False)  # other noise in every process
     model.learning_rate = learning_rate(run, trainer.world_size)
     data = instantiate_from_config(run.config.data)
-    if run.cache != "off":
-        data.setup()
-        caches.install(model, data, run.cache, trainer.strategy.root_device)
     if run.base_precision != "fp32":
         half_base(model.model.diffusion_model, PRECISIONS[run.base_precision])
     write_configs(run)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("%s: %s weights learn, learning rate %g", run.folder, f"{count:,}", model.learning_rate)
     try:
-        trainer.fit(model, data, ckpt_path=str(run.resume) if run.resume else None)
+        with caches.encoded(model, data, run.cache, trainer.strategy.root_device):
+            trainer.fit(model, data, ckpt_path=str(run.resume) if run.resume else None)
     except Exception:
         if run.debug and trainer.is_global_zero:
             pdb.post_mortem()
