@@ -371,6 +371,33 @@ def test_convert_deltas_and_words(base, tuned, tmp_path):
         run("convert", tmp_path / "d.bin")
 
 
+def test_a_concept_that_was_trained_here_leaves_as_a_delta(base, tmp_path, capsys):
+    from ldm.tuning import choose, files
+
+    checkpoint, config, _ = base
+    model = interchange_models.small_model(OmegaConf.load(config))
+    chosen = [
+        choose({"target": "ldm.tuning.cross_attention.CrossAttention"}),
+        choose({"target": "ldm.tuning.textual_inversion.TextualInversion", "params": {"words": ["<new1>"]}}),
+    ]
+    for one in chosen:
+        one.family.install(model)
+    model.families, model.is_tuned = chosen, True
+    for parameter in chosen[0].family.trainable(model).values():
+        parameter.data = parameter.data + 0.2
+    files.save(model, tmp_path / "own")
+    run("convert", tmp_path / "own", tmp_path / "delta", "--to", "delta")
+    run("convert", tmp_path / "own", tmp_path / "word.safetensors", "--to", "words")
+    other = interchange_models.small_model(OmegaConf.load(config))
+    load_any(other, tmp_path / "delta")
+    assert_close_to(interchange_models.unet_output(other), interchange_models.unet_output(model), 1e-4)
+    word = embeddings.read(tmp_path / "word.safetensors")["<new1>"]
+    assert torch.equal(word, torch.load(tmp_path / "delta")["state_dict"]["embed"])
+    run("inspect_adapter", tmp_path / "own")
+    out = capsys.readouterr().out
+    assert "CrossAttention {}: 32 tensors" in out and "<new1>: 1 x 24" in out
+
+
 def test_convert_by_the_published_modes(base, tuned, tmp_path):
     custom_diffusion.write(tmp_path / "d.ckpt", tuned)
     common = ["--ckpt", base[0], "--config", base[1]]

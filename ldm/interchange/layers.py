@@ -99,7 +99,7 @@ def _diffusers_order(name: str) -> tuple:
 
 
 def _later_diffusers_order(name: str) -> tuple:
-    """From 0.17 on, the feed-forward comes after the cross-attention."""
+    """In newer versions the feed-forward comes after the cross-attention."""
     inner = re.search(r"transformer_blocks\.(\d+)\.(attn1|attn2|ff)\.", name)
     if inner:
         return *_diffusers_order(name), int(inner[1]), ["attn1", "attn2", "ff"].index(inner[2])
@@ -109,7 +109,7 @@ def _later_diffusers_order(name: str) -> tuple:
 ORDERS: dict[str, Callable[[str], tuple] | None] = {
     "diffusers": _diffusers_order,
     "ldm": None,
-    "diffusers>=0.17": _later_diffusers_order,
+    "diffusers-new": _later_diffusers_order,
 }
 
 

@@ -19,7 +19,7 @@ from ldm.interchange.layers import dialects
 from ldm.interchange.lora import Factors, Lora, fitted, folded
 from ldm.util import InputError
 
-# Ends of keys, by what wrote them: PEFT and diffusers since 0.22; kohya; diffusers' text encoder, layers, processors.
+# Ends of keys: of PEFT and recent diffusers, of kohya, of earlier diffusers' text encoder, layers and processors.
 ROLES = {
     "down": [".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight"],
     "up": [".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight"],
