@@ -145,6 +145,7 @@ def test_kohya_keeps_alpha_and_factors(model, lora, tmp_path):
         ("{}.attn2.processor.to_out", "_lora.down.weight", "_lora.up.weight"),
         ("unet.{}.attn2.to_out.0", ".lora.down.weight", ".lora.up.weight"),
         ("base_model.model.{}.attn2.to_out.0", ".lora_A.weight", ".lora_B.weight"),
+        ("lora_unet_output_blocks_5_1_transformer_blocks_0_attn2_to_out_0", ".lora_down.weight", ".lora_up.weight"),
     ],
 )
 def test_older_spellings(model, tmp_path, stem, down, up):
@@ -200,6 +201,10 @@ def test_refusals(model, lora, tmp_path):
         {stem + "lora_A.weight": torch.zeros(2, 320), stem + "lora_B.weight": torch.zeros(320, 2)}, tmp_path / "x"
     )
     with pytest.raises(InputError, match=r"another base model: .*attn1.to_q changes a weight of \[320, 320\]"):
+        lora_keys.read(tmp_path / "x", model)
+    stray = {f"{UNET}input_blocks.1.1.proj_in.lora_{x}.default.weight": torch.zeros(1, 1) for x in "AB"}
+    save_file(stray, tmp_path / "x")  # a file out of one of our folders, whose alphas are in the JSON beside it
+    with pytest.raises(InputError, match="1 unknown keys, e.g. model.diffusion_model.input_blocks.1.1.proj_in"):
         lora_keys.read(tmp_path / "x", model)
     save_file({stem + "hada_w1_a": torch.zeros(2, 320)}, tmp_path / "x")
     with pytest.raises(InputError, match="hada_w1_a"):

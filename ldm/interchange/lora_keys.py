@@ -17,6 +17,7 @@ from ldm.checkpoints import read_weights, save_safetensors
 from ldm.interchange.cloneofsimo import metadata_of
 from ldm.interchange.layers import dialects
 from ldm.interchange.lora import Factors, Lora, fitted, folded
+from ldm.interchange.names import UNET
 from ldm.util import InputError
 
 # Ends of keys: of PEFT and recent diffusers, of kohya, of earlier diffusers' text encoder, layers and processors.
@@ -90,12 +91,12 @@ def plain_name(layer: str) -> str:
 
 
 def _lookup(model: nn.Module) -> dict[str, str]:
-    """Every way to call a layer -> LDM's name."""
+    """Every way in which LoRA files call a layer -> LDM's name."""
     names = dialects(model)
-    table = {name: name for name in names["diffusers"]}
-    table |= {"lora_unet_" + n.partition("diffusion_model.")[2].replace(".", "_"): n for n in table if "diffusion" in n}
-    table |= {theirs.removeprefix("unet."): ours for ours, theirs in names["diffusers"].items()}
-    table |= {theirs.replace("text_model.", "", 1): ours for ours, theirs in names["diffusers"].items()}
+    unet = [name for name in names["diffusers"] if name.startswith(UNET)]
+    table = {"lora_unet_" + name.removeprefix(UNET).replace(".", "_"): name for name in unet}
+    for ours, theirs in names["diffusers"].items():
+        table |= {theirs.removeprefix("unet."): ours, theirs.replace("text_model.", "", 1): ours}
     for dialect in names.values():
         table |= {theirs: ours for ours, theirs in dialect.items()}
     return table
