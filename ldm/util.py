@@ -109,7 +109,8 @@ def instantiate_from_config(config: Mapping | str | None, **extra: Any) -> Any:
             raise InputError(f"params of {config['target']}: unknown {', '.join(unknown)}; it takes {', '.join(known)}")
         if lacking := [name for name in required if name not in params]:
             raise InputError(f"params of {config['target']}: {', '.join(lacking)} missing")
-    return target(**params)
+    with explain(f"params of {config['target']}", TypeError, ValueError):
+        return target(**params)
 
 
 def parameters_of(target: Callable) -> tuple[list[str], list[str] | None]:

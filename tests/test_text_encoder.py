@@ -47,6 +47,7 @@ def test_prompts(encoder):
     assert hidden.shape == (2, 16, 128) and not hidden.requires_grad
     assert torch.equal(encoder.encode("photo of a sks dog")[0], hidden[0])
     ids = encoder.tokenize("word " * 100)
+    assert FrozenCLIPEmbedder(MINI).tokenize("a dog").shape == (1, 32)  # no more than it takes
     assert ids.shape == (1, 16) and ids[0, -1] == encoder.tokenizer.eos_token_id  # cut, but ended
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.transformer.training
 

@@ -275,8 +275,13 @@ class UNetModel(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Noisy latents [b, c, h, w], steps [b], context [b, m, context_dim], classes y [b] to epsilon [b, c, h, w].
 
-        Height and width must be multiples of `downsampling_factor`.
+        Raises `InputError` unless height and width are multiples of `downsampling_factor`.
         """
+        if x.shape[-2] % self.downsampling_factor or x.shape[-1] % self.downsampling_factor:
+            raise InputError(
+                f"latents of {x.shape[-2]} x {x.shape[-1]} do not fit this UNet: it needs multiples of "
+                f"{self.downsampling_factor}; choose another size of pictures"
+            )
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("class labels y must be given if and only if the model is class-conditional (num_classes)")
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))

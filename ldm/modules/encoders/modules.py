@@ -54,7 +54,7 @@ class FrozenCLIPEmbedder(nn.Module):
         super().__init__()
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        self.version, self.max_length, self.tokenizer_folder = version, max_length, tokenizer
+        self.version, self.tokenizer_folder = version, tokenizer
         folder = find_file(version)
         if (folder / "config.json").is_file():
             config = CLIPTextConfig.from_pretrained(folder)
@@ -64,6 +64,7 @@ class FrozenCLIPEmbedder(nn.Module):
             raise InputError(
                 f"text encoder {version!r}: expected a folder with config.json or openai/clip-vit-large-patch14"
             )
+        self.max_length = min(max_length, config.max_position_embeddings)  # what the encoder can take
         self.transformer = CLIPTextModel(config)
         self.new_tokens = NewTokens(self._text_model.embeddings.token_embedding)
         self._register_state_dict_hook(_to_released_names)

@@ -1,0 +1,273 @@
+"""Bad input: one line that says what was wrong, what was expected and what to do; exit code 2; no traceback."""
+
+import os
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ldm.checkpoints import read_weights, save_torch
+from ldm.util import InputError, instantiate_from_config, load_config
+from tests.runs import TINY, command, main_dream_booth, pictures, tiny_model
+
+UNET = "model.params.unet_config"
+ENTRY = f"{UNET}.params.adapter_config.transformer_adp_config"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with photographs, class pictures and files of many kinds."""
+    work = tmp_path_factory.mktemp("work")
+    pictures(work / "photos", 2), pictures(work / "class", 2), pictures(work / "broken", 1)
+    (work / "broken" / "1.png").write_bytes(b"this is no picture")
+    (work / "nothing").mkdir()
+    (work / "texts").mkdir()
+    (work / "texts" / "a.txt").write_text("a")
+    files = {
+        "empty.ckpt": b"",
+        "page.ckpt": b"\n<!DOCTYPE html><html>Sign in</html>",
+        "lfs.ckpt": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 4265380512\n",
+        "words.ckpt": b"these are words, no weights at all",
+        "bad.yaml": b"model: [1, 2\n",
+        "latin.yaml": b"model: \xff\xfe",
+        "list.yaml": b"- 1\n- 2\n",
+        "circle.yaml": b"defaults: circle2.yaml\n",
+        "circle2.yaml": b"defaults: circle.yaml\n",
+        "orphan.yaml": b"defaults: nowhere.yaml\n",
+        "number.yaml": b"defaults: 5\n",
+        "headless.yaml": b"data: {}\n",
+        "blank.txt": b"\n  \n",
+    }
+    for name, content in files.items():
+        (work / name).write_bytes(content)
+    weights = {"a": torch.ones(1000)}
+    save_torch(work / "whole.ckpt", weights)
+    save_file(weights, work / "whole.safetensors")
+    for kind in ("ckpt", "safetensors"):
+        (work / f"half.{kind}").write_bytes((work / f"whole.{kind}").read_bytes()[:1500])
+    torch.save({"state_dict": Code()}, work / "code.ckpt")
+    save_torch(work / "numbers.ckpt", {"epoch": 3})
+    save_torch(work / "list.ckpt", [1, 2])
+    state = tiny_model().state_dict()
+    state["model.diffusion_model.out.2.bias"] = torch.zeros(7)
+    save_torch(work / "wide.ckpt", state)
+    return work
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+CHECKPOINTS = {
+    "missing.ckpt": "checkpoint .*missing.ckpt does not exist",
+    "empty.ckpt": "empty.ckpt is empty; download it again",
+    "half.ckpt": "half.ckpt is truncated: .*; download or save it again",
+    "half.safetensors": "half.safetensors is truncated or damaged .*; download or save it again",
+    "page.ckpt": "page.ckpt is a web page, not a checkpoint: the download went wrong",
+    "lfs.ckpt": "lfs.ckpt is a Git LFS pointer, not the checkpoint itself; run 'git lfs pull'",
+    "code.ckpt": "code.ckpt refused: its pickle asks for (posix|os|nt).system, which is code, not weights",
+    "words.ckpt": "words.ckpt is neither a safetensors nor a torch file .it begins with b'these ar'.",
+    "numbers.ckpt": r"numbers.ckpt holds no tensors; its keys are \['epoch'\]",
+    "list.ckpt": "list.ckpt holds a list, not weights by name",
+    "photos": "photos is a folder; expected a .ckpt, .pt or .safetensors file",
+}
+
+CONFIGS = {
+    "missing.yaml": "config .*missing.yaml does not exist; the shipped ones are under configs/",
+    "bad.yaml": "config .*bad.yaml is not valid YAML: .* line 2",
+    "latin.yaml": "config .*latin.yaml is not valid YAML",
+    "list.yaml": "config .*list.yaml must be a mapping with keys such as model and data",
+    "circle.yaml": "its defaults form a circle: circle.yaml -> circle2.yaml -> circle.yaml",
+    "orphan.yaml": "nowhere.yaml does not exist .named in the defaults of .*orphan.yaml",
+    "number.yaml": "defaults must be a relative path or a list of them, got 5",
+}
+
+TARGETS = {
+    "no target": ({"params": {}}, "expected a config with the key 'target', got"),
+    "a list": ([1], "expected a config with the key 'target', got"),
+    "no module": ({"target": "ldm.nowhere.Thing"}, "there is no module 'ldm.nowhere'; check the spelling"),
+    "no class": ({"target": "ldm.models.autoencoder.Thing"}, "module 'ldm.models.autoencoder' has no 'Thing'"),
+    "no dots": ({"target": "UNet"}, "target 'UNet' is not a dotted name"),
+    "a number": ({"target": 5}, "target '5' is not a dotted name"),
+    "an unknown parameter": (
+        {"target": "ldm.modules.ema.LitEma", "params": {"model": 1, "decya": 0.9}},
+        "params of ldm.modules.ema.LitEma: unknown decya; it takes model, decay",
+    ),
+    "a missing parameter": ({"target": "ldm.modules.ema.LitEma"}, "params of ldm.modules.ema.LitEma: model missing"),
+    "params as a list": ({"target": "torch.nn.Linear", "params": [1]}, r"params of torch.nn.Linear must be a mapping"),
+    "a value of another type": (
+        {"target": "torch.nn.Linear", "params": {"in_features": "x", "out_features": 1}},
+        "params of torch.nn.Linear: ",
+    ),
+}
+
+# id: (words of the command line after a good beginning, the line); {work} is the folder above.
+TRAINING = {
+    "unknown option": ("--foo 3", "unknown option --foo: neither one of --help nor one of Lightning's Trainer"),
+    "word without meaning": ("-t foo", "argument -t/--train: expected true or false, got 'foo'; see --help"),
+    "bad number": ("--max_steps many", "argument --max_steps: invalid int value: 'many'; see --help"),
+    "bad override": ("model..x=1 y", "cannot read 'y': expected an option of --help or an override such as"),
+    "gpu that is not there": ("--gpus 0,", "--gpus 0,: this machine has no CUDA GPU; leave --gpus out"),
+    "gpu that is no number": ("--gpus first", "--gpus 'first': expected numbers of GPUs such as 0, or 0,3"),
+    "precision": ("--precision 12", "Lightning's Trainer refuses its options: Precision '12' is invalid"),
+    "strategy": ("--strategy magic", "refuses its options: You selected an invalid strategy name"),
+    "accelerator": ("--accelerator abacus", "refuses its options: .*abacus"),
+    "accelerator without its package": ("--accelerator tpu", "refuses its options: .*torch_xla"),
+    "devices": ("--devices many", "refuses its options: `devices` selected with"),
+    "fixed option": ("--logger false", "refuses its options: .* multiple values for keyword argument 'logger'"),
+    "no such run": ("-r {work}/photos", "cannot resume .*photos: expected the folder of a run with"),
+    "resume and name": ("-r {work} -n x", "-r goes on with a run that has its name; leave -n out"),
+    "no data": ("--data_root {work}/no", "the folder .*no does not exist: expected a folder with pictures"),
+    "empty data": ("--data_root {work}/nothing", "the folder .*nothing is empty: expected a folder with pictures"),
+    "texts as data": ("--data_root {work}/texts", "the folder .*texts has no pictures, only a.txt"),
+    "a picture as data": ("--data_root {work}/photos/0.png", "0.png is a file: expected a folder with pictures"),
+    "broken picture": ("--data_root {work}/broken", "cannot read the picture .*broken/1.png: .*; replace or remove it"),
+    "broken picture in a worker": (
+        "--data_root {work}/broken data.params.num_workers=1",
+        "^cannot read the picture .*broken/1.png: .*; replace or remove it$",
+    ),
+    "no class data": ("--reg_data_root {work}/no", "the folder .*no does not exist"),
+    "negative class pictures": ("--num_class_images -4", "num_class_images must not be negative, got -4"),
+    "base model": ("--actual_resume {work}/wide.ckpt", r"out.2.bias has shape \[7\], the model wants \[4\]"),
+    "other weights": ("--actual_resume {work}/whole.ckpt", r"whole.ckpt lacks \d+ of \d+ weights"),
+    "no base model": ("checkpoint.random_seed=null checkpoint.path=no.ckpt", "no.ckpt does not exist: name a .ckpt or"),
+    "learnt words": ("--embedding_manager_ckpt {work}/numbers.ckpt", "holds no token embeddings"),
+    "learning rate": ("model.base_learning_rate=fast", "base_learning_rate must be a positive number, got .fast."),
+    "learning nothing": ("model.params.train_level=[all]", "train_level has 'all': expected adapter"),
+    "batch size": ("data.params.batch_size=0", "data.params.batch_size must be a whole number of at least 1, got 0"),
+    "workers": ("data.params.num_workers=-1", "data.params.num_workers must be a whole number of at least 0, got -1"),
+    "size of pictures": ("data.params.train.params.size=0", "size: expected a number of pixels such as 512, got 0"),
+    "sizes that differ": ("data.params.reg.params.size=16", "pictures of the subject and of its class must have"),
+    "size that cannot be halved": (
+        "data.params.train.params.size=36 data.params.reg.params.size=36 data.params.validation.params.size=36",
+        "latents of 9 x 9 do not fit this UNet: it needs multiples of 2",
+    ),
+    "adapter key": (f"{ENTRY}=[{{dim: 1}}]", "transformer_adp_config has the unknown key 'dim': expected type, din"),
+    "adapter method": (f"{ENTRY}=[{{din: ffni, dout: ffni, mid_dim: 2, method: gelu}}]", "method must be one of relu"),
+    "adapter scale": (f"{ENTRY}=[{{din: ffni, dout: ffni, mid_dim: 2, scale: x}}]", "scale must be a finite number"),
+    "adapter width": (f"{ENTRY}=[{{din: ffni, dout: ffni, mid_dim: 0}}]", "mid_dim must be a whole number"),
+    "adapter route": (f"{ENTRY}=[{{din: ffni, dout: attn1i, mid_dim: 2}}]", "ffni-attn1i writes before it reads"),
+    "unknown UNet": (f"{UNET}.target=ldm.modules.Net", "module 'ldm.modules' has no 'Net'"),
+    "unknown UNet argument": (f"{UNET}.params.chanels=3", "UNetModel: unknown chanels; it takes image_size"),
+    "UNet of no width": (f"{UNET}.params.model_channels=abc", "UNetModel"),
+    "schedule": ("model.params.beta_schedule=none", "schedule.*none"),
+    "trainer section": ("lightning.trainer=5", "section .lightning.trainer. of the config must be a mapping"),
+    "callback without target": ("lightning.callbacks.x.y=1", "expected a config with the key 'target'"),
+    "picture frequency": (
+        "lightning.callbacks.image_logger.params.batch_frequency=0",
+        "batch_frequency of the image logger must be at least 1, got 0",
+    ),
+    "checkpoint frequency": (
+        "lightning.modelcheckpoint.params.every_n_train_steps=0",
+        "every_n_train_steps must be at least 1, got 0",
+    ),
+    "log folder": ("--logdir {work}/page.ckpt", "the folder .* cannot be written to"),
+}  # fmt: skip
+
+SAMPLING = {
+    "n_samples": ("--n_samples 0", "--n_samples must be at least 1, got 0"),
+    "n_iter": ("--n_iter -1", "--n_iter must be at least 1, got -1"),
+    "steps": ("--ddim_steps 0", "--ddim_steps must be at least 1, got 0"),
+    "too many steps": ("--ddim_steps 1001", "1001"),
+    "size": ("--H 50", "the picture size 50x32 does not fit this model: expected multiples of 8"),
+    "no size": ("--W -8", "the picture size 32x-8 does not fit this model"),
+    "channels": ("--C 3", "latents of this model have 4 channels, not 3"),
+    "plms with eta": ("--plms --ddim_eta 0.5", "--ddim_eta must be 0 with the plms sampler"),
+    "sampler": ("--sampler euler", "argument --sampler: invalid choice: 'euler'"),
+    "no prompts": (
+        "--from-file {work}/no.txt",
+        "--from-file .*no.txt cannot be read .*; expected text, a prompt per line",
+    ),
+    "blank prompts": ("--from-file {work}/blank.txt", "--from-file .*blank.txt holds no prompt; expected one per line"),
+    "binary prompts": ("--from-file {work}/whole.ckpt", "--from-file .*whole.ckpt cannot be read"),
+    "device": ("--device warp", "device 'warp' cannot be used here"),
+    "gpu": ("--device cuda:7", "device 'cuda:7' cannot be used here"),
+    "adapter": ("--adapter_path {work}/no", "/no does not exist"),
+    "no adapter": ("--adapter_path {work}/photos", "photos is a folder with neither .*adapters"),
+    "scales": ("--adapter_scale 1", "1 times --adapter_scale for 0 times --adapter_path"),
+    "checkpoint": ("--ckpt {work}/page.ckpt", "page.ckpt is a web page"),
+    "config": ("--config {work}/headless.yaml --ckpt {work}/whole.ckpt", "the config has no 'model' section"),
+    "words": ("--embedding_path {work}/list.ckpt", "holds no token embeddings"),
+    "option": ("--steps 5", "unrecognized arguments: --steps 5; see --help"),
+    "number": ("--seed x", "argument --seed: invalid int value: 'x'; see --help"),
+}
+
+
+def one_line(message: str, call, *args) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        call(*args)
+    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints(work, name):
+    one_line(CHECKPOINTS[name], read_weights, work / name)
+    assert not os.path.exists("ran")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs(work, name):
+    one_line(CONFIGS[name], load_config, work / name)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets(name):
+    config, message = TARGETS[name]
+    one_line(message, instantiate_from_config, config)
+
+
+def training(work, words: str) -> list[str]:
+    given = words.format_map({"work": work}) if "{work}" in words else words
+    roots = f"--data_root {work}/photos --reg_data_root {work}/class --logdir {work}/logs --max_steps 1"
+    # An override in YAML's flow style may hold spaces: the words are those that begin an option or a key.
+    more = re.split(r" (?=-|\w[\w.]*=|\w+$)", given) if "[{" in given else given.split()
+    return f"--base {TINY} -t {roots}".split() + more
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training(work, name):
+    words, message = TRAINING[name]
+    one_line(message, main_dream_booth, *training(work, words))
+
+
+def test_missing_pieces_of_the_command_line(work):
+    one_line("no config: name one with --base", main_dream_booth, "-t")
+    one_line("no photographs: name their folder with --data_root", main_dream_booth, "--base", TINY)
+    one_line(
+        "no class pictures: name their folder with --reg_data_root",
+        main_dream_booth,
+        "--base",
+        TINY,
+        "--data_root",
+        work / "photos",
+    )
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_sampling(work, name):
+    from sample import main
+
+    words, message = SAMPLING[name]
+    beginning = f"--config {TINY} --outdir {work}/out --device cpu --ddim_steps 2 --n_iter 1"
+    one_line(message, main, beginning.split() + words.format_map({"work": work}).split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "main_dream_booth.py {training} --data_root {work}/broken data.params.num_workers=1",
+        "main_dream_booth.py -t --foo",
+        "sample.py --config {work}/bad.yaml",
+        "sample.py --config {tiny} --ckpt {work}/code.ckpt",
+        "sample.py --n_samples 0",
+    ],
+)
+def test_a_command_ends_with_one_line_and_exit_code_2(work, words):
+    known = {"work": work, "tiny": TINY, "training": " ".join(training(work, ""))}
+    done = command(*words.format_map(known).split())
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr + done.stdout
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert line.startswith("error: ") and line == done.stderr.splitlines()[-1]
