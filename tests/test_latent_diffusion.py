@@ -206,6 +206,15 @@ def test_ema_scope_swaps_and_restores():
     assert all(torch.equal(p, before[n] + 1.0) for n, p in model.model.named_parameters())
 
 
+def test_a_frozen_stage_stays_in_evaluation_mode():
+    frozen = {"target": "torch.nn.Sequential"}
+    model = tiny(train_level=["unet"], cond_stage_config=frozen).train()
+    assert model.training and model.model.training
+    assert not model.first_stage_model.training and not model.cond_stage_model.training
+    learning = {"target": "torch.nn.Linear", "params": {"in_features": 2, "out_features": 2}}
+    assert tiny(train_level=["embeder"], cond_stage_config=learning).train().cond_stage_model.training
+
+
 def test_both_spellings_of_the_text_encoder_load():
     encoder = {
         "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",

@@ -96,6 +96,18 @@ def test_the_same_command_gives_the_same_numbers_and_another_seed_others(tmp_pat
     )
 
 
+def test_looking_on_changes_nothing(tmp_path):
+    """Sample pictures have noise of their own, validation its own draws; a frozen stage has no dropout."""
+    logger = "lightning.callbacks.image_logger.params"
+    busy = [f"{logger}.batch_frequency=2", f"{logger}.log_first_step=true", "--val_check_interval", 5]
+    quiet = ["lightning.callbacks.image_logger=null", "--limit_val_batches", 0]
+    dropout = ["model.params.unet_config.params.dropout=0.1", "model.params.train_level=[unet]", "--max_steps", 8]
+    seen, unseen = train(tmp_path, "seen", *busy, *dropout), train(tmp_path, "unseen", *quiet, *dropout)
+    assert len(list((seen / "images").iterdir())) == 5 and not list((unseen / "images").iterdir())
+    for part in ("state_dict", "optimizer_states", "random_states"):
+        assert differences(last(seen)[part], last(unseen)[part]) == []
+
+
 # --- interruptions, each in a process of its own
 
 

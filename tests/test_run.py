@@ -121,6 +121,25 @@ def test_several_configs_later_ones_win(tmp_path):
     assert (config.model.base_learning_rate, config.model.params.reg_weight) == (0.5, 0.5)
 
 
+def test_a_run_begun_from_the_config_of_another_keeps_its_words_unless_told_otherwise(tmp_path, trained):
+    told = trained.run / "configs" / "project.yaml"
+    words = ["-b", told, "-t", "--logdir", tmp_path / "logs", "--max_steps", 1]
+    main_dream_booth(*words, "-n", "kept")
+    main_dream_booth(*words, "-n", "changed", "--class_word", "cat", "-s", 5)
+    for name, expected in (("kept", ("dog", 23)), ("changed", ("cat", 5))):
+        config = load_config(find_run(tmp_path, name) / "configs" / "project.yaml")
+        assert (config.dreambooth.class_word, config.dreambooth.seed) == expected
+        assert config.data.params.train.params.class_word == expected[0]
+
+
+def test_other_files_are_skipped_with_one_warning(tmp_path, caplog):
+    pictures(tmp_path / "photos", 2), pictures(tmp_path / "class", 2)
+    (tmp_path / "photos" / "notes.txt").write_text("mine")
+    with caplog.at_level("WARNING"):
+        train(tmp_path, "run", "--max_steps", 1)
+    assert caplog.text.count("photos: skipped 1 that are not pictures: notes.txt") == 1
+
+
 @pytest.mark.parametrize("scale,rate", [("True", 0.001 * 2 * 3), ("false", 0.001)])
 def test_scale_lr(tmp_path, scale, rate):
     more = ["--accumulate_grad_batches", 3, "data.params.batch_size=2", "--max_steps", 1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +51,17 @@ def find_pictures(folder: str | Path) -> list[Path]:
         found = f"has no pictures, only {_some(skipped)}" if skipped else "is empty"
         raise InputError(f"the folder {folder} {found}: {expected}, directly in it; put some there or name another")
     if skipped:
-        log.warning("%s: skipped %d that are not pictures: %s", folder, len(skipped), _some(skipped))
+        _warn_of_skipped(folder, tuple(skipped))
     return pictures
 
 
-def _some(names: list[str], limit: int = 3) -> str:
+@cache
+def _warn_of_skipped(folder: Path, names: tuple[str, ...]) -> None:
+    """Once for each folder, however many datasets read it."""
+    log.warning("%s: skipped %d that are not pictures: %s", folder, len(names), _some(names))
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 

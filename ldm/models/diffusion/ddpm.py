@@ -252,6 +252,12 @@ class DDPM(pl.LightningModule):
     def losses(self, batches: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """The loss of each batch, from one call of the UNet for all of them."""
         drawn = [self.draw(batch) for batch in batches]
+        return self.losses_of(drawn, [mask_of(batch, x.shape[2:]) for batch, (x, *_) in zip(batches, drawn, strict=True)])
+
+    def losses_of(
+        self, drawn: Sequence[tuple[Tensor, Any, Tensor, Tensor]], masks: Sequence[Tensor | None] | None = None
+    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """The losses for what `draw` gave, from one call of the UNet."""
         if len({x_start.shape[1:] for x_start, *_ in drawn}) > 1:
             raise InputError(
                 "pictures of the subject and of its class must have one size; set data.params.*.params.size"
@@ -259,11 +265,8 @@ class DDPM(pl.LightningModule):
         x_start, cond, t, noise = (reduce(_join, column) for column in zip(*drawn, strict=True))
         predicted = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
         sizes = [len(x) for x, *_ in drawn]
-        masks = [mask_of(batch, x.shape[2:]) for batch, (x, *_) in zip(batches, drawn, strict=True)]
-        return [
-            self.loss_of(*parts)
-            for parts in zip(*(column.split(sizes) for column in (predicted, x_start, noise, t)), masks, strict=True)
-        ]
+        columns = [column.split(sizes) for column in (predicted, x_start, noise, t)]
+        return [self.loss_of(*parts) for parts in zip(*columns, masks or [None] * len(drawn), strict=True)]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch, or of DreamBooth's pair [subject, class] (arXiv 2208.12242, eq. 2)."""
@@ -443,8 +446,9 @@ class LatentDiffusion(DDPM):
     def train(self, mode: bool = True) -> LatentDiffusion:
         """Training mode for what learns; a frozen stage stays in evaluation mode."""
         super().train(mode)
-        for stage in filter(None, (self.first_stage_model, self.cond_stage_model)):
-            stage.train(mode and any(p.requires_grad for p in stage.parameters()))
+        for stage in (self.first_stage_model, self.cond_stage_model):
+            if stage is not None:
+                stage.train(mode and any(p.requires_grad for p in stage.parameters()))
         return self
 
     # --- the first stage: pictures [b, 3, H, W] in [-1, 1] to latents [b, c, h, w] and back
