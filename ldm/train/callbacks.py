@@ -77,6 +77,9 @@ class ImageLogger(pl.Callback):
 class EpochReport(pl.Callback):
     """A line per epoch: its time, steps per second and the peak memory of the device."""
 
+    def __init__(self) -> None:
+        self.seconds, self.steps = 0.0, 0  # of all epochs that have ended
+
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.on_train_epoch_start(trainer, module)  # Lightning leaves it out for the rest of a resumed epoch
 
@@ -87,6 +90,7 @@ class EpochReport(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         seconds, steps = time.perf_counter() - self.start, trainer.global_step - self.first_step
+        self.seconds, self.steps = self.seconds + seconds, self.steps + steps
         if trainer.is_global_zero:
             log.info(
                 "epoch %d: %d steps in %.1f s (%.2f steps/s), peak memory %.2f GiB (%s)",

@@ -1,0 +1,153 @@
+"""Families of tuning side by side on SD-mini: their cost, their likeness to a subject, what happens to its class.
+
+    python scripts/compare_families.py --subjects build/captioned/subjects/* --table docs/families.md
+
+Same photographs, class pictures, steps and seeds for all, each family as its config in configs/sd-mini has it. Each
+subject is a folder of pictures with `subject.json` (scripts/build_captioned_pictures.py writes them). Results are kept
+under --logdir, so that the command goes on where it was interrupted; the table takes its place in --table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.checkpoints import atomic_write, save_json  # noqa: E402
+from ldm.data.pictures import find_pictures, read_picture, to_tensor  # noqa: E402
+from ldm.evaluate.metrics import agreement, cosines, mean_and_error, similarity_to  # noqa: E402
+from ldm.generate import Settings, generate  # noqa: E402
+from ldm.interchange import load_any  # noqa: E402
+from ldm.models.clip import CLIP  # noqa: E402
+from ldm.train import dreambooth  # noqa: E402
+from ldm.train.callbacks import EpochReport  # noqa: E402
+from ldm.train.options import dreambooth_parser, parse  # noqa: E402
+from ldm.util import InputError, load_config, load_model_from_config, run_command  # noqa: E402
+
+PART = ["model.params.train_level=[]", "model.params.unet_config.params.adapter_config=null"]
+# name: (config, overrides, the word that stands for the subject)
+FAMILIES = {
+    "position adapters attn2o-ffni": ("attn2o-ffni", [], "sks"),
+    "LoRA": ("lora-attention", [], "sks"),
+    "LoRA, text encoder too": ("lora-attention-text", [], "sks"),
+    "LoRA, convolutions too": ("lora-convolution", [], "sks"),
+    "DoRA": ("lora-dora", [], "sks"),
+    "LoHa": ("lora-loha", [], "sks"),
+    "LoKr": ("lora-lokr", [], "sks"),
+    "OFT": ("lora-oft", [], "sks"),
+    "BOFT": ("lora-boft", [], "sks"),
+    "Custom Diffusion": ("custom-diffusion-addtoken", [], "<new1>"),
+    "textual inversion": ("textual-inversion-one-vector", [], "<sks>"),
+    "pivotal tuning": ("textual-inversion-pivotal", [], "<sks>"),
+    "biases": ("dreambooth", [*PART, "model.params.tuning={target: ldm.tuning.biases.Biases}"], "sks"),
+    "norms": ("dreambooth", [*PART, "model.params.tuning={target: ldm.tuning.norms.Norms}"], "sks"),
+    "full UNet": ("dreambooth", [*PART, "model.params.train_level=[unet]", "model.base_learning_rate=1e-4"], "sks"),
+}
+TEMPLATE = "photo of a {}"
+COLUMNS = ("weights that learn", "file, kB", "ms per step", "CLIP-I", "CLIP-T", "drift of the class")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--subjects", nargs="+", type=Path, required=True)
+    p.add_argument("--families", nargs="+", default=list(FAMILIES), metavar="NAME", help=f"of {', '.join(FAMILIES)}")
+    p.add_argument("--steps", type=int, default=400)
+    p.add_argument("--class_pictures", type=int, default=32)
+    p.add_argument("--samples", type=int, default=8, help="pictures for each prompt")
+    p.add_argument("--model", default="configs/sd-mini/inference.yaml", help="the base model, for sampling")
+    p.add_argument("--clip", default="models/sd-mini/clip", help="what measures CLIP-I and CLIP-T")
+    p.add_argument("--overlay", nargs="*", default=[], metavar="YAML", help="configs on top of those of the families")
+    p.add_argument("--logdir", type=Path, default=Path("logs/families"))
+    p.add_argument("--table", type=Path, default=Path("docs/families.md"))
+    p.add_argument("--seed", type=int, default=23)
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parser().parse_args(argv)
+    if unknown := set(options.families) - FAMILIES.keys():
+        raise InputError(f"--families: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(FAMILIES)}")
+    clip, results = CLIP(options.clip).eval(), {}
+    for subject in options.subjects:
+        for family in options.families:
+            file = options.logdir / "results" / f"{subject.name} {family}.json"
+            if not file.is_file():
+                save_json(file, measure(family, subject, clip, options))
+            results.setdefault(family, []).append(json.loads(file.read_text()))
+            print(f"{subject.name}, {family}: {results[family][-1]}", flush=True)
+    write_table(options.table, table(results, options))
+    print(f"{options.table}: {len(results)} families, {len(options.subjects)} subjects")
+
+
+def measure(family: str, subject: Path, clip: CLIP, options: argparse.Namespace) -> dict[str, float]:
+    """Train one family on one subject and measure it."""
+    config, overrides, word = FAMILIES[family]
+    kind = json.loads((subject / "subject.json").read_text())["class_word"]
+    classes = options.logdir / "classes" / kind
+    name, learns_words = family.replace(",", "").replace(" ", "-"), word != "sks"
+    arguments = [
+        "--base", f"configs/sd-mini/{config}.yaml", *options.overlay, "-t", "-n", name, "-l", options.logdir,
+        "--class_word", kind, "--data_root", subject, "--reg_data_root", classes,
+        "--num_class_images", options.class_pictures, *(["--init_word", kind] if learns_words else []),
+        "--max_steps", options.steps, "--seed", options.seed, "--no-test", "true",
+        "lightning.callbacks.image_logger.params.disabled=true", *overrides,
+    ]  # fmt: skip
+    chosen, trainer_options, changes = parse(dreambooth_parser(""), [str(argument) for argument in arguments])
+    trainer = dreambooth.train(run := dreambooth.plan(chosen, trainer_options, changes), chosen)
+    (report,) = (callback for callback in trainer.callbacks if isinstance(callback, EpochReport))
+    folder = run.checkpoints / f"{options.steps}-adapters"
+
+    model, settings = load_model_from_config(load_config(options.model)), Settings(steps=25, scale=5.0)
+
+    def draw(named: str) -> Tensor:
+        prompts, seeds = [TEMPLATE.format(named)] * options.samples, list(range(options.samples))
+        return clip.embed_pictures(2 * generate(model, prompts, seeds, settings) - 1)
+
+    size = model.image_size * model.first_stage_model.downsampling_factor
+    photos = clip.embed_pictures(torch.stack([to_tensor(read_picture(path), size) for path in find_pictures(subject)]))
+    base = draw(kind)
+    load_any(model, folder)
+    tuned, prior = draw(f"{word} {kind}"), draw(kind)
+    caption = clip.embed_captions([TEMPLATE.format(kind)]).expand(options.samples, -1)
+    return {
+        "weights that learn": sum(value.numel() for value in trainer.lightning_module.learning().values()),
+        "file, kB": sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1000,
+        "ms per step": 1000 * report.seconds / report.steps,
+        "CLIP-I": similarity_to(tuned, photos).mean().item(),
+        "CLIP-T": agreement(tuned, caption).mean().item(),
+        "drift of the class": (1 - cosines(prior, base).diagonal()).mean().item(),
+    }
+
+
+def table(results: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> str:
+    """The results as Markdown: means over the subjects, with standard errors where pictures are measured."""
+    lines = ["| family | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
+    for family, rows in results.items():
+        cells: list[Any] = [family]
+        for column in COLUMNS:
+            mean, error = mean_and_error(torch.tensor([row[column] for row in rows]))
+            plain = f"{mean:,.0f}" if column in COLUMNS[:2] else f"{mean:,.1f}"
+            cells.append(plain if column in COLUMNS[:3] else f"{mean:.3f} ± {error:.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"{len(options.subjects)} subjects, {options.steps} steps, seed {options.seed}."])
+
+
+def write_table(path: Path, text: str) -> None:
+    """Put the table between its two marks in a page; a page without them, or none, becomes the table alone."""
+    begin, end = "<!-- table: scripts/compare_families.py -->", "<!-- end of table -->"
+    page = path.read_text() if path.is_file() else ""
+    before, found, rest = page.partition(begin)
+    after = rest.partition(end)[2] if found else ""
+    with atomic_write(path) as beside:
+        beside.write_text(f"{before if found else ''}{begin}\n\n{text}\n\n{end}{after or chr(10)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

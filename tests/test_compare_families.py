@@ -1,0 +1,30 @@
+"""The table of families: where it goes, what is in it, that every family of it is a config."""
+
+from types import SimpleNamespace
+
+from scripts.compare_families import COLUMNS, FAMILIES, table, write_table
+from tests.conftest import ROOT
+
+
+def test_every_family_is_a_config():
+    assert all((ROOT / "configs/sd-mini" / f"{config}.yaml").is_file() for config, _, _ in FAMILIES.values())
+
+
+def test_the_table_takes_its_place(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Before\n\n<!-- table: scripts/compare_families.py -->\nold\n<!-- end of table -->\n\nafter\n")
+    write_table(page, "new")
+    text = page.read_text()
+    assert text.startswith("# Before\n") and text.endswith("\n\nafter\n") and "new" in text and "old" not in text
+    write_table(page, "newer")
+    assert page.read_text() == text.replace("new", "newer")
+    write_table(tmp_path / "none.md", "new")
+    assert "new" in (tmp_path / "none.md").read_text()
+
+
+def test_rows_are_means_over_subjects():
+    row = dict.fromkeys(COLUMNS, 1.0)
+    options = SimpleNamespace(subjects=["a", "b"], steps=3, seed=1)
+    text = table({"LoRA": [row, {**row, "CLIP-I": 3.0}]}, options)
+    assert "| LoRA | 1 | 1 | 1.0 | 2.000 ± 1.000 | 1.000 ± 0.000 | 1.000 ± 0.000 |" in text
+    assert "2 subjects, 3 steps, seed 1." in text
