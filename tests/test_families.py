@@ -169,6 +169,18 @@ def test_another_base_is_told_and_other_widths_are_refused(tmp_path, caplog):
         files.load(model(), tmp_path / "folder")
 
 
+def test_a_refused_folder_leaves_the_answers_as_they_were(tmp_path):
+    files.save(shake(model([POSITION, family("biases.Biases"), WORD, LORA])), tmp_path / "folder")
+    config = tmp_path / "folder" / "adapter_config.json"
+    told = config.read_text()
+    for old, new in (('"rank": 2', '"rank": 5'), ('"blocks": [', '"blocks": ["nowhere", '), (".to_v.", ".to_w.")):
+        config.write_text(told.replace(old, new))
+        fresh = model()
+        with pytest.raises(InputError):
+            files.load(fresh, tmp_path / "folder")
+        assert torch.equal(answer(fresh.eval(), words_for("")), answer(model(), words_for("")))
+
+
 def test_a_folder_cannot_call_what_is_not_a_family(tmp_path):
     files.save(shake(model([LORA])), tmp_path / "folder")
     config = tmp_path / "folder" / "adapter_config.json"

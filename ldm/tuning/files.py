@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +56,26 @@ def load(model: nn.Module, folder: str | Path, scale: float = 1.0, add: bool = F
     `scale` is its strength: it multiplies the scale of position adapters and of LoRA; base weights that were tuned go
     that share of their way; words have none. A family that the model has already, with the same parameters, is filled
     in, unless `add`: then those of the folder come beside it. Raises `InputError` if the folder does not fit the model,
-    which then is not to be used.
+    which then answers as before.
     """
     folder = Path(folder)
     config = adapter_files.read_config(folder)
     unet = model.model.diffusion_model
+    entries = config.get("families", []) if config else []
+    tensors = read_weights(folder / TUNED) if entries else {}
+    if missing := [name for entry in entries for name in entry["tensors"] if name not in tensors]:
+        raise InputError(f"{folder} is damaged: {TUNED} lacks {missing[0]}")
+    if entries and not model.is_tuned:
+        settle(model)
+    base = set(model.state_dict())
+    added = [_installed(model, entry, tensors, scale, add, str(folder)) for entry in entries]  # changes no answer yet
     if config is None or config["adapters"]:
         unet.load_adapter_from_dir(folder, scale, add)
     else:
         adapter_files.check_base(unet, config, str(folder))
-    entries = config.get("families", []) if config else []
-    tensors = read_weights(folder / TUNED) if entries else {}
-    if entries and not model.is_tuned:
-        settle(model)
-    for entry in entries:
-        if missing := [name for name in entry["tensors"] if name not in tensors]:
-            raise InputError(f"{folder} is damaged: {TUNED} lacks {missing[0]}")
-        _load_family(model, entry, {name: tensors[name] for name in entry["tensors"]}, scale, add, str(folder))
+    for entry, (chosen, own) in zip(entries, added, strict=True):
+        _fill(model, own, [tensors[name] for name in entry["tensors"]], base, scale)
+        model.families += [chosen] if all(chosen is not one for one in model.families) else []
 
 
 def settle(model: nn.Module) -> None:
@@ -84,21 +87,29 @@ def settle(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
-@torch.no_grad()
-def _load_family(
-    model: nn.Module, entry: Mapping[str, Any], tensors: dict[str, Tensor], scale: float, add: bool, source: str
-) -> None:
-    base = model.state_dict()
+def _installed(
+    model: nn.Module, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], scale: float, add: bool, source: str
+) -> tuple[Chosen, dict[str, nn.Parameter]]:
+    """The family of an entry, on the model at this strength but with its start; its parameters in the entry's order."""
     same = [one for one in model.families if (one.target, one.params) == (entry["target"], entry["params"])]
-    if add or not same:
+    if same and not add:
+        chosen = same[0]
+    else:
         chosen = choose({"target": entry["target"], "params": entry["params"]})
         chosen.family.install(model)
-        model.families.append(chosen)
-    else:
-        chosen = same[0]
-    own = _matched(chosen, model, tensors, source)
+    own = _matched(chosen, model, {name: tensors[name] for name in entry["tensors"]}, source)
+    if scale != 1 and hasattr(chosen.family, "strength"):
+        chosen.family.strength(model, scale)
+    return chosen, own
+
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module, own: Mapping[str, nn.Parameter], values: list[Tensor], base: Container[str], scale: float
+) -> None:
+    """Put values into parameters: what tuning added takes them, base weights go a share of their way to them."""
     released = vars(model).setdefault("released_weights", {})  # before anything was loaded onto them
-    for (name, parameter), value in zip(own.items(), tensors.values(), strict=True):
+    for (name, parameter), value in zip(own.items(), values, strict=True):
         value = value.to(parameter.device, parameter.dtype)
         if name not in base or is_added(name):
             parameter.copy_(value)
@@ -106,8 +117,6 @@ def _load_family(
         start = released.setdefault(name, parameter.clone())
         alone = scale == 1 and torch.equal(parameter, start)
         parameter.copy_(value if alone else parameter + scale * (value - start))
-    if scale != 1 and hasattr(chosen.family, "strength"):
-        chosen.family.strength(model, scale)
 
 
 def _matched(chosen: Chosen, model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, nn.Parameter]:
