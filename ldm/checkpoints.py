@@ -299,6 +299,7 @@ def build_model(config: Mapping, ckpt: str | Path | None, random_seed: int | Non
             torch.manual_seed(random_seed or 0)
             model = instantiate_from_config(config["model"])
             fill_zeros(model)
+        reset(model, set(filter(is_adapter, dict(model.named_parameters()))))
     else:
         weights = read_weights(ckpt)
         with skip_init(), base_is_coming():

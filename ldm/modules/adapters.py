@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -102,12 +103,13 @@ def attach_adapters(model: nn.Module, adapter_config: Mapping | None) -> list[st
     `{"transformer_adp_config": [entry, ...], "resblock_adp_config": entry or [entry, ...]}` with entries
     `{type: inout, din, dout, mid_dim, method, scale, init}`. Raises `InputError` naming the key that is wrong.
     """
-    return [
-        name
-        for kind, entries in read_adapter_config(adapter_config).items()
-        for entry in entries
-        for name in attach_one(model, kind, entry)
-    ]
+    with torch.random.fork_rng(devices=[]):  # the base's random start does not depend on its adapters
+        return [
+            name
+            for kind, entries in read_adapter_config(adapter_config).items()
+            for entry in entries
+            for name in attach_one(model, kind, entry)
+        ]
 
 
 def attach_one(model: nn.Module, kind: str, entry: Mapping) -> list[str]:

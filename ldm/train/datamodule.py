@@ -70,16 +70,19 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         train = as_draws(self.datasets["train"], self.seed)
-        pairs = DreamBoothPairs(train, self.datasets["reg"]) if "reg" in self.datasets else train
+        return self.batches_of(DreamBoothPairs(train, self.datasets["reg"]) if "reg" in self.datasets else train)
+
+    def batches_of(self, draws: Dataset) -> DataLoader:
+        """Batches of draws without end, from the one on that comes after those that were drawn before."""
         world = self.trainer.world_size
         batches = ResumableBatches(
             self.batch_size,
             start_batch=self.batches_done,
-            batches_per_epoch=max(1, len(train) // (self.batch_size * world)),
+            batches_per_epoch=max(1, len(draws) // (self.batch_size * world)),
             rank=self.trainer.global_rank,
             world_size=world,
         )
-        return self._loader(pairs, batch_sampler=batches)
+        return self._loader(draws, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._finite("validation")

@@ -42,7 +42,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
     told = OmegaConf.merge(DEFAULTS, stored, {key: value for key, value in asked.items() if value is not None})
     config = OmegaConf.merge(config, {"dreambooth": told})
     concepts.fill_in_words(config, options)
-    if is_custom := has_concepts(config):
+    if has_concepts(config):
         concepts.fill_in(config, told)
     else:
         fill_in_pictures(config, told, options.num_class_images)
@@ -50,16 +50,22 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         config = OmegaConf.merge(
             config, {"lightning": {"trainer": chosen_devices(config, options.gpus, trainer_options)}}
         )
+    return as_run(config, folder or new_folder(options), checkpoint, options.debug)
+
+
+def as_run(config: DictConfig, folder: Path, checkpoint: Path | None = None, debug: bool = False) -> Run:
+    """The run of a config that is complete: as planned, or as stored in a run's folder."""
+    told, is_custom = config.dreambooth, has_concepts(config)
     train = {} if is_custom else config.data.params.train.get("params", {})
     named = train.get("identifier") or train.get("placeholder_token", "sks")
     return Run(
         config=config,
-        folder=folder or new_folder(options),
+        folder=folder,
         base=told.get("base"),
         resume=checkpoint,
         seed=told.seed,
         scale_lr=told.scale_lr,
-        debug=options.debug,
+        debug=debug,
         cache=told.cache,
         base_precision=told.base_precision,
         notes={

@@ -78,16 +78,20 @@ def parser(description: str) -> Parser:
     return p
 
 
-def dreambooth_parser(description: str) -> Parser:
-    """The options of `main_dream_booth.py`: those of every training and those of DreamBooth."""
+def dreambooth_parser(description: str, several: bool = False) -> Parser:
+    """The options of `main_dream_booth.py`: those of every training and those of DreamBooth.
+
+    With `several`, those that say what the subject is take a list.
+    """
     p = parser(description)
+    each = {"nargs": "+"} if several else {}
     subject = p.add_argument_group("DreamBooth")
     subject.add_argument(
         "--actual_resume", metavar="CKPT", help="the base model (default: the one that the config names)"
     )
-    subject.add_argument("--data_root", metavar="DIR", help="photographs of the subject")
-    subject.add_argument("--reg_data_root", metavar="DIR", help="pictures of its class, for prior preservation")
-    subject.add_argument("--class_word", help="what the subject is (default dog)")
+    subject.add_argument("--data_root", metavar="DIR", help="photographs of the subject", **each)
+    subject.add_argument("--reg_data_root", metavar="DIR", help="pictures of its class, for prior preservation", **each)
+    subject.add_argument("--class_word", help="what the subject is (default dog)", **each)
     subject.add_argument("--num_class_images", type=int, default=0, metavar="N",
                          help="fill --reg_data_root up to N pictures by sampling the base model first")  # fmt: skip
     subject.add_argument("--datadir_in_name", type=boolean, nargs="?", const=True, default=True,

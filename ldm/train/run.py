@@ -26,6 +26,7 @@ from ldm.generate import Settings, fill_class_folder
 from ldm.modules.adapter_files import half_base
 from ldm.train import caches
 from ldm.train.callbacks import EpochReport, ImageLogger
+from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.resume import RandomStates, SafeCheckpointIO, SaveRun
 from ldm.util import (
     InputError,
@@ -196,10 +197,9 @@ def make_loggers(run: Run) -> Any:
         return instantiate_from_config(config, **extra)
 
 
-def make_callbacks(run: Run) -> list[pl.Callback]:
+def make_callbacks(run: Run, saver: SaveRun) -> list[pl.Callback]:
     """The config's callbacks and those that every run has."""
     section = run.config.get("lightning", {})
-    every = (section.get("modelcheckpoint") or {}).get("params", {}).get("every_n_train_steps", 500)
     callbacks = [instantiate_from_config(config) for config in (section.get("callbacks") or {}).values() if config]
     for callback in callbacks:
         if isinstance(callback, ImageLogger):
@@ -207,10 +207,16 @@ def make_callbacks(run: Run) -> list[pl.Callback]:
     often = 10 if torch.cuda.is_available() else 1  # to show the loss is to wait for the device
     progress = TQDMProgressBar(refresh_rate=often if sys.stderr.isatty() else 50)
     own = [RandomStates(), EpochReport(), LearningRateMonitor("step"), progress]
-    return [*callbacks, *own, SaveRun(run.checkpoints, every, run.notes)]
+    return [*callbacks, *own, saver]
 
 
-def make_trainer(run: Run, automatic: bool = True) -> pl.Trainer:
+def checkpoint_every(config: DictConfig) -> int:
+    """The steps between checkpoints."""
+    section = config.get("lightning", {}).get("modelcheckpoint") or {}
+    return section.get("params", {}).get("every_n_train_steps", 500)
+
+
+def make_trainer(run: Run, saver: SaveRun, automatic: bool = True) -> pl.Trainer:
     """Lightning's Trainer. Raises `InputError` for options that contradict each other or the machine."""
     options = {"num_sanity_val_steps": 0, "log_every_n_steps": 10} | trainer_options(run, automatic)
     try:
@@ -218,7 +224,7 @@ def make_trainer(run: Run, automatic: bool = True) -> pl.Trainer:
             **options,
             use_distributed_sampler=False,
             logger=make_loggers(run),
-            callbacks=make_callbacks(run),
+            callbacks=make_callbacks(run, saver),
             plugins=[SafeCheckpointIO()],
             enable_model_summary=False,
         )
@@ -243,18 +249,25 @@ def prepare_class_pictures(run: Run, model: Any, folder: Path, prompt: str, numb
 
 def train(run: Run, model: pl.LightningModule) -> pl.Trainer:
     """Train `model` as the config says; the trainer, when it is done or was asked to stop."""
-    trainer = make_trainer(run, model.automatic_optimization)
-    pl.seed_everything(run.seed + trainer.global_rank, verbose=False)  # other noise in every process
-    model.learning_rate = learning_rate(run, trainer.world_size)
     data = instantiate_from_config(run.config.data)
+    return fit(run, model, data, model, SaveRun(run.checkpoints, checkpoint_every(run.config), run.notes))
+
+
+def fit(
+    run: Run, module: pl.LightningModule, data: DataModuleFromConfig, base: pl.LightningModule, saver: SaveRun
+) -> pl.Trainer:
+    """Train `module`, which is `base` or trains adapters of it, on `data`."""
+    trainer = make_trainer(run, saver, module.automatic_optimization)
+    pl.seed_everything(run.seed + trainer.global_rank, verbose=False)  # other noise in every process
+    module.learning_rate = learning_rate(run, trainer.world_size)
     if run.base_precision != "fp32":
-        half_base(model.model.diffusion_model, PRECISIONS[run.base_precision])
+        half_base(base.model.diffusion_model, PRECISIONS[run.base_precision])
     write_configs(run)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info("%s: %s weights learn, learning rate %g", run.folder, f"{count:,}", model.learning_rate)
+    count = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    log.info("%s: %s weights learn, learning rate %g", run.folder, f"{count:,}", module.learning_rate)
     try:
-        with caches.encoded(model, data, run.cache, trainer.strategy.root_device):
-            trainer.fit(model, data, ckpt_path=str(run.resume) if run.resume else None)
+        with caches.encoded(base, data, run.cache, trainer.strategy.root_device):
+            trainer.fit(module, data, ckpt_path=str(run.resume) if run.resume else None)
     except Exception:
         if run.debug and trainer.is_global_zero:
             pdb.post_mortem()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
-from functools import reduce
 from typing import Any
 
 import pytorch_lightning as pl
@@ -252,7 +251,9 @@ class DDPM(pl.LightningModule):
     def losses(self, batches: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """The loss of each batch, from one call of the UNet for all of them."""
         drawn = [self.draw(batch) for batch in batches]
-        return self.losses_of(drawn, [mask_of(batch, x.shape[2:]) for batch, (x, *_) in zip(batches, drawn, strict=True)])
+        return self.losses_of(
+            drawn, [mask_of(batch, x.shape[2:]) for batch, (x, *_) in zip(batches, drawn, strict=True)]
+        )
 
     def losses_of(
         self, drawn: Sequence[tuple[Tensor, Any, Tensor, Tensor]], masks: Sequence[Tensor | None] | None = None
@@ -262,7 +263,7 @@ class DDPM(pl.LightningModule):
             raise InputError(
                 "pictures of the subject and of its class must have one size; set data.params.*.params.size"
             )
-        x_start, cond, t, noise = (reduce(_join, column) for column in zip(*drawn, strict=True))
+        x_start, cond, t, noise = (_join(*column) for column in zip(*drawn, strict=True))
         predicted = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
         sizes = [len(x) for x, *_ in drawn]
         columns = [column.split(sizes) for column in (predicted, x_start, noise, t)]
@@ -514,5 +515,5 @@ def fixed_draws(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _join(first: Any, second: Any) -> Any:
-    return None if first is None else batched(first, second)
+def _join(*parts: Any) -> Any:
+    return None if parts[0] is None else batched(*parts)

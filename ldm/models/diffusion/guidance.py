@@ -32,21 +32,23 @@ def guided(apply_model: Callable[[Tensor, Tensor, Any], Tensor], cond: Any, unco
     return denoise
 
 
-def batched(first: Any, second: Any) -> Any:
-    """Two conditionings of the same form as one: tensors joined along the batch, lists and dicts entry by entry."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        if first.shape != second.shape:
+def batched(*parts: Any) -> Any:
+    """Conditionings of the same form as one: tensors joined along the batch, lists and dicts entry by entry."""
+    first, *others = parts
+    if all(isinstance(part, Tensor) for part in parts):
+        if any(part.shape != first.shape for part in others):
+            shapes = " and ".join(str(list(part.shape)) for part in parts)
             raise InputError(
-                f"unconditional_conditioning has shape {list(first.shape)}, the conditioning {list(second.shape)}: "
+                f"unconditional_conditioning and conditioning have the shapes {shapes}: "
                 "guidance needs the same shape, so encode as many empty prompts as there are prompts"
             )
-        return torch.cat([first, second])
-    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
-        return {key: batched(first[key], second[key]) for key in second}
-    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
-        return [batched(a, b) for a, b in zip(first, second, strict=True)]
+        return torch.cat(parts)
+    if all(isinstance(part, dict) and part.keys() == first.keys() for part in parts):
+        return {key: batched(*(part[key] for part in parts)) for key in first}
+    if all(isinstance(part, (list, tuple)) and len(part) == len(first) for part in parts):
+        return [batched(*entries) for entries in zip(*parts, strict=True)]
     raise InputError(
-        f"unconditional_conditioning is {_form(first)}, the conditioning is {_form(second)}: "
+        f"unconditional_conditioning is {_form(first)}, the conditioning is {_form(parts[-1])}: "
         "guidance needs the same form for both"
     )
 

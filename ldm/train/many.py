@@ -1,0 +1,255 @@
+"""Several DreamBooth trainings at once over one copy of the frozen base, with one call of the UNet for all of them.
+
+Each training has its own pictures, random draws, learning rate and share of the batch, so that its adapters become what
+they would have become alone, up to rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.checkpoints import atomic_write, save_json, save_safetensors
+from ldm.data.dreambooth import DreamBoothPairs
+from ldm.models.diffusion.losses import dreambooth_loss
+from ldm.modules import adapter_files
+from ldm.modules.adapters import read_adapter_config
+from ldm.modules.shares import attach_shares
+from ldm.train import dreambooth
+from ldm.train import run as runs
+from ldm.train.datamodule import DataModuleFromConfig
+from ldm.train.resume import SaveRun
+from ldm.train.run import Run
+from ldm.util import InputError, instantiate_from_config, load_config, parse_overrides, plain
+
+log = logging.getLogger(__name__)
+
+ADAPTERS = "model.params.unet_config.params.adapter_config"
+
+
+class ManyRuns(pl.LightningModule):
+    """K trainings as one module: `model` is the base, `configs` the adapters of each, `rates` their learning rates."""
+
+    strict_loading = False
+    is_tuned = False  # folders are written for each training, see `SaveMany`
+
+    def __init__(self, model: Any, configs: Sequence[dict], rates: Sequence[float], seeds: Sequence[int]) -> None:
+        super().__init__()
+        self.model, self.rates = model, rates
+        self.names = attach_shares(model.model.diffusion_model, configs, seeds)
+        model.requires_grad_(False)
+        for own in self.own():
+            for parameter in own.values():
+                parameter.requires_grad_(True)
+        self.states = [torch.Generator().manual_seed(seed).get_state() for seed in seeds]  # as each has them alone
+
+    def own(self) -> list[dict[str, nn.Parameter]]:
+        """What each training lets learn, by the names that it would have alone."""
+        parameters = dict(self.model.model.diffusion_model.named_parameters())
+        return [{alone: parameters[here] for here, alone in names.items()} for names in self.names]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        drawn = [terms for number, pair in enumerate(batch) for terms in self._draw(number, pair)]
+        losses = iter(self.model.losses_of(drawn))
+        total = torch.zeros((), device=self.device)
+        for number, pair in enumerate(batch):
+            (loss, _), *prior = [next(losses) for _ in pair]
+            self.log(f"train/loss_{number}", loss, batch_size=1)
+            for prior_loss, _ in prior:
+                loss = dreambooth_loss(loss, prior_loss, self.model.reg_weight)
+            total = total + loss
+        self.log("loss", total.detach() / len(batch), prog_bar=True, logger=False, batch_size=1)
+        return total
+
+    def _draw(self, number: int, pair: Sequence[Any]) -> list[tuple]:
+        """The draws of one training, from its own stream of random numbers."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.states[number])
+            drawn = [self.model.draw(part) for part in pair]
+            self.states[number] = torch.get_rng_state()
+        return drawn
+
+    def learning(self) -> dict[str, nn.Parameter]:
+        return {f"{number}.{name}": p for number, own in enumerate(self.own()) for name, p in own.items()}
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": list(own.values()), "lr": rate} for own, rate in zip(self.own(), self.rates, strict=True)]
+        return instantiate_from_config(self.model.optimizer_config, params=groups, lr=self.rates[0])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name: p.detach() for name, p in self.learning().items()}
+        checkpoint["random_streams"] = self.states
+
+    def load_state_dict(self, state: dict[str, Tensor], **_: Any) -> None:
+        with torch.no_grad():
+            for name, parameter in self.learning().items():
+                parameter.copy_(state[name])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.states = checkpoint["random_streams"]
+        if checkpoint["state_dict"].keys() != self.learning().keys():
+            raise InputError("the checkpoint is of other trainings; resume with the same configs and subjects")
+
+
+class SideBySide(Dataset):
+    """Draw k of every set, as a tuple."""
+
+    def __init__(self, sets: Sequence[DreamBoothPairs]) -> None:
+        self.sets = sets
+
+    def __len__(self) -> int:
+        return min(map(len, self.sets))
+
+    def __getitem__(self, k: int) -> tuple:
+        return tuple(pairs[k] for pairs in self.sets)
+
+
+class ManyData(DataModuleFromConfig):
+    """The pictures of several trainings."""
+
+    def __init__(self, parts: Sequence[DataModuleFromConfig]) -> None:
+        super().__init__(parts[0].batch_size, num_workers=parts[0].num_workers, seed=parts[0].seed)
+        self.parts = parts
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.datasets:
+            return
+        for number, part in enumerate(self.parts):
+            part.setup(stage)
+            for name in ("train", "reg"):
+                if name in part.datasets:
+                    self.datasets[f"{name} {number}"] = part.datasets[name]
+
+    def train_dataloader(self) -> DataLoader:
+        sets = [
+            DreamBoothPairs(self.datasets[f"train {number}"], self.datasets.get(f"reg {number}"))
+            for number in range(len(self.parts))
+        ]
+        return self.batches_of(SideBySide(sets))
+
+
+class SaveMany(SaveRun):
+    """Writes a folder of adapters for each training, and one `last.ckpt` for all."""
+
+    def __init__(self, parts: Sequence[Run], folder: Path, every_n_train_steps: int) -> None:
+        super().__init__(folder, every_n_train_steps)
+        self.parts = parts
+
+    def save(self, trainer: pl.Trainer, module: ManyRuns) -> None:
+        if trainer.is_global_zero:
+            for part, own in zip(self.parts, module.own(), strict=True):
+                self._write(part, module.model.model.diffusion_model, own)
+        super().save(trainer, module)
+
+    def _write(self, part: Run, unet: nn.Module, own: dict[str, nn.Parameter]) -> None:
+        about = adapter_files.about(unet, entries_of(adapters_of(part.config), own), {"step": self.step, **part.notes})
+        with atomic_write(part.checkpoints / f"{self.step}-adapters") as beside:
+            beside.mkdir()
+            save_safetensors(beside / adapter_files.TENSORS, own)
+            save_json(beside / adapter_files.CONFIG, about)
+
+
+def entries_of(config: dict[str, list[dict]], own: dict[str, Any]) -> list[dict[str, Any]]:
+    """The adapters of one training as `adapter_files.describe` would tell them if it were alone."""
+    first = {"transformer_adp_config": "adapter_inout", "resblock_adp_config": "adapter"}
+    told = []
+    for kind, entries in config.items():
+        for place, entry in enumerate(entries):
+            name = first[kind] + (f"_{place}" if place else "")
+            blocks = list(dict.fromkeys(key.split(f".{name}.")[0] for key in own if f".{name}." in key))
+            entry = {key: value for key, value in entry.items() if key != "type"}
+            told.append({"kind": kind, "name": name, **entry, "blocks": blocks})
+    return told
+
+
+def adapters_of(config: DictConfig) -> dict[str, list[dict]]:
+    """The checked adapters of a training's config. Raises `InputError` if it tunes anything else."""
+    params = config.model.params
+    levels = plain(params.get("train_level")) or []
+    if (levels if isinstance(levels, list) else [levels]) != ["adapter"] or params.get("tuning"):
+        raise InputError("only position adapters train side by side: train_level must be [adapter], without tuning")
+    adapters = read_adapter_config(OmegaConf.select(config, ADAPTERS))
+    if not adapters:
+        raise InputError("a config without adapter_config has nothing to train; name a configs/*/<input>-<output>.yaml")
+    return adapters
+
+
+def without(config: DictConfig) -> dict[str, Any]:
+    """What all trainings must have in common: the model but for its adapters, and how it is trained."""
+    common = copy.deepcopy(plain(config))
+    common["model"]["params"]["unet_config"]["params"].pop("adapter_config", None)
+    for key in ("base_learning_rate",):
+        common["model"].pop(key, None)
+    told = {key: common["dreambooth"].get(key) for key in ("base", "cache", "base_precision")}
+    return {"model": common["model"], "batch_size": common["data"]["params"]["batch_size"], **told}
+
+
+def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> tuple[list[Run], Path]:
+    """Every config on every subject, and the folder that they lie in. Raises `InputError`."""
+    if options.resume:
+        folder = Path(options.resume)
+        stored = sorted(folder.glob("*/configs/project.yaml"))
+        if not stored or not (folder / "checkpoints" / "last.ckpt").is_file():
+            raise InputError(f"cannot resume {folder}: expected a folder of train_many.py with checkpoints/last.ckpt")
+        changed = OmegaConf.merge({"lightning": {"trainer": trainer_options}}, parse_overrides(overrides))
+        return [dreambooth.as_run(OmegaConf.merge(load_config(p), changed), p.parent.parent) for p in stored], folder
+    if not options.base or not options.data_root:
+        raise InputError("nothing to train: name configs with --base and folders of photographs with --data_root")
+    subjects = list(
+        zip(*(_for_each(options, name) for name in ("data_root", "reg_data_root", "class_word")), strict=True)
+    )
+    folder = runs.new_folder(options.logdir, options.project, "", options.name or "many", options.postfix)
+    parts = []
+    for config in options.base:
+        for data, reg, word in subjects:
+            own = argparse.Namespace(**vars(options))
+            own.base, own.data_root, own.reg_data_root, own.class_word = [config], data, reg, word
+            part = dreambooth.plan(own, trainer_options, overrides)
+            part.folder = folder / f"{len(parts):03}_{Path(config).stem}_{Path(data).resolve().name}"
+            parts.append(part)
+    return parts, folder
+
+
+def _for_each(options: argparse.Namespace, name: str) -> list[str | None]:
+    """One value for each subject: as many as there are, or the only one for all."""
+    values, count = getattr(options, name) or [None], len(options.data_root)
+    if len(values) not in (1, count):
+        raise InputError(
+            f"{len(values)} times --{name} for {count} times --data_root; give one for each, or one for all"
+        )
+    return values if len(values) == count else values * count
+
+
+def train(parts: list[Run], folder: Path) -> pl.Trainer:
+    """Train all of `parts`, whose folders lie in `folder`. Raises `InputError` if they do not have one base."""
+    first = parts[0]
+    configs = [adapters_of(part.config) for part in parts]
+    for part in parts[1:]:
+        if without(part.config) != without(first.config):
+            names = f"{part.folder.name} and {first.folder.name}"
+            raise InputError(f"{names} differ in more than adapters, pictures and learning rates")
+    shared = copy.deepcopy(first.config)
+    OmegaConf.update(shared, ADAPTERS, None, merge=False)
+    last = folder / "checkpoints" / "last.ckpt"
+    group = Run(
+        config=shared, folder=folder, base=first.base, resume=last if last.is_file() else None, seed=first.seed,
+        debug=first.debug, base_precision=first.base_precision, cache=first.cache,
+    )  # fmt: skip
+    model = runs.base_model(group)
+    for part in parts:
+        runs.write_configs(part)
+    rates = [runs.learning_rate(part, 1) for part in parts]
+    module = ManyRuns(model, configs, rates, [part.seed for part in parts])
+    data = ManyData([instantiate_from_config(part.config.data) for part in parts])
+    every = runs.checkpoint_every(first.config)
+    return runs.fit(group, module, data, base=model, saver=SaveMany(parts, group.checkpoints, every))

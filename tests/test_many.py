@@ -1,0 +1,84 @@
+"""Trainings side by side over one base become what they become alone."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm.util import InputError
+from tests.runs import TINY, differences, find_run, last, pictures, train
+
+QUIET = ["--accelerator", "cpu", "lightning.callbacks.image_logger.params.disabled=true"]
+
+
+def main(*words):
+    from scripts.train_many import main
+
+    main([str(word) for word in words])
+
+
+@pytest.fixture
+def work(tmp_path):
+    for name, count, seed in (("photos", 4, 0), ("other", 3, 5), ("class", 3, 1)):
+        pictures(tmp_path / name, count, seed)
+    other = tmp_path / "wide.yaml"
+    adapters = "[{din: attn1i, dout: transo, mid_dim: 5, scale: 0.5}, {din: attn2o, dout: ffni, mid_dim: 3}]"
+    other.write_text(
+        f"defaults: {TINY}\nmodel: {{base_learning_rate: 3.0e-3, params: {{unet_config: {{params: {{adapter_config: "
+        f"{{transformer_adp_config: {adapters}, resblock_adp_config: {{din: resi, dout: reso, mid_dim: 2}}}}}}}}}}}}\n"
+    )
+    return tmp_path
+
+
+def arguments(work, *more):
+    return [
+        "-t", "--base", TINY, work / "wide.yaml", "--data_root", work / "photos", work / "other", "--class_word", "dog",
+        "--reg_data_root", work / "class", "--logdir", work / "logs", *QUIET, *more,
+    ]  # fmt: skip
+
+
+def test_each_becomes_what_it_becomes_alone(work):
+    # Not AdamW: a bias that the next norm takes out has no gradient but rounding, of which AdamW makes a whole step.
+    plain = "model.params.optimizer_config={target: torch.optim.SGD}"
+    main(*arguments(work, "-n", "many", "--max_steps", 5, plain))
+    folders = sorted(find_run(work, "many").glob("0*"))
+    assert [f.name.split("_", 1)[1] for f in folders] == ["tiny_photos", "tiny_other", "wide_photos", "wide_other"]
+    for folder in folders:
+        config, subject = folder.name.split("_")[1:]
+        path = {"tiny": TINY, "wide": work / "wide.yaml"}[config]
+        more = ["--data_root", work / subject, "--reg_data_root", work / "class", "--max_steps", 5, *QUIET, plain]
+        alone = train(work, f"alone-{config}-{subject}", *more, config=path)
+        here, there = (f / "checkpoints" / "5-adapters" for f in (folder, alone))
+        ours, theirs = (load_file(f / "adapters.safetensors") for f in (here, there))
+        assert ours.keys() == theirs.keys()
+        assert max(v.abs().max() for n, v in theirs.items() if ".adp.2." in n) > 3e-5  # they start at zero
+        assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+        about, expected = (json.loads((f / "adapter_config.json").read_text()) for f in (here, there))
+        assert about == expected
+
+
+def test_they_resume_exactly(work):
+    main(*arguments(work, "-n", "whole", "--max_steps", 4))
+    main(*arguments(work, "-n", "parts", "--max_steps", 2))
+    main("-t", "-r", find_run(work, "parts"), "--max_steps", 4)
+    assert differences(last(find_run(work, "whole")), last(find_run(work, "parts"))) == []
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["model.params.train_level=[unet]"], "only position adapters train side by side"),
+        (["--class_word", "dog", "cat", "cow"], "3 times --class_word for 2 times --data_root"),
+    ],
+)
+def test_what_cannot_be_trained_so_is_refused(work, more, message):
+    with pytest.raises(InputError, match=message):
+        main(*arguments(work, *more))
+
+
+def test_different_models_are_refused(work):
+    other = work / "deeper.yaml"
+    other.write_text(f"defaults: {TINY}\nmodel: {{params: {{unet_config: {{params: {{num_res_blocks: 2}}}}}}}}\n")
+    with pytest.raises(InputError, match="differ in more than adapters"):
+        main(*arguments(work), "--base", other)
