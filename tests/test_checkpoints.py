@@ -194,7 +194,7 @@ def test_half_precision_files(base, tmp_path):
 def test_a_random_base_is_the_same_every_time():
     first, second = (build_model(load_config(TINY), None, random_seed=3) for _ in range(2))
     other = build_model(load_config(TINY), None, random_seed=4)
-    assert same(first.state_dict(), second.state_dict())
+    assert same(*({n: v for n, v in m.state_dict().items() if not is_adapter(n)} for m in (first, second)))
     assert not torch.equal(first.model.diffusion_model.out[2].weight, other.model.diffusion_model.out[2].weight)
     assert first.model.diffusion_model.out[2].weight.any()  # zero layers would block every gradient
 

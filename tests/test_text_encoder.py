@@ -11,14 +11,21 @@ from ldm.modules.encoders.tokens import read_embeddings
 from ldm.util import InputError
 from tests.conftest import ROOT
 
-MINI = "models/sd-mini/clip"
+MINI = ROOT / "models/sd-mini/clip"
 OLD = "transformer.text_model."
 
 
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    """The small encoder's folder without its weights."""
+    folder = tmp_path_factory.mktemp("mini") / "clip"
+    return str(shutil.copytree(MINI, folder, ignore=shutil.ignore_patterns("*.safetensors")))
+
+
 @pytest.fixture
-def encoder():
+def encoder(mini):
     torch.manual_seed(0)
-    return FrozenCLIPEmbedder(MINI, max_length=16)
+    return FrozenCLIPEmbedder(mini, max_length=16)
 
 
 def test_released_names(encoder):
@@ -28,26 +35,26 @@ def test_released_names(encoder):
 
 
 @pytest.mark.parametrize("spelling", ["released", "present-day"])
-def test_both_spellings_are_read(encoder, spelling):
+def test_both_spellings_are_read(encoder, mini, spelling):
     state = {name: value.clone() for name, value in encoder.state_dict().items()}
     if spelling == "present-day":
         state = {
             name.replace(OLD, "transformer."): value for name, value in state.items() if "position_ids" not in name
         }
     torch.manual_seed(1)
-    other = FrozenCLIPEmbedder(MINI, max_length=16)
+    other = FrozenCLIPEmbedder(mini, max_length=16)
     assert not torch.equal(other("a dog"), encoder("a dog"))
     result = other.load_state_dict(state)
     assert not result.missing_keys and not result.unexpected_keys
     assert torch.equal(other("a dog"), encoder("a dog"))
 
 
-def test_prompts(encoder):
+def test_prompts(encoder, mini):
     hidden = encoder(["photo of a sks dog", ""])
     assert hidden.shape == (2, 16, 128) and not hidden.requires_grad
     assert torch.equal(encoder.encode("photo of a sks dog")[0], hidden[0])
     ids = encoder.tokenize("word " * 100)
-    assert FrozenCLIPEmbedder(MINI).tokenize("a dog").shape == (1, 32)  # no more than it takes
+    assert FrozenCLIPEmbedder(mini).tokenize("a dog").shape == (1, 32)  # no more than it takes
     assert ids.shape == (1, 16) and ids[0, -1] == encoder.tokenizer.eos_token_id  # cut, but ended
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.transformer.training
 
@@ -99,12 +106,12 @@ def test_files_of_textual_inversion(tmp_path):
 
 def test_no_tokenizer_is_told_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    shutil.copy(ROOT / MINI / "config.json", tmp_path)
+    shutil.copy(MINI / "config.json", tmp_path)
     encoder = FrozenCLIPEmbedder(str(tmp_path), max_length=16)  # the model can be built without it
     with pytest.raises(InputError, match="put its vocab.json and merges.txt into models/") as error:
         encoder("a dog")
     assert "\n" not in str(error.value)
-    assert FrozenCLIPEmbedder(str(tmp_path), max_length=16, tokenizer=MINI)("a dog").shape == (1, 16, 128)
+    assert FrozenCLIPEmbedder(str(tmp_path), max_length=16, tokenizer=str(MINI))("a dog").shape == (1, 16, 128)
 
 
 def test_an_unknown_encoder():
