@@ -1,0 +1,66 @@
+"""The diffusion process: its constants as buffers, what it does to data, and its posterior (arXiv 2006.11239)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.diffusion.schedule import ddpm_buffers
+from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
+
+
+class DiffusionProcess(nn.Module):
+    """Section 2 of the paper as methods. All tensors are [b, c, h, w], steps t are [b].
+
+    Subclasses set `v_posterior` and `parameterization` before they call `register_schedule`.
+    """
+
+    v_posterior = 0.0
+    parameterization = "eps"
+
+    def register_schedule(
+        self,
+        given_betas: Any = None,
+        beta_schedule: str = "linear",
+        timesteps: int = 1000,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+    ) -> None:
+        """Register the constants of the diffusion process as buffers."""
+        if given_betas is None:
+            given_betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        buffers = ddpm_buffers(given_betas, self.v_posterior, self.parameterization)
+        self.num_timesteps = len(buffers["betas"])
+        for name, value in buffers.items():
+            self.register_buffer(name, value, persistent=name != "lvlb_weights")
+
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        return extract_into_tensor(getattr(self, name), t, like.shape)
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of q(x_t | x_0), eq. 4."""
+        mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
+        variance = 1.0 - self._at("alphas_cumprod", t, x_start)
+        return mean, variance, self._at("log_one_minus_alphas_cumprod", t, x_start)
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, eq. 4."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        signal = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
+        return signal + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_0 from x_t and its noise, eq. 4 solved for x_0."""
+        return (
+            self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
+            - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * noise
+        )
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), eqs. 6 and 7."""
+        mean = self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
+        variance = self._at("posterior_variance", t, x_t)
+        return mean, variance, self._at("posterior_log_variance_clipped", t, x_t)
