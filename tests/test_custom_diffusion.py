@@ -340,6 +340,30 @@ def test_two_concepts_stop_and_go_on_without_a_trace(work):
     assert not torch.equal(runs.pixels(tuned), runs.pixels(base))
 
 
+def test_a_delta_draws_what_our_folder_draws(work):
+    """The published files for sampling: `--delta_ckpt`, whose rows `--modifier_token` names, compressed or not."""
+    made = run(work, "delta", "custom-diffusion-addtoken", *concept(work), "--init_word", "dog", "--max_steps", 2,
+               "model.base_learning_rate=0.02")  # fmt: skip
+    folder = made / "checkpoints" / "2-adapters"
+    held = load_file(folder / "tuned.safetensors")
+    rows = torch.cat([held.pop(name) for name in list(held) if ".new_tokens." in name])
+    torch.save({"state_dict": held | {"embed": rows}}, work / "delta.ckpt")
+    sampling = work / "one.yaml"
+    sampling.write_text(f"defaults: [{ROOT}/configs/sd-mini/custom-diffusion-addtoken.yaml, small.yaml]\n")
+    how = {"config": sampling}
+    prompt = ["--prompt", "a <new1> dog", "--n_iter", 1]
+    delta = ["--delta_ckpt", work / "delta.ckpt", "--modifier_token", "<new1>", "--compress"]
+    pictures = {
+        "folder": runs.sample(work / "a", *prompt, "--adapter_path", folder, **how),
+        "delta": runs.sample(work / "b", *prompt, *delta, **how),
+        "half": runs.sample(work / "c", *prompt, *delta, "--adapter_scale", 0.5, **how),
+        "base": runs.sample(work / "d", *prompt, **how),
+    }
+    drawn = {name: runs.pixels(paths[0]) for name, paths in pictures.items()}
+    assert (drawn["folder"] - drawn["delta"]).abs().max() <= 1
+    assert not torch.equal(drawn["delta"], drawn["half"]) and not torch.equal(drawn["half"], drawn["base"])
+
+
 def test_the_options_of_dreambooth_are_one_concept(work):
     roots = ["--data_root", work / "dog", "--reg_data_root", work / "filled", "--class_word", "dog"]
     one = run(work, "one", "custom-diffusion-addtoken", *roots, "--num_class_images", 2, "--max_steps", 1)
