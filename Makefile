@@ -25,13 +25,14 @@ demo: .venv/runtime.stamp  ## train an adapter on a few photographs, sample with
 
 test: .venv/test.stamp  ## check the style, then run all tests
 	.venv/bin/ruff check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 lint: .venv/test.stamp  ## check the style and mend what can be mended
 	.venv/bin/ruff check --fix .
 
 bench: .venv/bench.stamp  ## measure against peers in the same run
-	for file in benchmarks/*.py; do $(PY) $$file || exit 1; done
+	for name in load train_step caches sample scaling; do $(PY) benchmarks/$$name.py || exit 1; done
+	$(PY) benchmarks/train_step.py --precision bf16
 
 clean:  ## remove the environment and everything that tests and builds leave; logs and outputs stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,95 @@
+"""How the cost of a training step of the small model grows: with resolution, batch, adapters and trainings at once.
+
+    python benchmarks/scaling.py
+
+Prints for each the time of a step, the exponent of the fitted power law, and for K trainings side by side the ratio to
+K trainings one after the other, which is its peer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+
+import torch
+from common import machine, parser, timed
+
+from ldm.modules.adapters import read_adapter_config
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.shares import attach_shares
+from ldm.util import find_file, load_config, plain
+
+CONFIG = "configs/sd-mini/attn2o-ffni.yaml"
+ROUTES = ("attn2o-ffni", "attn1i-transo", "ffni-transo", "attn1o-attn2i", "attn2i-ffni", "ffno-transo", "attn1i-ffni")
+
+
+def entries(count: int) -> list[dict]:
+    """That many adapters, on different routes."""
+    routes = [ROUTES[i % len(ROUTES)].split("-") for i in range(count)]
+    return [{"din": reads, "dout": writes, "mid_dim": 24} for reads, writes in routes]
+
+
+def step_of(latent: int = 16, batch: int = 2, adapters: int = 1, trainings: int = 1) -> Callable[[], None]:
+    """A step of the small model's UNet with everything frozen but adapters."""
+    params = plain(load_config(find_file(CONFIG)).model.params.unet_config.params) | {"adapter_config": None}
+    unet = UNetModel(**params)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    unet.requires_grad_(False)
+    frozen = {id(p) for p in unet.parameters()}
+    config = read_adapter_config({"transformer_adp_config": entries(adapters)})
+    attach_shares(unet, [config] * trainings, seeds=range(trainings))
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if id(p) not in frozen], lr=1e-4)
+    x = torch.randn(batch * trainings, 4, latent, latent)
+    context, t = torch.randn(len(x), 32, params["context_dim"]), torch.arange(len(x))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        unet(x, t, context).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+SERIES = {
+    "latent": [8, 16, 32],
+    "batch": [2, 4, 8, 16],
+    "adapters": [1, 2, 4, 7],
+    "trainings": [1, 2, 4, 8],
+}
+
+
+def exponent(sizes: list[int], seconds: list[float]) -> float:
+    """The slope of log(seconds) over log(size), by least squares."""
+    xs, ys = [math.log(s) for s in sizes], [math.log(s) for s in seconds]
+    x, y = statistics.mean(xs), statistics.mean(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+
+
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    torch.set_num_threads(options.threads)
+    result = {}
+    for name, sizes in SERIES.items():
+        seconds = [statistics.median(timed(step_of(**{name: size}), options.repeats, warm_up=2)) for size in sizes]
+        result[name] = {"sizes": sizes, "seconds": seconds, "exponent": exponent(sizes, seconds)}
+    one_by_one = [size * result["trainings"]["seconds"][0] for size in result["trainings"]["sizes"]]
+    result["trainings"]["ratio to one after the other"] = [
+        s / peer for s, peer in zip(result["trainings"]["seconds"], one_by_one, strict=True)
+    ]
+    if options.json:
+        print(json.dumps({"machine": machine(), **result}))
+        return
+    print(machine())
+    print("| what grows | sizes | ms per step | exponent | ratio to one after the other |")
+    print("| --- | --- | --- | ---: | --- |")
+    for name, row in result.items():
+        cells = [", ".join(map(str, row["sizes"])), ", ".join(f"{1000 * s:.0f}" for s in row["seconds"])]
+        ratios = ", ".join(f"{r:.2f}" for r in row.get("ratio to one after the other", []))
+        print(f"| {name} | {cells[0]} | {cells[1]} | {row['exponent']:.2f} | {ratios} |")
+
+
+if __name__ == "__main__":
+    main()
