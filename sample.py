@@ -59,7 +59,6 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     if options.laion400m:
         options.config = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
-        options.ckpt = options.ckpt or "models/ldm/text2img-large/model.ckpt"
     check(options)
     prompts = read_prompts(options)
 

@@ -109,13 +109,16 @@ def comparable(config):
     """A config with today's targets, less what we leave out or correct on purpose.
 
     - Datasets of other packages (faces, LSUN, ImageNet) are not named in ours.
+    - `checkpoint`, the file that is used where the command line names none, is ours.
     - Three published files give the path of a YAML file where a first-stage checkpoint is meant.
     """
     if isinstance(config, list):
         return [comparable(value) for value in config]
     if not isinstance(config, dict):
         return config
-    result = {key: comparable(value) for key, value in config.items() if not is_foreign_dataset(value)}
+    result = {
+        key: comparable(value) for key, value in config.items() if key != "checkpoint" and not is_foreign_dataset(value)
+    }
     if "target" in result:
         result["target"] = ALIASES.get(result["target"], result["target"])
     if "ckpt_path" in result:
