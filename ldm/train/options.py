@@ -27,6 +27,7 @@ class Parser(argparse.ArgumentParser):
 def parser(description: str) -> Parser:
     """The options that every training entry has."""
     p = Parser(
+        usage="%(prog)s --base YAML ... -t [options] [a.b.c=value ...]",
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
