@@ -75,7 +75,7 @@ class ImageLogger(pl.Callback):
 
 
 class EpochReport(pl.Callback):
-    """A line per epoch: its time, steps per second and the peak memory of the device."""
+    """A line per epoch: its mean loss and that of validation, steps per second and the peak memory of the device."""
 
     def __init__(self) -> None:
         self.seconds, self.steps = 0.0, 0  # of all epochs that have ended
@@ -85,16 +85,24 @@ class EpochReport(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.start, self.first_step = time.perf_counter(), trainer.global_step
+        self.losses: list[torch.Tensor] = []
         if module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(module.device)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        if outputs and "loss" in outputs:
+            self.losses.append(outputs["loss"])  # on the device still
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         seconds, steps = time.perf_counter() - self.start, trainer.global_step - self.first_step
         self.seconds, self.steps = self.seconds + seconds, self.steps + steps
+        told = {"loss": torch.stack(self.losses).mean()} if self.losses else {}
+        told |= {name: value for name, value in trainer.callback_metrics.items() if name == "val/loss"}
         if trainer.is_global_zero:
             log.info(
-                "epoch %d: %d steps in %.1f s (%.2f steps/s), peak memory %.2f GiB (%s)",
-                trainer.current_epoch, steps, seconds, steps / seconds, peak_memory(module.device), module.device.type,
+                "epoch %d: %s%d steps in %.1f s (%.2f steps/s), peak memory %.2f GiB (%s)", trainer.current_epoch,
+                "".join(f"{name} {float(value):.4f}, " for name, value in told.items()),
+                steps, seconds, steps / seconds, peak_memory(module.device), module.device.type,
             )  # fmt: skip
 
 
