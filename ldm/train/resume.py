@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,9 @@ class SaveRun(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.step = trainer.global_step
+        if trainer.is_global_zero:
+            for left in self.folder.glob(".*.tmp-*"):  # of a process that was killed while it saved
+                shutil.rmtree(left, ignore_errors=True)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             if number == signal.SIGUSR1 and signal.getsignal(number) is not signal.SIG_DFL:
                 continue  # a cluster's requeueing has it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import pdb
 import sys
@@ -117,9 +118,10 @@ def resumed_folder(path: str) -> tuple[Path, Path]:
 
 
 def new_folder(logdir: str, project: str, data: str, name: str, postfix: str) -> Path:
-    """`<logdir>/<project>/<data><timestamp>_<name><postfix>`."""
+    """`<logdir>/<project>/<data><timestamp>_<name><postfix>`, with a number where another run of this second has it."""
     now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    return Path(logdir) / project / f"{data}{now}_{name}{postfix}"
+    names = (f"{data}{now}_{name}{postfix}" + (f"-{n}" if n else "") for n in itertools.count())
+    return next(path for path in (Path(logdir) / project / name for name in names) if not path.exists())
 
 
 @rank_zero_only

@@ -110,12 +110,9 @@ class LatentDiffusion(DDPM):
                 if name not in active:
                     parameter.grad = None
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        step = self.global_step
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        wanted = [one for one in self.families if one.learns_at(step) and hasattr(one.family, "after_step")]
-        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        for chosen in wanted:
+    def after_step(self, step: int, optimizer: Any) -> None:
+        for chosen in (one for one in self.families if one.learns_at(step) and hasattr(one.family, "after_step")):
+            rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
             learning = chosen.family.trainable(self).values()
             chosen.family.after_step(self, max((rates[id(p)] for p in learning), default=0.0))
 

@@ -241,11 +241,16 @@ class DDPM(DiffusionProcess, pl.LightningModule):
             parts = {name + suffix: value for name, value in self._prefixed(parts).items()}
             self.log_dict(parts, on_step=False, on_epoch=True, batch_size=len(batch[self.first_stage_key]))
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """A step of the optimizer, which the averages follow before any callback saves them."""
-        super().optimizer_step(*args, **kwargs)
+        step = self.global_step
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.after_step(step, optimizer)
         if self.use_ema:
             self.model_ema(self.model)
+
+    def after_step(self, step: int, optimizer: Any) -> None:
+        """What follows on the optimizer's step number `step`."""
 
     def learning(self) -> dict[str, nn.Parameter]:
         """What learns, by state-dict name."""
