@@ -7,9 +7,9 @@ unexport PYTHONDONTWRITEBYTECODE
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-# What `make demo` trains on. The class pictures keep the adapter from turning every dog into this one.
-DEMO_PHOTOS ?= examples/subjects/dog
-DEMO_CLASS ?= examples/class_images/dog
+# What `make demo` trains on: a folder of pictures of one subject, and what it is.
+DEMO_SUBJECT ?= examples/subjects/noto_cat
+DEMO_WORD ?= cat
 DEMO_CONFIG ?= configs/sd-mini/attn2o-ffni.yaml
 
 .PHONY: help demo test lint bench clean
@@ -17,11 +17,14 @@ DEMO_CONFIG ?= configs/sd-mini/attn2o-ffni.yaml
 help:  ## list these targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 10
 
-demo: .venv/runtime.stamp  ## train an adapter on a few photographs, sample with it, print where the pictures are
-	$(PY) main_dream_booth.py --base $(DEMO_CONFIG) -t --data_root $(DEMO_PHOTOS) --reg_data_root $(DEMO_CLASS) \
-		--class_word dog --name demo
-	$(PY) sample.py --config $(DEMO_CONFIG) --prompt "photo of a sks dog" --H 64 --W 64 --f 4 --n_samples 4 \
-		--adapter_path "$$(ls -td logs/*_demo/checkpoints/*-adapters | head -n 1)" --outdir outputs/demo
+demo: .venv/runtime.stamp  ## train an adapter on a few pictures, sample with it, print where the pictures are
+	$(PY) main_dream_booth.py --base $(DEMO_CONFIG) -t -n demo --class_word $(DEMO_WORD) --data_root $(DEMO_SUBJECT) \
+		--reg_data_root outputs/demo/$(DEMO_WORD) --num_class_images 16
+	run=$$(ls -td logs/*_demo | head -n 1); adapters=$$(ls -td $$run/checkpoints/*-adapters | head -n 1); \
+	$(PY) sample.py --config configs/sd-mini/inference.yaml --adapter_path $$adapters --outdir outputs/demo \
+		--prompt "an emoji of a sks $(DEMO_WORD)" --n_samples 4 --n_iter 1 --ddim_steps 25 --scale 5 && \
+	$(PY) scripts/before_after.py --config configs/sd-mini/inference.yaml --adapter_path $$adapters \
+		--data_root $(DEMO_SUBJECT) --class_word $(DEMO_WORD) --template "an emoji of a {}" --out outputs/demo/before-after.png
 
 test: .venv/test.stamp  ## check the style, then run all tests
 	.venv/bin/ruff check .
