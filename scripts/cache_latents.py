@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", default="configs/sd-mini/train/autoencoder.yaml", help="of the autoencoder's run")
     parser.add_argument("--ckpt", required=True, help="the autoencoder's checkpoint")
     parser.add_argument("--out", default="build/latents.safetensors")
-    parser.add_argument("--draws", type=int, default=96000, help="how many pictures to draw and encode")
+    parser.add_argument("--draws", type=int, default=48000, help="how many pictures to draw and encode")
     parser.add_argument("--first", type=int, default=0, help="number of the first draw")
     parser.add_argument("--batch_size", type=int, default=100)
     options = parser.parse_args(arguments)
@@ -36,11 +36,12 @@ def main(arguments: list[str] | None = None) -> None:
     autoencoder = instantiate_from_config(config.model)
     autoencoder.init_from_ckpt(options.ckpt)
     autoencoder.eval().to(memory_format=torch.channels_last)
+    autoencoder.encoder.compile()
     pictures = instantiate_from_config(config.data.params.train)
     latents, captions = [], []
     for first in range(options.first, options.first + options.draws, options.batch_size):
         batch = pictures.batch(range(first, min(first + options.batch_size, options.first + options.draws)))
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             posterior = autoencoder.encode(autoencoder.get_input(batch, "image"))
         latents.append(posterior.sample().half())
         captions += batch["caption"]

@@ -19,10 +19,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.checkpoints import atomic_write  # noqa: E402
 from ldm.data.captioned import CaptionedPictures  # noqa: E402
 from ldm.evaluate.metrics import agreement, mean_and_error, pairwise_similarity, psnr, retrieval  # noqa: E402
-from ldm.generate import Settings, generate, grid, to_pil  # noqa: E402
+from ldm.evaluate.pictures import save_grid  # noqa: E402
+from ldm.generate import Settings, generate  # noqa: E402
 from ldm.models.clip import CLIP  # noqa: E402
 from ldm.util import load_config, load_model_from_config, run_command  # noqa: E402
 
@@ -48,14 +48,6 @@ NEW = (
     "an emoji of a purple apple", "an emoji of a cat with sunglasses", "a photo of a red car",
     "an emoji of a penguin on a red background", "an emoji of a sad pizza",
 )  # fmt: skip
-
-
-def save_picture(pictures: Tensor, columns: int, path: Path, zoom: int = 1) -> None:
-    """A grid of pictures [b, 3, h, w] in 0 .. 1 as JPEG."""
-    image = to_pil(grid(list(pictures), columns))
-    image = image.resize((image.width * zoom, image.height * zoom), 0)
-    with atomic_write(path) as beside:
-        image.save(beside, quality=88)
 
 
 def drawings(pictures: CaptionedPictures, count: int) -> list[int]:
@@ -99,7 +91,7 @@ def evaluate_autoencoder(options: Any, model: Any, held_out: CaptionedPictures) 
         print(f"PSNR of {len(rows)} held-out {kind}: mean {ratios.mean():.2f} dB, worst {ratios.min():.2f} dB")
     x = shown(held_out, drawings(held_out, 40) + photos(held_out, 24))
     pairs = torch.stack([x, rebuilt(x)], dim=1).flatten(0, 1)
-    save_picture((pairs + 1) / 2, 16, options.out / "reconstructions.jpg")
+    save_grid((pairs + 1) / 2, 16, options.out / "reconstructions.jpg")
 
 
 def evaluate_clip(options: Any, clip: CLIP) -> None:
@@ -123,11 +115,11 @@ def sampled(model: Any, prompts: list[str], options: Any, scale: float, first_se
 
 def evaluate_base(options: Any, model: Any, clip: CLIP, held_out: CaptionedPictures) -> None:
     """Grids of prompts, of guidance scales and of new combinations; CLIP-T against that of real pictures."""
-    save_picture(sampled(model, PROMPTS, options, options.scale), 10, options.out / "prompts.jpg")
+    save_grid(sampled(model, PROMPTS, options, options.scale), 10, options.out / "prompts.jpg")
     by_scale = [sampled(model, [p for p in SCALE_PROMPTS for _ in range(2)], options, s) for s in SCALES]
-    save_picture(torch.cat(by_scale), 2 * len(SCALE_PROMPTS), options.out / "guidance.jpg")
+    save_grid(torch.cat(by_scale), 2 * len(SCALE_PROMPTS), options.out / "guidance.jpg")
     new = sampled(model, [p for p in NEW for _ in range(4)], options, options.scale)
-    save_picture(new, 16, options.out / "new.jpg")
+    save_grid(new, 16, options.out / "new.jpg")
 
     real_rows = drawings(held_out, 60) + photos(held_out, 40)
     captions = [held_out.captions[row][0] for row in real_rows]
