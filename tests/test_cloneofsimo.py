@@ -201,7 +201,11 @@ def test_writing_gives_the_published_files(folder, tmp_path, name):
     cs.write_pt(tmp_path / "x.pt", cs.read_pt(folder / f"{name}.pt"))
     for file in (f"{name}.pt", f"{name}.text_encoder.pt"):
         if (folder / file).is_file():
-            pairs = zip(torch.load(folder / file), torch.load(tmp_path / file.replace(name, "x")), strict=True)
+            pairs = zip(
+                torch.load(folder / file, weights_only=True),
+                torch.load(tmp_path / file.replace(name, "x"), weights_only=True),
+                strict=True,
+            )
             assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
 
 

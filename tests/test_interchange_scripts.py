@@ -136,7 +136,7 @@ def test_a_refusal_is_one_line_and_code_2(tmp_path):
 
 
 def test_get_deltas_keeps_its_source(golden, tmp_path, capsys):
-    expected = torch.load(golden / "custom_diffusion/delta_epoch=000004.ckpt")
+    expected = torch.load(golden / "custom_diffusion/delta_epoch=000004.ckpt", weights_only=True)
     weights = dict(expected["state_dict"])
     weights[custom_diffusion.EMBEDDINGS] = torch.cat([torch.zeros(3, 24), weights.pop("embed")])
     (tmp_path / "checkpoints").mkdir()
@@ -145,14 +145,14 @@ def test_get_deltas_keeps_its_source(golden, tmp_path, capsys):
     run("get_deltas", "--path", tmp_path)
     names = ["delta_epoch=000004.ckpt", "epoch=000004.ckpt", "last.ckpt"]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
-    ours = torch.load(tmp_path / "checkpoints" / names[0])
+    ours = torch.load(tmp_path / "checkpoints" / names[0], weights_only=True)
     assert list(ours["state_dict"]) == list(expected["state_dict"])
     assert all(torch.equal(ours["state_dict"][n], v) for n, v in expected["state_dict"].items())
     assert "14 weights, 1 new words" in capsys.readouterr().out
     with pytest.raises(InputError, match="exists: name another output or add --force"):
         run("get_deltas", "--path", tmp_path)
     run("get_deltas", "--path", tmp_path / "checkpoints", "--newtoken", 0, "--force")
-    assert "embed" not in torch.load(tmp_path / "checkpoints" / names[0])["state_dict"]
+    assert "embed" not in torch.load(tmp_path / "checkpoints" / names[0], weights_only=True)["state_dict"]
 
 
 def test_compress(base, tuned, tmp_path, capsys):
@@ -164,7 +164,7 @@ def test_compress(base, tuned, tmp_path, capsys):
     assert "MB ->" in capsys.readouterr().out
     custom_diffusion.write(tmp_path / "delta.bin", tuned, "diffusers")
     run("compress", "--delta_ckpt", tmp_path / "delta.bin", "--ckpt", base[0], "--diffuser", "--compression_ratio", 0.9)
-    assert set(torch.load(tmp_path / "compressed_delta.bin")) == {"unet", "modifier_token"}
+    assert set(torch.load(tmp_path / "compressed_delta.bin", weights_only=True)) == {"unet", "modifier_token"}
     lora_keys.write_kohya(tmp_path / "delta_not.safetensors", random_lora(base[2], ["attn2.to_q"]), base[2])
     with pytest.raises(InputError, match="no Custom Diffusion delta but of the kind kohya"):
         run("compress", "--delta_ckpt", tmp_path / "delta_not.safetensors", "--ckpt", base[0])
@@ -213,7 +213,11 @@ def test_lora_add_lpl_and_ljl(golden, tmp_path):
             assert_close_to(mine[key].float(), expected[key].float(), 1e-3)
     run("lora_add", golden / "lora/A.pt", golden / "lora/B.pt", tmp_path / "lpl.pt", "--with_text_lora=True")
     for name in ("lpl.pt", "lpl.text_encoder.pt"):
-        for mine, theirs in zip(torch.load(tmp_path / name), torch.load(golden / f"lora/merge_{name}"), strict=True):
+        for mine, theirs in zip(
+            torch.load(tmp_path / name, weights_only=True),
+            torch.load(golden / f"lora/merge_{name}", weights_only=True),
+            strict=True,
+        ):
             assert_close_to(mine.float(), theirs.float(), 1e-3)
     run("lora_add", golden / "lora/A.pt", golden / "lora/B.pt", tmp_path / "unet.pt")
     assert not (tmp_path / "unet.text_encoder.pt").exists()
@@ -361,7 +365,7 @@ def test_convert_models(base, tmp_path):
 def test_convert_deltas_and_words(base, tuned, tmp_path):
     custom_diffusion.write(tmp_path / "d.ckpt", tuned)
     run("convert", tmp_path / "d.ckpt", tmp_path / "d.bin", "--to", "delta-diffusers", "--modifier_token", "<cat>")
-    assert list(torch.load(tmp_path / "d.bin")["modifier_token"]) == ["<cat>"]
+    assert list(torch.load(tmp_path / "d.bin", weights_only=True)["modifier_token"]) == ["<cat>"]
     run("convert", tmp_path / "d.bin", tmp_path / "w.safetensors", "--to", "words")
     run("convert", tmp_path / "w.safetensors", tmp_path / "w.pt", "--to", "words-ldm")
     assert torch.equal(embeddings.read(tmp_path / "w.pt")["<cat>"], tuned.tokens["<new1>"])
@@ -392,7 +396,7 @@ def test_a_concept_that_was_trained_here_leaves_as_a_delta(base, tmp_path, capsy
     load_any(other, tmp_path / "delta")
     assert_close_to(interchange_models.unet_output(other), interchange_models.unet_output(model), 1e-4)
     word = embeddings.read(tmp_path / "word.safetensors")["<new1>"]
-    assert torch.equal(word, torch.load(tmp_path / "delta")["state_dict"]["embed"])
+    assert torch.equal(word, torch.load(tmp_path / "delta", weights_only=True)["state_dict"]["embed"])
     run("inspect_adapter", tmp_path / "own")
     out = capsys.readouterr().out
     assert "CrossAttention {}: 32 tensors" in out and "<new1>: 1 x 24" in out
