@@ -1,7 +1,7 @@
 """One picture that shows what an adapter has learnt: the subject, the base model before, and after.
 
     python scripts/before_after.py --config configs/sd-mini/attn2o-ffni.yaml --data_root photos --class_word cat
-        --adapter_path logs/<run>/checkpoints/400-adapters --out before-after.png
+        --adapter_path logs/<run>/checkpoints/800-adapters --out before-after.png
 """
 
 from __future__ import annotations

@@ -86,6 +86,7 @@ class EpochReport(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.start, self.first_step = time.perf_counter(), trainer.global_step
         self.losses: list[torch.Tensor] = []
+        self.validated: dict[str, float] = {}
         if module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(module.device)
 
@@ -93,11 +94,15 @@ class EpochReport(pl.Callback):
         if outputs and "loss" in outputs:
             self.losses.append(outputs["loss"])  # on the device still
 
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if "val/loss" in trainer.callback_metrics:
+            self.validated = {"val/loss": float(trainer.callback_metrics["val/loss"])}
+
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         seconds, steps = time.perf_counter() - self.start, trainer.global_step - self.first_step
         self.seconds, self.steps = self.seconds + seconds, self.steps + steps
         told = {"loss": torch.stack(self.losses).mean()} if self.losses else {}
-        told |= {name: value for name, value in trainer.callback_metrics.items() if name == "val/loss"}
+        told |= self.validated
         if trainer.is_global_zero:
             log.info(
                 "epoch %d: %s%d steps in %.1f s (%.2f steps/s), peak memory %.2f GiB (%s)", trainer.current_epoch,
