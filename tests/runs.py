@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT
 
@@ -113,3 +114,8 @@ def tiny_model(*overrides: str) -> SimpleNamespace:
     from ldm.util import load_config, load_model_from_config
 
     return load_model_from_config(load_config(TINY, overrides))
+
+
+def events(run: Path) -> EventAccumulator:
+    """What a run wrote for TensorBoard."""
+    return EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()

@@ -8,12 +8,23 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm.checkpoints import read_weights, save_torch
 from ldm.util import InputError, load_config
 from tests.conftest import ROOT
-from tests.runs import TINY, arguments, find_run, last, main_dream_booth, pictures, pixels, sample, tiny_model, train
+from tests.runs import (
+    TINY,
+    arguments,
+    events,
+    find_run,
+    last,
+    main_dream_booth,
+    pictures,
+    pixels,
+    sample,
+    tiny_model,
+    train,
+)
 
 PUBLISHED = ROOT / "tests" / "data" / "published-attn2o-ffni.yaml"
 NARROW = [  # a published config at the size of the tiny one
@@ -43,11 +54,6 @@ def trained(tmp_path_factory):
     ]
     run = train(work, "run", "--max_steps", 24, "data.params.batch_size=2", "model.base_learning_rate=0.03", *every)
     return SimpleNamespace(work=work, run=run, adapters=run / "checkpoints" / "24-adapters")
-
-
-def events(run):
-    found = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return found
 
 
 # --- training

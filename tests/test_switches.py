@@ -1,0 +1,22 @@
+"""What makes a step cheap changes no loss by more than its precision: fifty steps with all switches on and all off."""
+
+import torch
+
+from tests.runs import events, last, train
+
+QUIET = ["--max_steps", 50, "lightning.callbacks.image_logger.params.disabled=true"]
+
+
+def losses(run):
+    return torch.tensor([scalar.value for scalar in events(run).Scalars("train/loss")])
+
+
+def test_fifty_steps_with_all_switches_on_and_off(tmp_path):
+    off = train(tmp_path, "off", "--cache", "off", *QUIET)
+    on = train(tmp_path, "on", "--cache", "memory", "--base_precision", "bf16", *QUIET)
+    first, second = losses(off), losses(on)
+    assert len(first) == len(second) == 50
+    # bf16 has 8 bits; errors of single weights average out over a picture
+    assert ((first - second).abs() / first).max() < 0.02
+    assert abs(first.mean() - second.mean()) / first.mean() < 0.005
+    assert all(value.dtype == torch.float32 for value in last(on)["state_dict"].values())
