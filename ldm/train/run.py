@@ -163,7 +163,7 @@ def trainer_options(run: Run, automatic: bool = True) -> dict[str, Any]:
     if not automatic and (options.get("accumulate_grad_batches") or 1) != 1:
         log.warning("accumulate_grad_batches has no effect: this model steps its two optimizers itself")
         del options["accumulate_grad_batches"]
-    if str(options.get("precision")) in ("16", "16-mixed") and not uses_gpu(options):
+    if str(options.get("precision")) in ("16", "16-mixed", "16-true") and not uses_gpu(options):
         log.warning("precision %s needs a GPU; training in 32 bits", options["precision"])
         options["precision"] = "32-true"
     return options
