@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main_dream_booth  # noqa: E402
 from ldm.data.dreambooth import PersonalizedBase  # noqa: E402
+from ldm.evaluate.figures import save_grid  # noqa: E402
 from ldm.evaluate.metrics import mean_and_error, pairwise_similarity, similarity_to  # noqa: E402
-from ldm.evaluate.pictures import save_grid  # noqa: E402
 from ldm.generate import Settings, generate  # noqa: E402
 from ldm.models.clip import CLIP  # noqa: E402
 from ldm.util import load_config, load_model_from_config, run_command  # noqa: E402

@@ -1,14 +1,22 @@
-"""Pictures in labelled rows, as one picture that a person can read."""
+"""Many pictures as one that a person can read: grids and labelled rows, for documents."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.generate import to_pil
+from ldm.checkpoints import atomic_write
+from ldm.generate import grid, to_pil
+
+
+def save_grid(pictures: Tensor, columns: int, path: str | Path) -> None:
+    """Pictures [b, 3, h, w] in 0 .. 1, row by row, as one JPEG."""
+    with atomic_write(path) as beside:
+        to_pil(grid(list(pictures), columns)).save(beside, quality=88)
 
 
 def labelled_rows(rows: Mapping[str, Sequence[Tensor]], side: int = 128, gap: int = 6) -> Image.Image:

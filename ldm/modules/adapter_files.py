@@ -85,10 +85,15 @@ def save(model: nn.Module, path: str | Path, notes: Mapping[str, Any]) -> None:
     entries = describe(model)
     if not entries:
         raise InputError("this model has no adapters to save; give it an adapter_config")
+    write(path, adapter_tensors(model), about(model, entries, notes))
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
+    """Write a folder of adapters from its tensors and what its JSON tells, atomically."""
     with atomic_write(path) as beside:
         beside.mkdir()
-        save_safetensors(beside / TENSORS, adapter_tensors(model))
-        save_json(beside / CONFIG, about(model, entries, notes))
+        save_safetensors(beside / TENSORS, tensors)
+        save_json(beside / CONFIG, told)
 
 
 def about(

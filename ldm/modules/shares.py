@@ -54,7 +54,7 @@ def attach_shares(
             block.attach(name, Shares(forms, len(configs)), reads, writes, scale)
             for number, (_, place) in entries.items():
                 forms_of[number].append((order[prefix], place, forms[number]))
-                alone = block.first_adapter + (f"_{place}" if place else "")
+                alone = block.adapter_name(place)
                 for parameter, _ in forms[number].named_parameters():
                     here = f"{prefix}.{name}.forms.{number}.{parameter}"
                     names[number][here] = f"{prefix}.{alone}.{parameter}"

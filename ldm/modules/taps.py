@@ -65,11 +65,15 @@ class TappedBlock(nn.Module):
         delattr(self, name)
         self.routes = tuple(route for route in self.routes if route.name != name)
 
+    @classmethod
+    def adapter_name(cls, number: int) -> str:
+        """The state-dict name of a block's adapters in their order: `adapter_inout`, `adapter_inout_1`, ..."""
+        return cls.first_adapter + (f"_{number}" if number else "")
+
     def next_adapter_name(self) -> str:
-        """The state-dict name for one more adapter: `adapter_inout`, `adapter_inout_1`, ..."""
+        """The state-dict name for one more adapter."""
         taken = {route.name for route in self.routes}
-        names = (self.first_adapter + (f"_{i}" if i else "") for i in range(len(taken) + 1))
-        return next(name for name in names if name not in taken)
+        return next(name for name in map(self.adapter_name, range(len(taken) + 1)) if name not in taken)
 
     def width(self, position: str) -> int:
         """The number of channels of the value at a position."""

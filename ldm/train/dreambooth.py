@@ -23,10 +23,7 @@ DEFAULTS = {"class_word": "dog", "seed": 23, "scale_lr": False, "cache": "memory
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:
     """The run that the options ask for: a new one, or one to go on with. Raises `InputError`."""
-    if options.resume and options.name:
-        raise InputError("-r goes on with a run that has its name; leave -n out")
-    folder, checkpoint = runs.resumed_folder(options.resume) if options.resume else (None, None)
-    config = runs.read_configs(options.base, overrides, folder)
+    config, folder, checkpoint = runs.opened(options, overrides)
     stored = config.get("dreambooth", {})
     asked = {
         "base": options.actual_resume,
@@ -46,10 +43,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         concepts.fill_in(config, told)
     else:
         fill_in_pictures(config, told, options.num_class_images)
-    if trainer_options or options.gpus is not None:
-        config = OmegaConf.merge(
-            config, {"lightning": {"trainer": chosen_devices(config, options.gpus, trainer_options)}}
-        )
+    config = runs.with_trainer(config, options.gpus, trainer_options)
     return as_run(config, folder or new_folder(options), checkpoint, options.debug)
 
 
@@ -87,14 +81,6 @@ def new_folder(options: argparse.Namespace) -> Path:
     root = options.data_root or next(iter(options.datapath), None)
     data = Path(root).resolve().name if options.datadir_in_name and root else ""
     return runs.new_folder(options.logdir, options.project, data, name, options.postfix)
-
-
-def chosen_devices(config: DictConfig, gpus: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of the command line; devices named there replace those that the config names in another way."""
-    if gpus is not None:
-        return options | {"gpus": gpus}
-    named = OmegaConf.select(config, "lightning.trainer.gpus") is not None
-    return options | ({"gpus": None} if named and {"accelerator", "devices"} & options.keys() else {})
 
 
 def fill_in_pictures(config: DictConfig, told: DictConfig, num_class_images: int) -> None:

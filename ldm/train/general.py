@@ -11,23 +11,18 @@ from omegaconf import OmegaConf
 
 from ldm.train import run as runs
 from ldm.train.run import Run
-from ldm.util import InputError, instantiate_from_config
+from ldm.util import instantiate_from_config
 
 DEFAULTS = {"seed": 23, "scale_lr": False}
 
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:
     """The run that the options ask for: a new one, or one to go on with. Raises `InputError`."""
-    if options.resume and options.name:
-        raise InputError("-r goes on with a run that has its name; leave -n out")
-    folder, checkpoint = runs.resumed_folder(options.resume) if options.resume else (None, None)
-    config = runs.read_configs(options.base, overrides, folder)
+    config, folder, checkpoint = runs.opened(options, overrides)
     asked = {"seed": options.seed, "scale_lr": options.scale_lr}
     told = {key: value for key, value in asked.items() if value is not None}
-    chosen = {"gpus": options.gpus} if options.gpus is not None else {}
-    config = OmegaConf.merge(
-        {"training": DEFAULTS}, config, {"training": told, "lightning": {"trainer": trainer_options | chosen}}
-    )
+    config = OmegaConf.merge({"training": DEFAULTS}, config, {"training": told})
+    config = runs.with_trainer(config, options.gpus, trainer_options)
     name = options.name or (Path(options.base[0]).stem if options.base else "")
     return Run(
         config=config,

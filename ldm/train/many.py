@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.checkpoints import atomic_write, save_json, save_safetensors
 from ldm.data.dreambooth import DreamBoothPairs
 from ldm.models.diffusion.losses import dreambooth_loss
 from ldm.modules import adapter_files
 from ldm.modules.adapters import read_adapter_config
+from ldm.modules.attention import BasicTransformerBlock
+from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from ldm.modules.shares import attach_shares
 from ldm.train import dreambooth
 from ldm.train import run as runs
@@ -32,8 +32,7 @@ from ldm.train.resume import SaveRun
 from ldm.train.run import Run
 from ldm.util import InputError, instantiate_from_config, load_config, parse_overrides, plain
 
-log = logging.getLogger(__name__)
-
+BLOCKS = {"transformer_adp_config": BasicTransformerBlock, "resblock_adp_config": ResBlock}
 ADAPTERS = "model.params.unet_config.params.adapter_config"
 
 
@@ -152,20 +151,16 @@ class SaveMany(SaveRun):
         super().save(trainer, module)
 
     def _write(self, part: Run, unet: nn.Module, own: dict[str, nn.Parameter]) -> None:
-        about = adapter_files.about(unet, entries_of(adapters_of(part.config), own), {"step": self.step, **part.notes})
-        with atomic_write(part.checkpoints / f"{self.step}-adapters") as beside:
-            beside.mkdir()
-            save_safetensors(beside / adapter_files.TENSORS, own)
-            save_json(beside / adapter_files.CONFIG, about)
+        told = adapter_files.about(unet, entries_of(adapters_of(part.config), own), {"step": self.step, **part.notes})
+        adapter_files.write(part.checkpoints / f"{self.step}-adapters", own, told)
 
 
 def entries_of(config: dict[str, list[dict]], own: dict[str, Any]) -> list[dict[str, Any]]:
     """The adapters of one training as `adapter_files.describe` would tell them if it were alone."""
-    first = {"transformer_adp_config": "adapter_inout", "resblock_adp_config": "adapter"}
     told = []
     for kind, entries in config.items():
         for place, entry in enumerate(entries):
-            name = first[kind] + (f"_{place}" if place else "")
+            name = BLOCKS[kind].adapter_name(place)
             blocks = list(dict.fromkeys(key.split(f".{name}.")[0] for key in own if f".{name}." in key))
             entry = {key: value for key, value in entry.items() if key != "type"}
             told.append({"kind": kind, "name": name, **entry, "blocks": blocks})
@@ -188,8 +183,7 @@ def without(config: DictConfig) -> dict[str, Any]:
     """What all trainings must have in common: the model but for its adapters, and how it is trained."""
     common = copy.deepcopy(plain(config))
     common["model"]["params"]["unet_config"]["params"].pop("adapter_config", None)
-    for key in ("base_learning_rate",):
-        common["model"].pop(key, None)
+    common["model"].pop("base_learning_rate", None)
     told = {key: common["dreambooth"].get(key) for key in ("base", "cache", "base_precision")}
     return {"model": common["model"], "batch_size": common["data"]["params"]["batch_size"], **told}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import logging
 import pdb
@@ -103,6 +104,23 @@ def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -
         if content is not None and not OmegaConf.is_dict(content):
             raise InputError(f"the section {section!r} of the config must be a mapping, got {short(content)}")
     return config
+
+
+def opened(options: argparse.Namespace, overrides: list[str]) -> tuple[DictConfig, Path | None, Path | None]:
+    """The config that the options name, and the folder and checkpoint of the run that they go on with, if they do."""
+    if options.resume and options.name:
+        raise InputError("-r goes on with a run that has its name; leave -n out")
+    folder, checkpoint = resumed_folder(options.resume) if options.resume else (None, None)
+    return read_configs(options.base, overrides, folder), folder, checkpoint
+
+
+def with_trainer(config: DictConfig, gpus: str | None, options: dict[str, Any]) -> DictConfig:
+    """The config with Trainer options of the command line; devices there replace those that it names in another way."""
+    if gpus is not None:
+        options = options | {"gpus": gpus}
+    elif {"accelerator", "devices"} & options.keys() and OmegaConf.select(config, "lightning.trainer.gpus") is not None:
+        options = options | {"gpus": None}
+    return OmegaConf.merge(config, {"lightning": {"trainer": options}}) if options else config
 
 
 def resumed_folder(path: str) -> tuple[Path, Path]:
