@@ -45,6 +45,8 @@ def parser() -> Parser:
     how.add_argument("--C", type=int, help="latent channels; by default the model's")
     how.add_argument("--f", type=int, help="pixels per latent; by default the model's")
     how.add_argument("--precision", choices=("full", "autocast"), default="autocast", help="autocast acts on CUDA only")
+    how.add_argument("--compile", nargs="?", const="default", metavar="MODE",
+                     help="torch.compile the UNet: default, reduce-overhead (CUDA graphs), max-autotune")  # fmt: skip
     how.add_argument("--device", help="cuda, cuda:1, mps or cpu; by default the best there is")
 
     files = p.add_argument_group("files")
@@ -63,11 +65,14 @@ def main(argv: list[str] | None = None) -> None:
     prompts = read_prompts(options)
 
     from ldm import generate
+    from ldm.train.compiled import compile_module
     from ldm.util import best_device, find_file, load_config
 
     model = load_model_from_config(untuned(load_config(find_file(options.config))), options.ckpt, verbose=True)
     model.to(best_device(options.device))
     add_adapters(model, options)
+    if options.compile:
+        compile_module(model.model.diffusion_model, options.compile)
     settings = generate.Settings(
         options.sampler, options.ddim_steps, options.ddim_eta, options.scale, options.H, options.W, options.C,
         options.f, half=options.precision == "autocast",

@@ -21,6 +21,7 @@ from ldm.data.class_images import missing_class_images
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.modules.text_once import text_once
 from ldm.util import InputError
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class Settings:
     channels: int | None = None  # of the latents; by default the model's
     factor: int | None = None  # pixels per latent; by default the autoencoder's
     half: bool = False  # autocast, on devices that gain from it
+    text_once: bool = True  # keys and values of the text once, not at every step
+    decoded_pixels: int = 512 * 512  # of all pictures that the autoencoder decodes at once
 
     def latent_shape(self, model: Any) -> tuple[int, int, int]:
         """(c, h, w) of the latents. Raises `InputError` for a size that the UNet cannot halve often enough."""
@@ -68,7 +71,8 @@ def generate(
     device = model.betas.device
     half = settings.half and device.type == "cuda"
     precision = torch.autocast(device.type, dtype=torch.float16) if half else nullcontext()
-    with evaluating(model), model.ema_scope(), precision:
+    remembering = text_once(model.model.diffusion_model) if settings.text_once else nullcontext()
+    with evaluating(model), model.ema_scope(), precision, remembering:
         condition = model.get_learned_conditioning(list(prompts))
         empty = None if settings.scale == 1 else model.get_learned_conditioning([""] * len(prompts))
         latents, _ = SAMPLERS[settings.sampler](model).sample(
@@ -82,8 +86,17 @@ def generate(
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             verbose=verbose,
         )
-        pictures = model.decode_first_stage(latents)
+        pictures = decoded(model, latents, settings.decoded_pixels)
     return ((pictures.float() + 1) / 2).clamp(0, 1).cpu()
+
+
+def decoded(model: Any, latents: Tensor, pixels: int) -> Tensor:
+    """Pictures from latents [b, c, h, w], as many at once as have no more than `pixels` together, but at least one.
+
+    The autoencoder of Stable Diffusion needs about 1 GB for each picture of 512 x 512 in fp32.
+    """
+    size = latents.shape[-2] * latents.shape[-1] * getattr(model.first_stage_model, "downsampling_factor", 1) ** 2
+    return torch.cat([model.decode_first_stage(part) for part in latents.split(max(1, pixels // size))])
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ FAMILIES = {
     "norms": ("dreambooth", [*PART, "model.params.tuning={target: ldm.tuning.norms.Norms}"], "sks"),
     "full UNet": ("dreambooth", [*PART, "model.params.train_level=[unet]", "model.base_learning_rate=1e-4"], "sks"),
 }
-TEMPLATE = "photo of a {}"
+TEMPLATE = "an emoji of a {}"  # as in configs/sd-mini/dreambooth.yaml
 COLUMNS = ("weights that learn", "file, kB", "ms per step", "CLIP-I", "CLIP-T", "drift of the class")
 
 
@@ -97,7 +96,7 @@ def measure(family: str, subject: Path, clip: CLIP, options: argparse.Namespace)
         "--class_word", kind, "--data_root", subject, "--reg_data_root", classes,
         "--num_class_images", options.class_pictures, *(["--init_word", kind] if learns_words else []),
         "--max_steps", options.steps, "--seed", options.seed, "--no-test", "true",
-        "lightning.callbacks.image_logger.params.disabled=true", *overrides,
+        "--limit_val_batches", 0, "lightning.callbacks.image_logger.params.disabled=true", *overrides,
     ]  # fmt: skip
     chosen, trainer_options, changes = parse(dreambooth_parser(""), [str(argument) for argument in arguments])
     trainer = dreambooth.train(run := dreambooth.plan(chosen, trainer_options, changes), chosen)
@@ -123,19 +122,25 @@ def measure(family: str, subject: Path, clip: CLIP, options: argparse.Namespace)
         "CLIP-I": similarity_to(tuned, photos).mean().item(),
         "CLIP-T": agreement(tuned, caption).mean().item(),
         "drift of the class": (1 - cosines(prior, base).diagonal()).mean().item(),
+        "CLIP-I before": similarity_to(base, photos).mean().item(),
+        "CLIP-T before": agreement(base, caption).mean().item(),
     }
 
 
 def table(results: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> str:
     """The results as Markdown: means over the subjects, with standard errors where pictures are measured."""
     lines = ["| family | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
+
+    def measured(rows: list[dict[str, float]], column: str) -> str:
+        return "{:.3f} ± {:.3f}".format(*mean_and_error(torch.tensor([row[column] for row in rows])))
+
+    first = next(iter(results.values()))
+    before = [measured(first, column) for column in ("CLIP-I before", "CLIP-T before")]
+    lines.append("| " + " | ".join(["none: the base's pictures of the class", "0", "", "", *before, "0"]) + " |")
     for family, rows in results.items():
-        cells: list[Any] = [family]
-        for column in COLUMNS:
-            mean, error = mean_and_error(torch.tensor([row[column] for row in rows]))
-            plain = f"{mean:,.0f}" if column in COLUMNS[:2] else f"{mean:,.1f}"
-            cells.append(plain if column in COLUMNS[:3] else f"{mean:.3f} ± {error:.3f}")
-        lines.append("| " + " | ".join(cells) + " |")
+        means = [sum(row[column] for row in rows) / len(rows) for column in COLUMNS[:3]]
+        cells = [f"{means[0]:,.0f}", f"{means[1]:,.0f}", f"{means[2]:,.1f}"]
+        lines.append("| " + " | ".join([family, *cells, *(measured(rows, column) for column in COLUMNS[3:])]) + " |")
     return "\n".join([*lines, "", f"{len(options.subjects)} subjects, {options.steps} steps, seed {options.seed}."])
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.checkpoints import is_adapter
 from ldm.modules.adapter_files import adapter_tensors, describe
@@ -219,7 +220,7 @@ def test_compiles_into_one_graph(config):
 
 def test_checkpointing_gives_the_same_gradients_and_none_to_the_base():
     config, found = both(mlp(), mlp("attn2c", "attn2c"), res=[conv()]), []
-    for use_checkpoint in (False, True):
+    for use_checkpoint in (False, True, "selective"):
         model = unet(config, use_checkpoint=use_checkpoint).train()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_adapter(name))
@@ -230,6 +231,7 @@ def test_checkpointing_gives_the_same_gradients_and_none_to_the_base():
     assert all(value.abs().sum() > 0 for value in found[0].values())
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name])
+        torch.testing.assert_close(value, found[2][name])
 
 
 def test_checkpointing_spares_activations():
@@ -241,6 +243,25 @@ def test_checkpointing_spares_activations():
         return sum(sizes)
 
     assert kept(True) < 0.5 * kept(False)
+    assert kept("selective") < 0.5 * kept(False)  # beside what its policy keeps, which the next test counts
+
+
+def test_selective_checkpointing_does_not_repeat_what_is_costly():
+    def products(use_checkpoint):
+        model = unet(both(mlp()), use_checkpoint=use_checkpoint).train()
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_adapter(name))
+        with FlopCounterMode(display=False) as counter:
+            model(*inputs()).sum().backward()
+        return counter.get_total_flops()
+
+    assert products("selective") == products(False) < products(True)
+
+
+def test_an_unknown_kind_of_checkpointing_is_refused():
+    with pytest.raises(InputError, match="use_checkpoint must be true, false or selective, got 'some'"):
+        unet(use_checkpoint="some")(*inputs())
 
 
 # --- what is refused

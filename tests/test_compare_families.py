@@ -23,8 +23,9 @@ def test_the_table_takes_its_place(tmp_path):
 
 
 def test_rows_are_means_over_subjects():
-    row = dict.fromkeys(COLUMNS, 1.0)
+    row = dict.fromkeys([*COLUMNS, "CLIP-I before", "CLIP-T before"], 1.0)
     options = SimpleNamespace(subjects=["a", "b"], steps=3, seed=1)
     text = table({"LoRA": [row, {**row, "CLIP-I": 3.0}]}, options)
     assert "| LoRA | 1 | 1 | 1.0 | 2.000 ± 1.000 | 1.000 ± 0.000 | 1.000 ± 0.000 |" in text
+    assert "pictures of the class | 0 |  |  | 1.000 ± 0.000 | 1.000 ± 0.000 | 0 |" in text
     assert "2 subjects, 3 steps, seed 1." in text

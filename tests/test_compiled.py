@@ -1,11 +1,18 @@
 """What the callback that compiles parts of a model changes: nothing but their speed."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import sample
 from ldm.modules.diffusionmodules import model, openaimodel
-from ldm.train.compiled import Compiled, upsample
+from ldm.train.compiled import Compiled, compile_module, upsample
 from ldm.util import InputError
+from tests import tuned_models
+from tests.runs import TINY, last, train
 
 
 @pytest.mark.parametrize("module", [model.Upsample(4), openaimodel.Upsample(4, True)], ids=["first stage", "UNet"])
@@ -21,3 +28,61 @@ def test_upsampling_by_repetition_is_the_same(module):
 def test_an_unknown_part_is_named():
     with pytest.raises(InputError, match="no such module"):
         Compiled(["decoder"]).setup(None, torch.nn.Linear(1, 1), "fit")
+
+
+def test_an_unknown_mode_is_named():
+    with pytest.raises(InputError, match="unknown mode 'fast' of compilation: expected default, reduce-overhead"):
+        compile_module(torch.nn.Linear(1, 1), "fast")
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """torch.compile without its code generator, which takes half a minute; the modes it was asked for, the graphs."""
+    seen = SimpleNamespace(modes=[], graphs=0)
+
+    def count(graph, example_inputs):
+        seen.graphs += 1
+        return graph
+
+    def compile_(self, mode=None):
+        seen.modes.append(mode)
+        self._compiled_call_impl = torch.compile(self._call_impl, backend=count)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    return seen
+
+
+def test_a_compiled_training_has_the_same_losses(tmp_path, backend):
+    plain, compiled = (
+        train(tmp_path, name, "--max_steps", 4, *more)
+        for name, more in {"plain": [], "compiled": ["--compile", "reduce-overhead"]}.items()
+    )
+    assert backend.modes == ["reduce-overhead"] and backend.graphs
+    for name, value in last(plain)["state_dict"].items():
+        torch.testing.assert_close(last(compiled)["state_dict"][name], value)
+
+
+def test_adapters_are_switched_without_compiling_again(backend):
+    unet = tuned_models.model(unet={"adapter_config": tuned_models.ROUTE}).model.diffusion_model
+    compile_module(unet)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 5, 128)
+    with torch.no_grad():
+        for enabled in (True, False):
+            unet.adapters_enable(enabled)
+            unet(*inputs)
+        graphs = backend.graphs
+        for enabled in (True, False, True):
+            unet.adapters_enable(enabled)
+            unet(*inputs)
+    assert backend.graphs == graphs == 2
+
+
+def test_sampling_with_a_compiled_unet(tmp_path, backend):
+    common = ["--config", str(TINY), "--prompt", "a dog", "--ddim_steps", "2", "--n_iter", "1"]
+    sample.main([*common, "--outdir", str(tmp_path / "plain")])
+    sample.main([*common, "--outdir", str(tmp_path / "compiled"), "--compile"])
+    first, second = (
+        np.asarray(Image.open(tmp_path / name / "samples/00000.png"), int) for name in ("plain", "compiled")
+    )
+    assert backend.modes == ["default"] and abs(first - second).max() <= 1

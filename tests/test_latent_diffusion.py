@@ -137,6 +137,42 @@ def test_the_pair_is_one_call_of_the_unet():
     assert len(calls) == 1
 
 
+def one_step(model, device):
+    """A training step and its backward pass on a device; what got a gradient."""
+    model.log_dict = model.log = lambda *_, **__: None
+    model.to(device)
+    batch = {
+        "image": torch.zeros(2, 8, 8, 4, device=device),
+        "caption": torch.zeros(2, 5, 24, device=device),
+        "mask": torch.ones(2, 8, 8, device=device),
+    }
+    model.training_step([batch, batch], 0).backward()
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+ADAPTED = {"transformer_adp_config": [{"din": "attn2o", "dout": "ffni", "mid_dim": 4}]}
+ADAPTED = {**TINY_UNET, "params": {**TINY_UNET["params"], "adapter_config": ADAPTED}}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+def test_a_step_never_waits_for_the_device_and_differentiates_only_what_learns(checkpointing):
+    """Tensors on the meta device have no values: whatever reads one back to the host raises."""
+    unet = {**ADAPTED, "params": {**ADAPTED["params"], "use_checkpoint": checkpointing}}
+    model = tiny(unet, train_level=["adapter"])
+    assert one_step(model, "meta") == model.learning().keys()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_never_waits_for_a_gpu():
+    model = tiny(ADAPTED, train_level=["adapter"])
+    one_step(model, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one_step(model, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_what_learns_is_in_the_optimizer_once():
     adapters = {"transformer_adp_config": [{"din": "attn2o", "dout": "ffni", "mid_dim": 4}] * 2}
     unet = {**TINY_UNET, "params": {**TINY_UNET["params"], "adapter_config": adapters}}

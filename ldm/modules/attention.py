@@ -26,11 +26,14 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
 
+    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """[b, m, context_dim] -> [b, m, heads * d] twice; `ldm.modules.text_once` lets a text pass here once."""
+        return self.to_k(context), self.to_v(context)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
         q, k, v = (
             rearrange(t, "b n (heads d) -> b heads n d", heads=self.heads)
-            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+            for t in (self.to_q(x), *self.keys_and_values(x if context is None else context))
         )
         h = F.scaled_dot_product_attention(q, k, v)  # arXiv 1706.03762, eq. 1
         return self.to_out(rearrange(h, "b heads n d -> b n (heads d)"))
@@ -87,7 +90,7 @@ class BasicTransformerBlock(TappedBlock):
         dropout: float = 0.0,
         context_dim: int | None = None,
         gated_ff: bool = True,
-        checkpoint: bool = True,
+        checkpoint: bool | str = True,
     ) -> None:
         super().__init__()
         self.dim, self.context_dim, self.checkpoint = dim, context_dim, checkpoint
@@ -133,7 +136,7 @@ class SpatialTransformer(nn.Module):
         depth: int = 1,
         dropout: float = 0.0,
         context_dim: int | None = None,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | str = False,
     ) -> None:
         super().__init__()
         inner_dim = n_heads * d_head

@@ -1,4 +1,4 @@
-"""Parts of a model compiled by `torch.compile`, as the config names them."""
+"""Parts of a model compiled by `torch.compile`, as the config or the command line names them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from ldm.modules.diffusionmodules import model, openaimodel
 from ldm.util import InputError
 
+# torch.compile's: with `reduce-overhead` a GPU replays CUDA graphs instead of being told kernel by kernel.
+MODES = ("default", "reduce-overhead", "max-autotune")
+
 
 class Compiled(pl.Callback):
     """Compiles modules, named as in the model (`model.diffusion_model`), and has convolutions hold channels last.
 
     Worth it on CPUs, where eager group norms take most of a step of a small model. State-dict names stay as they are.
-    Raises `InputError` for a name that the model does not have.
+    Raises `InputError` for a name that the model does not have and for an unknown mode.
     """
 
-    def __init__(self, modules: Sequence[str]) -> None:
-        self.modules = modules
+    def __init__(self, modules: Sequence[str], mode: str = "default") -> None:
+        self.modules, self.mode = modules, mode
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # The adaptive weight of a discriminator differentiates one graph twice, so its buffers may not be given away.
@@ -32,10 +35,18 @@ class Compiled(pl.Callback):
                 part = pl_module.get_submodule(name)
             except AttributeError:
                 raise InputError(f"cannot compile {name!r}: {type(pl_module).__name__} has no such module") from None
-            for module in part.modules():
-                if isinstance(module, (model.Upsample, openaimodel.Upsample)):
-                    module.forward = partial(upsample, module)
-            part.compile()
+            compile_module(part, self.mode)
+
+
+def compile_module(module: nn.Module, mode: str = "default") -> None:
+    """Let `module` be compiled at its first call, in place and for convolutions that hold channels last."""
+    if mode not in MODES:
+        raise InputError(f"unknown mode {mode!r} of compilation: expected {', '.join(MODES)}")
+    for part in module.modules():
+        if isinstance(part, (model.Upsample, openaimodel.Upsample)):
+            part.forward = partial(upsample, part)
+    module.to(memory_format=torch.channels_last)
+    module.compile(mode=mode)
 
 
 def upsample(module: nn.Module, x: Tensor) -> Tensor:

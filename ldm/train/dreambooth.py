@@ -18,6 +18,7 @@ from ldm.util import InputError, get_obj_from_str, parameters_of
 
 log = logging.getLogger(__name__)
 
+UNET = "model.diffusion_model"
 DEFAULTS = {"class_word": "dog", "seed": 23, "scale_lr": False, "cache": "memory", "base_precision": "fp32"}
 
 
@@ -43,6 +44,9 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         concepts.fill_in(config, told)
     else:
         fill_in_pictures(config, told, options.num_class_images)
+    if mode := getattr(options, "compile", None):
+        compiled = {"target": "ldm.train.compiled.Compiled", "params": {"modules": [UNET], "mode": mode}}
+        config = OmegaConf.merge(config, {"lightning": {"callbacks": {"compiled": compiled}}})
     config = runs.with_trainer(config, options.gpus, trainer_options)
     return as_run(config, folder or new_folder(options), checkpoint, options.debug)
 

@@ -101,6 +101,9 @@ def dreambooth_parser(description: str, several: bool = False) -> Parser:
                          help="of the frozen UNet; what learns is kept in fp32 (default fp32)")  # fmt: skip
     subject.add_argument("--cache", metavar="memory|off|DIR",
                          help="encode pictures and captions once, before training (default memory)")  # fmt: skip
+    if not several:
+        subject.add_argument("--compile", nargs="?", const="default", metavar="MODE",
+                             help="torch.compile the UNet: default, reduce-overhead (CUDA graphs), ...")  # fmt: skip
     subject.add_argument("--init_word", help="start of learnt words, in configs that learn some")
     concept = p.add_argument_group("Custom Diffusion: concepts, each option once for each of them, in their order")
     for number in ("", "2"):  # the published program counts them

@@ -18,12 +18,18 @@ from ldm.models.diffusion.process import DiffusionProcess
 from ldm.modules.ema import LitEma
 from ldm.util import InputError, instantiate_from_config
 
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Contexts [b, m, d] as one; a single one stays the same tensor, by which `ldm.modules.text_once` knows it."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
 # How each `conditioning_key` hands the condition to the UNet: (channels to append, context, class labels).
 CONDITIONING = {
     None: lambda concat, cross: ([], None, None),
     "concat": lambda concat, cross: (concat, None, None),
-    "crossattn": lambda concat, cross: ([], torch.cat(cross, dim=1), None),
-    "hybrid": lambda concat, cross: (concat, torch.cat(cross, dim=1), None),
+    "crossattn": lambda concat, cross: ([], joined(cross), None),
+    "hybrid": lambda concat, cross: (concat, joined(cross), None),
     "adm": lambda concat, cross: ([], None, cross[0]),
 }
 

@@ -57,7 +57,7 @@ class ResBlock(TappedBlock):
         dropout: float,
         out_channels: int | None = None,
         use_scale_shift_norm: bool = False,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | str = False,
         up: bool = False,
         down: bool = False,
     ) -> None:
@@ -118,7 +118,7 @@ class AttentionBlock(nn.Module):
         channels: int,
         num_heads: int = 1,
         num_head_channels: int = -1,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | str = False,
         use_new_attention_order: bool = False,
     ) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class UNetModel(nn.Module):
         conv_resample: bool = True,
         dims: int = 2,
         num_classes: int | None = None,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | str = False,
         use_fp16: bool = False,
         num_heads: int = -1,
         num_head_channels: int = -1,
