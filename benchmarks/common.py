@@ -38,11 +38,19 @@ def timed(work: Callable[[], Any], repeats: int, device: torch.device | None = N
     return seconds[warm_up:]
 
 
-def table(rows: dict[str, list[float]], peer: str, as_json: bool, unit: str = "s") -> None:
-    """Median, spread and ratio to the peer's median of each row; the peer is one of the rows."""
+def table(
+    rows: dict[str, list[float]],
+    peer: str,
+    as_json: bool,
+    unit: str = "s",
+    more: dict[str, dict[str, float]] | None = None,
+) -> None:
+    """Median, spread and ratio to the peer's median of each row; the peer is one of them. `more`: further columns."""
+    more = more or {}
     base = statistics.median(rows[peer])
     result = {
         name: {"median": statistics.median(v), "min": min(v), "max": max(v), "ratio": statistics.median(v) / base}
+        | {column: values[name] for column, values in more.items()}
         for name, v in rows.items()
     }
     if as_json:
@@ -50,10 +58,11 @@ def table(rows: dict[str, list[float]], peer: str, as_json: bool, unit: str = "s
         return
     width = max(map(len, rows))
     print(machine())
-    print(f"| {'work':{width}} | median {unit} | min - max | ratio to {peer} |")
-    print(f"| {'-' * width} | ---: | ---: | ---: |")
+    print(f"| {'work':{width}} | median {unit} | min - max | ratio to {peer} |" + "".join(f" {c} |" for c in more))
+    print(f"| {'-' * width} | ---: | ---: | ---: |" + " ---: |" * len(more))
     for name, r in result.items():
-        print(f"| {name:{width}} | {r['median']:.3f} | {r['min']:.3f} - {r['max']:.3f} | {r['ratio']:.2f} |")
+        told = f"| {name:{width}} | {r['median']:.3f} | {r['min']:.3f} - {r['max']:.3f} | {r['ratio']:.2f} |"
+        print(told + "".join(f" {r[column]:.2f} |" for column in more))
 
 
 def machine() -> str:

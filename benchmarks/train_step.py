@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from common import parser, table, timed
@@ -31,7 +32,7 @@ def fill(model: torch.nn.Module) -> None:
         torch.nn.init.normal_(parameter, std=0.02)
 
 
-def ours(device: torch.device, checkpointing: bool) -> tuple[torch.nn.Module, list, Callable]:
+def ours(device: torch.device, checkpointing: bool | str) -> tuple[torch.nn.Module, list, Callable]:
     params = plain(load_config(find_file(CONFIG)).model.params.unet_config.params) | {"use_checkpoint": checkpointing}
     with skip_init():
         model = UNetModel(**params)
@@ -58,9 +59,9 @@ def peer(device: torch.device, checkpointing: bool) -> tuple[torch.nn.Module, li
     return model, [p for p in model.parameters() if p.requires_grad], lambda x, t, c: model(x, t, c).sample
 
 
-def step_of(made: tuple, device: torch.device, size: int, autocast: bool) -> Callable[[], None]:
+def step_of(made: tuple, device: torch.device, size: int, autocast: bool, **options: Any) -> Callable[[], None]:
     _, learning, predict = made
-    optimizer = torch.optim.AdamW(learning, lr=1e-4)
+    optimizer = torch.optim.AdamW(learning, lr=1e-4, **options)
     latents = torch.randn(2, 4, size // 8, size // 8, device=device)
     noise, context = torch.randn_like(latents), torch.randn(2, 77, 768, device=device)
     t = torch.tensor([100, 700], device=device)

@@ -199,10 +199,11 @@ class skip_init(TorchFunctionMode):
     `load_weights` does, and calls `reset_parameters` for those that it was allowed to miss.
     """
 
+    INITS = ("torch.nn.init", "transformers.initialization")  # transformers puts its functions in the place of torch's
     FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init":
+        if getattr(func, "__module__", None) in self.INITS:
             return (kwargs or {}).get("tensor", args[0] if args else None)
         if func in self.FILLS and isinstance(args[0], nn.Parameter):
             return args[0]

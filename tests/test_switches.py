@@ -1,14 +1,17 @@
 """What makes a step cheap changes no loss by more than its precision: fifty steps with all switches on and all off."""
 
+import pytest
 import torch
+from omegaconf import OmegaConf
 
+from ldm.train import run
 from tests.runs import events, last, train
 
 QUIET = ["--max_steps", 50, "lightning.callbacks.image_logger.params.disabled=true"]
 
 
-def losses(run):
-    return torch.tensor([scalar.value for scalar in events(run).Scalars("train/loss")])
+def losses(folder):
+    return torch.tensor([scalar.value for scalar in events(folder).Scalars("train/loss")])
 
 
 def test_fifty_steps_with_all_switches_on_and_off(tmp_path):
@@ -20,3 +23,12 @@ def test_fifty_steps_with_all_switches_on_and_off(tmp_path):
     assert ((first - second).abs() / first).max() < 0.02
     assert abs(first.mean() - second.mean()) / first.mean() < 0.005
     assert all(value.dtype == torch.float32 for value in last(on)["state_dict"].values())
+
+
+@pytest.mark.parametrize("precision, fits", [("bf16-mixed", True), ("bf16-mixed", False), ("16-mixed", True)])
+def test_precision_is_what_the_machine_can_do(precision, fits, monkeypatch, caplog):
+    monkeypatch.setattr(run, "computes_on_cpu", lambda kind: fits and kind == "bf16")
+    config = OmegaConf.create({"lightning": {"trainer": {"accelerator": "cpu", "precision": precision}}})
+    kept = precision == "bf16-mixed" and fits
+    assert run.trainer_options(run.Run(config, None))["precision"] == (precision if kept else "32-true")
+    assert ("needs a GPU or another CPU" in caplog.text) is not kept

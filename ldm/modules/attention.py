@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.modules.diffusionmodules.convolution import Conv2d
 from ldm.modules.diffusionmodules.util import checkpoint, zero_module
 from ldm.modules.taps import TappedBlock
 from ldm.util import InputError
@@ -142,12 +143,12 @@ class SpatialTransformer(nn.Module):
         inner_dim = n_heads * d_head
         self.in_channels = in_channels
         self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(in_channels, inner_dim, 1)
+        self.proj_in = Conv2d(in_channels, inner_dim, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner_dim, n_heads, d_head, dropout, context_dim, checkpoint=use_checkpoint)
             for _ in range(depth)
         )
-        self.proj_out = zero_module(nn.Conv2d(inner_dim, in_channels, 1))
+        self.proj_out = zero_module(Conv2d(inner_dim, in_channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self.proj_in(self.norm(x))

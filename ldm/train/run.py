@@ -57,6 +57,7 @@ for message in (
     warnings.filterwarnings("ignore", message)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HALVES = {"fp16": ("16", "16-mixed", "16-true"), "bf16": ("bf16", "bf16-mixed", "bf16-true")}
 
 
 @dataclass
@@ -181,10 +182,16 @@ def trainer_options(run: Run, automatic: bool = True) -> dict[str, Any]:
     if not automatic and (options.get("accumulate_grad_batches") or 1) != 1:
         log.warning("accumulate_grad_batches has no effect: this model steps its two optimizers itself")
         del options["accumulate_grad_batches"]
-    if str(options.get("precision")) in ("16", "16-mixed", "16-true") and not uses_gpu(options):
-        log.warning("precision %s needs a GPU; training in 32 bits", options["precision"])
-        options["precision"] = "32-true"
+    for kind, named in HALVES.items():
+        if str(options.get("precision")) in named and not (uses_gpu(options) or computes_on_cpu(kind)):
+            log.warning("precision %s needs a GPU or another CPU; training in 32 bits", options["precision"])
+            options["precision"] = "32-true"
     return options
+
+
+def computes_on_cpu(precision: str) -> bool:
+    """Whether this CPU has arithmetic of that precision for training; emulation takes up to a hundred times longer."""
+    return precision == "fp32" or (precision == "bf16" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def uses_gpu(options: Mapping[str, Any]) -> bool:
@@ -281,6 +288,8 @@ def fit(
     pl.seed_everything(run.seed + trainer.global_rank, verbose=False)  # other noise in every process
     module.learning_rate = learning_rate(run, trainer.world_size)
     if run.base_precision != "fp32":
+        if trainer.strategy.root_device.type == "cpu" and not computes_on_cpu(run.base_precision):
+            log.warning("this CPU emulates %s slowly; --base_precision fp32 is faster", run.base_precision)
         half_base(base.model.diffusion_model, PRECISIONS[run.base_precision])
     write_configs(run)
     count = sum(p.numel() for p in module.parameters() if p.requires_grad)

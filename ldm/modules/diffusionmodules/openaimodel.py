@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.modules import adapter_files
 from ldm.modules.adapters import attach_adapters, tapped_blocks
 from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.convolution import Conv2d
 from ldm.modules.diffusionmodules.util import checkpoint, normalization, timestep_embedding, zero_module
 from ldm.modules.taps import TappedBlock
 from ldm.util import InputError
@@ -23,7 +24,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else nn.Identity()
+        self.conv = Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
@@ -34,7 +35,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None) -> None:
         super().__init__()
-        self.op = nn.Conv2d(channels, out_channels or channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+        self.op = Conv2d(channels, out_channels or channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
@@ -65,7 +66,7 @@ class ResBlock(TappedBlock):
         self.channels, self.out_channels = channels, out_channels or channels
         self.use_scale_shift_norm, self.use_checkpoint = use_scale_shift_norm, use_checkpoint
         self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), nn.Conv2d(channels, self.out_channels, 3, padding=1)
+            normalization(channels), nn.SiLU(), Conv2d(channels, self.out_channels, 3, padding=1)
         )
         if up or down:
             self.h_upd = Upsample(channels, use_conv=False) if up else Downsample(channels, use_conv=False)
@@ -79,10 +80,10 @@ class ResBlock(TappedBlock):
             normalization(self.out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zero_module(nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1)),
+            zero_module(Conv2d(self.out_channels, self.out_channels, 3, padding=1)),
         )
         same = self.out_channels == channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, self.out_channels, 1)
+        self.skip_connection = nn.Identity() if same else Conv2d(channels, self.out_channels, 1)
 
     def width(self, position: str) -> int:
         """Channels of the value at a position."""
@@ -231,7 +232,7 @@ class UNetModel(nn.Module):
             self.label_emb = nn.Embedding(num_classes, emb_channels)
 
         ch, rate = model_channels, 1
-        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(nn.Conv2d(in_channels, ch, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(Conv2d(in_channels, ch, 3, padding=1))])
         skips = [ch]
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
@@ -262,7 +263,7 @@ class UNetModel(nn.Module):
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
         self.out = nn.Sequential(
-            normalization(ch), nn.SiLU(), zero_module(nn.Conv2d(model_channels, out_channels, 3, padding=1))
+            normalization(ch), nn.SiLU(), zero_module(Conv2d(model_channels, out_channels, 3, padding=1))
         )
         self.downsampling_factor = 2 ** (len(channel_mult) - 1)  # height and width must be multiples of it
         attach_adapters(self, adapter_config)

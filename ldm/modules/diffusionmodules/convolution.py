@@ -1,0 +1,30 @@
+"""Convolutions of the UNet: those of few pixels and many channels are matrix products on a CPU."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d`, faster on CPUs where a picture has few pixels: a third of the time at 4 x 4 with 1280 channels.
+
+    There, all time goes into the weights, which a convolution first puts into an order of its own, at every call. A
+    matrix product takes them as they lie. Results differ by rounding.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.numel() // self.in_channels  # of all pictures together; the bound is measured
+        if x.device.type == "cpu" and 8 * pixels <= self.out_channels:
+            return self.as_product(x)
+        return super().forward(x)
+
+    def as_product(self, x: Tensor) -> Tensor:
+        """[b, in_channels, h, w] -> [b, out_channels, h', w'] by one product of all patches with all filters."""
+        height, width = (
+            (size + 2 * pad - kernel) // stride + 1
+            for size, pad, kernel, stride in zip(x.shape[2:], self.padding, self.kernel_size, self.stride, strict=True)
+        )
+        patches = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride).transpose(1, 2)  # b n ckk
+        y = F.linear(patches.flatten(0, 1), self.weight.flatten(1), self.bias)
+        return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
