@@ -26,6 +26,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     return p
 
 
+def can_compute(precision: str) -> bool:
+    """Whether there is arithmetic of that precision here; says so where there is not."""
+    from ldm.train.run import computes_on_cpu
+
+    able = torch.cuda.is_available() or computes_on_cpu(precision)
+    if not able:
+        print(f"{precision}: nothing measured, this CPU has no such arithmetic and there is no GPU")
+    return able
+
+
 def timed(work: Callable[[], Any], repeats: int, device: torch.device | None = None, warm_up: int = 1) -> list[float]:
     """Seconds of each of `repeats` runs after `warm_up` others; the device is waited for."""
     seconds = []

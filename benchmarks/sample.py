@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import parser, table, timed
+from common import can_compute, parser, table, timed
 from train_step import fill
 
 from ldm.checkpoints import skip_init
@@ -70,6 +70,8 @@ def main() -> None:
     p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     p.add_argument("--compile", action="store_true", help="compile both UNets")
     options = p.parse_args()
+    if not can_compute(options.precision):
+        return
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]

@@ -17,12 +17,11 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
-from common import parser, table, timed
+from common import can_compute, parser, table, timed
 from train_step import ours, step_of
 
 from ldm.modules.adapter_files import half_base
 from ldm.train.compiled import compile_module
-from ldm.train.run import computes_on_cpu
 
 # name: (checkpointing, what is done to the UNet, options of the optimizer)
 SWITCHES: dict[str, tuple[bool | str, Callable[[torch.nn.Module], Any], dict]] = {
@@ -59,10 +58,15 @@ def memory(device: torch.device) -> float:
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--size", type=int, default=256, help="picture size in pixels")
-    p.add_argument("--switches", nargs="+", choices=list(SWITCHES), help="these alone (default: all that this CPU has)")
+    p.add_argument(
+        "--switches",
+        nargs="+",
+        choices=list(SWITCHES),
+        help="these alone (default: all, but on a CPU without compiling)",
+    )
     options = p.parse_args()
-    able = torch.cuda.is_available() or computes_on_cpu("bf16")
-    chosen = options.switches or [name for name in SWITCHES if able or "bf16" not in name]
+    fast = [name for name in SWITCHES if name != "compiled" or torch.cuda.is_available()]  # minutes, on two cores
+    chosen = [name for name in options.switches or fast if "bf16" not in name or can_compute("bf16")]
     rows, needed = {}, {}
     for name in dict.fromkeys(["all off", *chosen]):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:

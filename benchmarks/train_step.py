@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from common import parser, table, timed
+from common import can_compute, parser, table, timed
 from torch.nn import functional as F
 
 from ldm.checkpoints import skip_init
@@ -82,6 +82,8 @@ def main() -> None:
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass, in both")
     options = p.parse_args()
+    if not can_compute(options.precision):
+        return
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,7 +2,9 @@
 
 from types import SimpleNamespace
 
-from scripts.compare_families import COLUMNS, FAMILIES, table, write_table
+from omegaconf import OmegaConf
+
+from scripts.compare_families import COLUMNS, FAMILIES, stretch_stages, table, write_table
 from tests.conftest import ROOT
 
 
@@ -26,6 +28,13 @@ def test_rows_are_means_over_subjects():
     row = dict.fromkeys([*COLUMNS, "CLIP-I before", "CLIP-T before"], 1.0)
     options = SimpleNamespace(subjects=["a", "b"], steps=3, seed=1)
     text = table({"LoRA": [row, {**row, "CLIP-I": 3.0}]}, options)
-    assert "| LoRA | 1 | 1 | 1.0 | 2.000 ± 1.000 | 1.000 ± 0.000 | 1.000 ± 0.000 |" in text
+    assert "| LoRA | 1 | 1 | 1 | 2.000 ± 1.000 | 1.000 ± 0.000 | 1.000 ± 0.000 |" in text
     assert "pictures of the class | 0 |  |  | 1.000 ± 0.000 | 1.000 ± 0.000 | 0 |" in text
     assert "2 subjects, 3 steps, seed 1." in text
+
+
+def test_stages_keep_their_part_of_the_run():
+    config = OmegaConf.create({"model": {"params": {"tuning": [{"steps": [0, 200]}, {"steps": [200, None]}, {}]}}})
+    stretch_stages(config, 0.25)
+    assert config.model.params.tuning == [{"steps": [0, 50]}, {"steps": [50, None]}, {}]
+    stretch_stages(OmegaConf.create({"model": {"params": {}}}), 0.25)
