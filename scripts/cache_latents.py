@@ -8,18 +8,16 @@ Prints 1 / std of the latents: the `scale_factor` of the diffusion model.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.data.latents import save_latents  # noqa: E402
-from ldm.util import find_file, instantiate_from_config, load_config, run_command  # noqa: E402
-
-log = logging.getLogger("cache_latents")
+from ldm.util import best_device, find_file, instantiate_from_config, load_config, run_command  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,23 +28,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=48000, help="how many pictures to draw and encode")
     parser.add_argument("--first", type=int, default=0, help="number of the first draw")
     parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--device", help="cuda, mps or cpu; by default the best there is")
     options = parser.parse_args(arguments)
 
-    config = load_config(find_file(options.config))
+    config, device = load_config(find_file(options.config)), best_device(options.device)
     autoencoder = instantiate_from_config(config.model)
     autoencoder.init_from_ckpt(options.ckpt)
-    autoencoder.eval().to(memory_format=torch.channels_last)
-    autoencoder.encoder.compile()
-    pictures = instantiate_from_config(config.data.params.train)
+    autoencoder.eval().to(device, memory_format=torch.channels_last)
+    pictures = instantiate_from_config(config.data.params.train).to(device)
     latents, captions = [], []
-    for first in range(options.first, options.first + options.draws, options.batch_size):
+    for first in tqdm(range(options.first, options.first + options.draws, options.batch_size), desc="batches"):
         batch = pictures.batch(range(first, min(first + options.batch_size, options.first + options.draws)))
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
             posterior = autoencoder.encode(autoencoder.get_input(batch, "image"))
-        latents.append(posterior.sample().half())
+        latents.append(posterior.sample().half().cpu())
         captions += batch["caption"]
-        if len(latents) % 50 == 0:
-            log.info("%d of %d", len(captions), options.draws)
     encoded = torch.cat(latents)
     save_latents(options.out, encoded, captions)
     print(f"{options.out}: {len(encoded)} latents, scale_factor {1 / encoded.float().std():.4f}")

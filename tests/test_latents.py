@@ -1,12 +1,17 @@
 """Cached latents: every draw is a function of its number."""
 
+import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
+from ldm.checkpoints import save_torch
+from ldm.data.build.archive import write_records
 from ldm.data.latents import CachedLatents, save_latents
 from ldm.data.sampling import as_draws
-from ldm.util import InputError
+from ldm.util import InputError, instantiate_from_config, load_config
+from scripts import cache_latents
 
 
 @pytest.fixture
@@ -45,3 +50,38 @@ def test_other_files_are_refused(tmp_path):
     save_safetensors(tmp_path / "other.safetensors", {"weight": torch.zeros(2)})
     with pytest.raises(InputError, match="no cache of latents"):
         CachedLatents(tmp_path / "other.safetensors")
+
+
+def test_pictures_become_latents(tmp_path, capsys):
+    """The script, with a small autoencoder: latents are draws of its posterior, captions those of the pictures."""
+    records = [
+        ({"captions": [f"number {i}"], "split": "train", "kind": "photo"}, np.full((64, 64, 3), 40 * i, np.uint8))
+        for i in range(5)
+    ]
+    write_records(tmp_path / "captioned.tar.gz", records)
+    config = load_config("configs/sd-mini/train/autoencoder.yaml")
+    changed = {
+        "model": {"params": {"ddconfig": {"ch": 32, "ch_mult": [1, 1, 1]}}},
+        "data": {"params": {"train": {"params": {"path": str(tmp_path / "captioned.tar.gz"), "shares": None}}}},
+    }
+    OmegaConf.save(OmegaConf.merge(config, changed), tmp_path / "config.yaml")
+    config = load_config(tmp_path / "config.yaml")
+    torch.manual_seed(0)
+    autoencoder = instantiate_from_config(config.model)
+    save_torch(tmp_path / "last.ckpt", {"state_dict": autoencoder.state_dict()})
+    words = [
+        "--config",
+        tmp_path / "config.yaml",
+        "--ckpt",
+        tmp_path / "last.ckpt",
+        "--out",
+        tmp_path / "out.safetensors",
+    ]
+    cache_latents.main([str(word) for word in [*words, "--draws", 7, "--batch_size", 3, "--device", "cpu"]])
+    made = CachedLatents(tmp_path / "out.safetensors")
+    batch = instantiate_from_config(config.data.params.train).batch(range(7))
+    posterior = autoencoder.eval().encode(autoencoder.get_input(batch, "image"))
+    assert made.captions == batch["caption"] and made.latents.shape == (7, 16, 16, 4)
+    away = (made.latents.movedim(-1, 1).float() - posterior.mean) / posterior.std
+    assert 0.9 < away.std() < 1.1
+    assert f"scale_factor {1 / made.latents.float().std():.4f}" in capsys.readouterr().out

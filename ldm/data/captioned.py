@@ -75,8 +75,12 @@ class CaptionedPictures(Dataset):
 
     def __getitem__(self, k: int) -> dict[str, Tensor | str]:
         """Draw k: `image` float32 [h, w, 3] in -1..1, `caption` str."""
-        batch = self.batch([k])
-        return {"image": batch["image"][0], "caption": batch["caption"][0]}
+        return self.__getitems__([k])[0]
+
+    def __getitems__(self, ks: Sequence[int]) -> list[dict[str, Tensor | str]]:
+        """Several draws, put before their backgrounds together."""
+        batch = self.batch(ks)
+        return [{"image": i, "caption": c} for i, c in zip(batch["image"], batch["caption"], strict=True)]
 
     def to(self, device: str | torch.device) -> CaptionedPictures:
         """Keep the pictures on a device, where `batch` then composes them."""
