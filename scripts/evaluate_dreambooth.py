@@ -2,7 +2,8 @@
 
     python scripts/evaluate_dreambooth.py --subjects build/captioned/subjects/* --out docs/sd-mini
 
-Each subject is a folder of pictures with `subject.json` (scripts/build_captioned_pictures.py writes them).
+Each subject is a folder of pictures with `subject.json` (scripts/build_captioned_pictures.py writes them). Subjects
+that were trained on under --logdir for as many steps are not trained on again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from ldm.util import load_config, load_model_from_config, run_command  # noqa: E
 def train(subject: Path, word: str, options: argparse.Namespace) -> Path:
     """Train on one subject with class pictures of the base; the folder of its adapters."""
     name, runs = f"evaluate-{subject.name}", options.logdir / subject.name
+    if done := list(runs.glob(f"*/checkpoints/{options.steps}-adapters")):
+        return done[0]
     template = "an emoji of a {}"
     main_dream_booth.main([
         "--base", options.config, "-t", "--no-test", "-n", name, "-l", str(runs), "--class_word", word,
@@ -37,7 +40,8 @@ def train(subject: Path, word: str, options: argparse.Namespace) -> Path:
         "data.params.train.params.flip_p=0.0", f"data.params.batch_size={options.batch_size}",
         "lightning.callbacks.image_logger.params.disabled=true",
     ])  # fmt: skip
-    return max(runs.glob("*/checkpoints/*-adapters"), key=lambda path: path.stat().st_mtime)
+    (done,) = runs.glob(f"*/checkpoints/{options.steps}-adapters")
+    return done
 
 
 def main(arguments: list[str] | None = None) -> None:
