@@ -144,7 +144,8 @@ def table(results: dict[str, list[dict[str, float]]], options: argparse.Namespac
     lines = ["| family | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
 
     def measured(rows: list[dict[str, float]], column: str) -> str:
-        return "{:.3f} ± {:.3f}".format(*mean_and_error(torch.tensor([row[column] for row in rows])))
+        mean, error = mean_and_error(torch.tensor([row[column] for row in rows]))
+        return f"{round(mean, 3) + 0.0:.3f} ± {error:.3f}"  # + 0.0: no -0.000
 
     first = next(iter(results.values()))
     before = [measured(first, column) for column in ("CLIP-I before", "CLIP-T before")]
@@ -154,7 +155,8 @@ def table(results: dict[str, list[dict[str, float]]], options: argparse.Namespac
         fastest = min(row[COLUMNS[2]] for row in rows)  # of all runs: others of the machine disturb it least
         cells = [f"{means[0]:,.0f}", f"{means[1]:,.0f}", f"{fastest:,.0f}"]
         lines.append("| " + " | ".join([family, *cells, *(measured(rows, column) for column in COLUMNS[3:])]) + " |")
-    return "\n".join([*lines, "", f"{len(options.subjects)} subjects, {options.steps} steps, seed {options.seed}."])
+    told = f"{len(options.subjects)} subjects, {options.steps} steps, {options.class_pictures} class pictures, "
+    return "\n".join([*lines, "", f"{told}{options.samples} samples of each prompt, seed {options.seed}."])
 
 
 def write_table(path: Path, text: str) -> None:

@@ -26,11 +26,11 @@ def test_the_table_takes_its_place(tmp_path):
 
 def test_rows_are_means_over_subjects():
     row = dict.fromkeys([*COLUMNS, "CLIP-I before", "CLIP-T before"], 1.0)
-    options = SimpleNamespace(subjects=["a", "b"], steps=3, seed=1)
+    options = SimpleNamespace(subjects=["a", "b"], steps=3, seed=1, class_pictures=4, samples=8)
     text = table({"LoRA": [row, {**row, "CLIP-I": 3.0}]}, options)
     assert "| LoRA | 1 | 1 | 1 | 2.000 ± 1.000 | 1.000 ± 0.000 | 1.000 ± 0.000 |" in text
     assert "pictures of the class | 0 |  |  | 1.000 ± 0.000 | 1.000 ± 0.000 | 0 |" in text
-    assert "2 subjects, 3 steps, seed 1." in text
+    assert "2 subjects, 3 steps, 4 class pictures, 8 samples of each prompt, seed 1." in text
 
 
 def test_stages_keep_their_part_of_the_run():
