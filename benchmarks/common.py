@@ -36,10 +36,17 @@ def can_compute(precision: str) -> bool:
     return able
 
 
-def timed(work: Callable[[], Any], repeats: int, device: torch.device | None = None, warm_up: int = 1) -> list[float]:
-    """Seconds of each of `repeats` runs after `warm_up` others; the device is waited for."""
+def timed(
+    work: Callable[[], Any],
+    repeats: int,
+    device: torch.device | None = None,
+    warm_up: int = 1,
+    before: Callable[[], Any] = lambda: None,
+) -> list[float]:
+    """Seconds of each of `repeats` runs after `warm_up` others; the device is waited for, `before` is not timed."""
     seconds = []
     for _ in range(warm_up + repeats):
+        before()
         start = time.perf_counter()
         work()
         if device is not None and device.type == "cuda":

@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -52,17 +51,6 @@ def command(path: Path, folder: Path) -> None:
     subprocess.run([str(word) for word in words], env=environment, check=True, **quiet)
 
 
-def from_disk(path: Path, work) -> list[float]:
-    """Seconds of three runs, each after the file was dropped from the page cache."""
-    seconds = []
-    for _ in range(3):
-        forget(path)
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--folder", help="where to write the checkpoint; by default the temporary folder")
@@ -71,13 +59,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         path, _ = random_checkpoint(folder)
+        works = {"read the file": lambda: read(path), "command to first step": lambda: command(path, folder)}
         rows = {
-            "read the file from disk": from_disk(path, lambda: read(path)),
-            "command to first step, from disk": from_disk(path, lambda: command(path, folder)),
-            "read the file": timed(lambda: read(path), options.repeats),
-            "command to first step": timed(lambda: command(path, folder), options.repeats),
-        }
-    table(rows, peer="read the file from disk", as_json=options.json)
+            f"{name}, from disk": timed(work, options.repeats, before=lambda: forget(path))
+            for name, work in works.items()
+        } | {name: timed(work, options.repeats) for name, work in works.items()}
+    table(rows, peer="read the file, from disk", as_json=options.json)
 
 
 if __name__ == "__main__":

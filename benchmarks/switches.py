@@ -21,11 +21,19 @@ from common import can_compute, parser, table, timed
 from train_step import ours, step_of
 
 from ldm.modules.adapter_files import half_base
+from ldm.modules.diffusionmodules.convolution import Conv2d
 from ldm.train.compiled import compile_module
+
+
+def library_convolutions(unet: torch.nn.Module) -> None:
+    """No convolution is a matrix product: torch's own code for all of them, in this process."""
+    Conv2d.forward = torch.nn.Conv2d.forward
+
 
 # name: (checkpointing, what is done to the UNet, options of the optimizer)
 SWITCHES: dict[str, tuple[bool | str, Callable[[torch.nn.Module], Any], dict]] = {
     "all off": (False, lambda unet: None, {}),
+    "library convolutions": (False, library_convolutions, {}),
     "channels last": (False, lambda unet: unet.to(memory_format=torch.channels_last), {}),
     "compiled": (False, compile_module, {}),
     "frozen base in bf16": (False, functools.partial(half_base, dtype=torch.bfloat16), {}),

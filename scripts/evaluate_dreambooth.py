@@ -29,19 +29,18 @@ from ldm.util import load_config, load_model_from_config, run_command  # noqa: E
 def train(subject: Path, word: str, options: argparse.Namespace) -> Path:
     """Train on one subject with class pictures of the base; the folder of its adapters."""
     name, runs = f"evaluate-{subject.name}", options.logdir / subject.name
-    if done := list(runs.glob(f"*/checkpoints/{options.steps}-adapters")):
-        return done[0]
-    template = "an emoji of a {}"
-    main_dream_booth.main([
-        "--base", options.config, "-t", "--no-test", "-n", name, "-l", str(runs), "--class_word", word,
-        "--data_root", str(subject), "--reg_data_root", str(options.logdir / "classes" / word),
-        "--num_class_images", str(options.class_pictures), "--max_steps", str(options.steps),
-        *(f"data.params.{part}.params.templates={template}" for part in ("train", "reg", "validation")),
-        "data.params.train.params.flip_p=0.0", f"data.params.batch_size={options.batch_size}",
-        "lightning.callbacks.image_logger.params.disabled=true",
-    ])  # fmt: skip
-    (done,) = runs.glob(f"*/checkpoints/{options.steps}-adapters")
-    return done
+    adapters = f"*/checkpoints/{options.steps}-adapters"
+    if not any(runs.glob(adapters)):
+        template = "an emoji of a {}"
+        main_dream_booth.main([
+            "--base", options.config, "-t", "--no-test", "-n", name, "-l", str(runs), "--class_word", word,
+            "--data_root", str(subject), "--reg_data_root", str(options.logdir / "classes" / word),
+            "--num_class_images", str(options.class_pictures), "--max_steps", str(options.steps),
+            *(f"data.params.{part}.params.templates={template}" for part in ("train", "reg", "validation")),
+            "data.params.train.params.flip_p=0.0", f"data.params.batch_size={options.batch_size}",
+            "lightning.callbacks.image_logger.params.disabled=true",
+        ])  # fmt: skip
+    return next(runs.glob(adapters))
 
 
 def main(arguments: list[str] | None = None) -> None:

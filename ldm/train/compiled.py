@@ -17,7 +17,7 @@ MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 class Compiled(pl.Callback):
-    """Compiles modules, named as in the model (`model.diffusion_model`), and has convolutions hold channels last.
+    """Compiles modules, named as in the model (`model.diffusion_model`), and has their convolutions hold channels last.
 
     Worth it on CPUs, where eager group norms take most of a step of a small model. State-dict names stay as they are.
     Raises `InputError` for a name that the model does not have and for an unknown mode.
@@ -29,7 +29,6 @@ class Compiled(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # The adaptive weight of a discriminator differentiates one graph twice, so its buffers may not be given away.
         torch._functorch.config.donated_buffer = False
-        pl_module.to(memory_format=torch.channels_last)
         for name in self.modules:
             try:
                 part = pl_module.get_submodule(name)
