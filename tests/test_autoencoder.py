@@ -100,6 +100,29 @@ def test_variants_keep_the_shapes(options, resample):
     assert Decoder(**config, give_pre_end=True)(z[:, :4]).shape == (1, 32, 16, 16)
 
 
+def test_a_narrow_decoder_has_a_mean_colour_only_with_few_groups():
+    """32 groups of one channel each are normalized over the picture alone: behind them all pictures have one mean."""
+
+    def means(groups):
+        torch.manual_seed(0)
+        decoder = Decoder(**TINY, norm_num_groups=groups)
+        decoder.conv_out = torch.nn.Conv2d(32, 3, 1)
+        before = []
+        decoder.norm_out.register_forward_hook(lambda layer, inputs, output: before.append(output))
+        with torch.no_grad():
+            decoder(torch.randn(16, 4, 8, 8) + torch.randn(16, 4, 1, 1))
+        return before[0].mean(dim=(2, 3))
+
+    assert means(32).std(dim=0).max() < 1e-5
+    assert means(4).std(dim=0).mean() > 0.05
+
+
+def test_every_norm_has_the_groups_of_the_config():
+    config = dict(TINY, attn_resolutions=[8, 16], norm_num_groups=4)
+    norms = [m for part in (Encoder, Decoder) for m in part(**config).modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert {norm.num_groups for norm in norms} == {4} and len(norms) > 20
+
+
 def test_names_of_attention_and_resampling():
     config = dict(TINY, attn_resolutions=[16])
     names = {name.rsplit(".", 2)[0] for name in Encoder(**config).state_dict()}
@@ -168,6 +191,7 @@ def test_built_without_initialising(golden, index, io):
         (dict(TINY, chanels=3), "ddconfig of the first stage: .*chanels"),
         ({k: v for k, v in TINY.items() if k != "ch"}, "ddconfig of the first stage: .*'ch'"),
         (dict(TINY, ch=20), "ddconfig of the first stage: .*divisible"),
+        (dict(TINY, norm_num_groups=5), "ddconfig of the first stage: .*divisible"),
         (dict(TINY, attn_type="flash"), "unknown attn_type 'flash'"),
         (dict(TINY, double_z=False), "double_z: true"),
     ],

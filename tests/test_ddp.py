@@ -5,9 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from ldm.data.sampling import ResumableBatches
+from tests.conftest import ROOT
 from tests.runs import arguments, command, differences, find_run, last, pictures
+from tests.test_published_models import narrow
 
 TWO = ("--accelerator", "cpu", "--devices", "2")
 
@@ -88,6 +91,24 @@ def test_class_pictures_are_made_once_for_all(tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "class").iterdir()) == ["00000.png", "00001.png"]
     assert last(find_run(tmp_path, "run"))["global_step"] == 1
+
+
+def test_an_autoencoder_and_its_discriminator_train_in_two_processes(tmp_path):
+    """Its two optimizers take turns, so that each backward pass leaves the other's parameters without a gradient."""
+    pytest.importorskip("taming.modules.discriminator.model", reason="the discriminator needs the extra vq")
+    noise = {"target": "tests.test_published_models.Batches"}
+    config = {
+        "model": {"base_learning_rate": 1e-3, **narrow(ROOT / "configs/autoencoder/autoencoder_kl_8x8x64.yaml")},
+        "data": {
+            "target": "ldm.train.datamodule.DataModuleFromConfig",
+            "params": {"batch_size": 1, "num_workers": 0, "train": noise},
+        },
+    }
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    words = ["--base", tmp_path / "config.yaml", "-t", "-n", "run", "-l", tmp_path / "logs", "--max_steps", 4]
+    done = command("scripts/train.py", *words, *TWO)
+    assert done.returncode == 0, done.stderr
+    assert last(find_run(tmp_path, "run"))["global_step"] == 4
 
 
 @pytest.mark.parametrize("start", [0, 5])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm.models.diffusion.losses import diffusion_loss, dreambooth_loss, simple_loss
+from ldm.models.diffusion.losses import diffusion_loss, dreambooth_loss, min_snr_weight, simple_loss
 from ldm.models.diffusion.schedule import ddpm_buffers
 from ldm.modules.diffusionmodules.schedules import make_beta_schedule
 from ldm.util import InputError
@@ -97,6 +97,16 @@ def test_weights_and_logvar():
     assert log["logvar"].item() == pytest.approx(10 / 3)
     assert total.item() == pytest.approx(0.5 * gamma + 0.1 * vlb)
     assert "loss_gamma" not in diffusion_loss(per_sample, t, logvar, lvlb)[1]
+
+
+def test_min_snr_weighs_each_sample():
+    alphas_cumprod = torch.tensor([0.99, 5 / 6, 0.5])  # SNR 99, 5, 1
+    assert min_snr_weight(alphas_cumprod, 5.0).tolist() == pytest.approx([5 / 99, 1.0, 1.0], rel=1e-4)
+    assert min_snr_weight(alphas_cumprod, 5.0, "x0").tolist() == pytest.approx([5.0, 5.0, 1.0], rel=1e-4)
+    per_sample, t = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 2])
+    total, log = diffusion_loss(per_sample, t, torch.zeros(3), torch.zeros(3), min_snr_weight(alphas_cumprod, 5.0))
+    assert total.item() == pytest.approx((5 / 99 + 2 + 3) / 3, rel=1e-4)
+    assert log["loss_simple"].item() == pytest.approx(2.0)
 
 
 def test_simple_loss_keeps_the_batch():

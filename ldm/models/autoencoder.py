@@ -33,6 +33,7 @@ class FirstStage(pl.LightningModule):
     """
 
     learning_rate = 4.5e-6
+    betas: Sequence[float] = (0.5, 0.9)  # of both Adams, as published: those of training against a discriminator
     discriminator_factor = 1.0  # of the discriminator's learning rate against the autoencoder's
     scheduler_config: Mapping | None = None
 
@@ -127,7 +128,7 @@ class FirstStage(pl.LightningModule):
                 "expected ldm.modules.losses.contperceptual.LPIPSWithDiscriminator or its VQ sister"
             )
         generator = [p for name, p in self.named_parameters() if not name.startswith("loss.")]
-        lr, betas = self.learning_rate, (0.5, 0.9)
+        lr, betas = self.learning_rate, tuple(self.betas)
         optimizers = [
             torch.optim.Adam(generator, lr=lr, betas=betas),
             torch.optim.Adam(self.loss.discriminator.parameters(), lr=self.discriminator_factor * lr, betas=betas),
@@ -153,7 +154,7 @@ class FirstStage(pl.LightningModule):
 
 class AutoencoderKL(FirstStage):
     """The first stage that encodes a picture in a diagonal Gaussian. LDM's constructor arguments,
-    and `scheduler_config`, the factor of both learning rates by batch.
+    `scheduler_config`, the factor of both learning rates by batch, and the `betas` of both Adams.
 
     Raises `InputError` for a `ddconfig` that makes no sense and for weights that do not fit.
     """
@@ -169,9 +170,10 @@ class AutoencoderKL(FirstStage):
         colorize_nlabels: int | None = None,
         monitor: str | None = None,
         scheduler_config: Mapping | None = None,
+        betas: Sequence[float] = FirstStage.betas,
     ):
         super().__init__(ddconfig, lossconfig, embed_dim, image_key, colorize_nlabels, monitor)
-        self.scheduler_config = scheduler_config
+        self.scheduler_config, self.betas = scheduler_config, betas
         if not ddconfig.get("double_z", True):
             raise InputError("AutoencoderKL needs ddconfig.double_z: true, its encoder gives means and log-variances")
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)

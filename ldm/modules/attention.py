@@ -138,11 +138,12 @@ class SpatialTransformer(nn.Module):
         dropout: float = 0.0,
         context_dim: int | None = None,
         use_checkpoint: bool | str = False,
+        norm_num_groups: int = 32,
     ) -> None:
         super().__init__()
         inner_dim = n_heads * d_head
         self.in_channels = in_channels
-        self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.norm = nn.GroupNorm(norm_num_groups, in_channels, eps=1e-6)
         self.proj_in = Conv2d(in_channels, inner_dim, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner_dim, n_heads, d_head, dropout, context_dim, checkpoint=use_checkpoint)

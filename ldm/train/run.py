@@ -182,6 +182,8 @@ def trainer_options(run: Run, automatic: bool = True) -> dict[str, Any]:
     if not automatic and (options.get("accumulate_grad_batches") or 1) != 1:
         log.warning("accumulate_grad_batches has no effect: this model steps its two optimizers itself")
         del options["accumulate_grad_batches"]
+    if not automatic and options.get("strategy", "auto") in ("auto", "ddp") and several_devices(options):
+        options["strategy"] = "ddp_find_unused_parameters_true"  # each of its backward passes is of one half alone
     for kind, named in HALVES.items():
         if str(options.get("precision")) in named and not (uses_gpu(options) or computes_on_cpu(kind)):
             log.warning("precision %s needs a GPU or another CPU; training in 32 bits", options["precision"])
@@ -196,6 +198,14 @@ def computes_on_cpu(precision: str) -> bool:
 
 def uses_gpu(options: Mapping[str, Any]) -> bool:
     return options.get("accelerator", "auto") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+def several_devices(options: Mapping[str, Any]) -> bool:
+    """Whether Lightning will train on more than one device."""
+    devices = options.get("devices", "auto")
+    if devices in ("auto", -1):
+        devices = torch.cuda.device_count() if uses_gpu(options) else 1
+    return (devices if isinstance(devices, int) else len(devices)) > 1 or (options.get("num_nodes") or 1) > 1
 
 
 def gpu_options(gpus: Any) -> dict[str, Any]:

@@ -29,16 +29,27 @@ def simple_loss(
     return (errors * mask).flatten(1).sum(1) / counted.flatten(1).sum(1)
 
 
+def min_snr_weight(alphas_cumprod: Tensor, gamma: float, parameterization: str = "eps") -> Tensor:
+    """The weight of the error of each sample [b], given alpha-bar at its step [b]: Min-SNR (arXiv 2303.09556) Sec. 3.4.
+
+    With SNR = alpha-bar / (1 - alpha-bar): min(SNR, gamma) for `x0`, min(SNR, gamma) / SNR for `eps`.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(max=gamma) / (snr if parameterization == "eps" else 1.0)
+
+
 def diffusion_loss(
     per_sample: Tensor,
     t: Tensor,
     logvar: Tensor,
     lvlb_weights: Tensor,
-    l_simple_weight: float = 1.0,
+    l_simple_weight: float | Tensor = 1.0,
     elbo_weight: float = 0.0,
     learn_logvar: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(total, what to log) from the errors [b] at the steps t [b]; logvar and lvlb_weights are [T].
+
+    `l_simple_weight`: one for all samples, or one for each, [b].
 
     The log has loss_simple, loss_vlb and loss, with `learn_logvar` loss_gamma and logvar too.
     """
@@ -47,7 +58,7 @@ def diffusion_loss(
     weighted = per_sample / logvar_t.exp() + logvar_t
     # DDPM Eq. 12
     loss_vlb = (lvlb_weights[t] * per_sample).mean()
-    total = l_simple_weight * weighted.mean() + elbo_weight * loss_vlb
+    total = (l_simple_weight * weighted).mean() + elbo_weight * loss_vlb
 
     log = {"loss_simple": per_sample.mean(), "loss_vlb": loss_vlb, "loss": total}
     if learn_logvar:

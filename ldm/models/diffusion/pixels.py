@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import is_added, load_weights, read_weights
 from ldm.models.diffusion.guidance import batched
-from ldm.models.diffusion.losses import diffusion_loss, dreambooth_loss, simple_loss
+from ldm.models.diffusion.losses import diffusion_loss, dreambooth_loss, min_snr_weight, simple_loss
 from ldm.models.diffusion.process import DiffusionProcess
 from ldm.modules.ema import LitEma
 from ldm.util import InputError, instantiate_from_config
@@ -54,7 +54,8 @@ class DiffusionWrapper(nn.Module):
 class DDPM(DiffusionProcess, pl.LightningModule):
     """Denoising diffusion in the space of the batch itself. Constructor arguments and buffer names are LDM's.
 
-    `learning_rate` is an attribute that the training run sets. Raises `InputError` for values that make no sense.
+    `learning_rate` is an attribute that the training run sets. `min_snr_gamma` weighs the steps by Min-SNR
+    (arXiv 2303.09556, which recommends 5). Raises `InputError` for values that make no sense.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class DDPM(DiffusionProcess, pl.LightningModule):
         optimizer_config: Mapping | None = None,
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
+        min_snr_gamma: float | None = None,
         mask_as_published: bool = False,  # see `ldm.models.diffusion.losses.simple_loss`
     ) -> None:
         super().__init__()
@@ -91,7 +93,10 @@ class DDPM(DiffusionProcess, pl.LightningModule):
         if loss_type not in ("l1", "l2"):
             raise InputError(f"loss_type must be l1 or l2, got {loss_type!r}")
         self.parameterization, self.loss_type, self.v_posterior = parameterization, loss_type, v_posterior
+        if min_snr_gamma is not None and min_snr_gamma <= 0:
+            raise InputError(f"min_snr_gamma must be positive, got {min_snr_gamma}")
         self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
+        self.min_snr_gamma = min_snr_gamma
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
         self.log_every_t, self.learn_logvar, self.mask_as_published = log_every_t, learn_logvar, mask_as_published
         self.scheduler_config = scheduler_config
@@ -165,10 +170,17 @@ class DDPM(DiffusionProcess, pl.LightningModule):
             t,
             self.logvar,
             self.lvlb_weights,
-            self.l_simple_weight,
+            self.simple_weight(t),
             self.original_elbo_weight,
             self.learn_logvar,
         )
+
+    def simple_weight(self, t: Tensor) -> float | Tensor:
+        """What the errors at steps t [b] weigh in the loss: `l_simple_weight`, times Min-SNR's weights if asked for."""
+        if self.min_snr_gamma is None:
+            return self.l_simple_weight
+        alphas_cumprod = self.alphas_cumprod.to(t.device)[t]
+        return self.l_simple_weight * min_snr_weight(alphas_cumprod, self.min_snr_gamma, self.parameterization)
 
     def p_losses(
         self, x_start: Tensor, cond: Any, t: Tensor, noise: Tensor | None = None

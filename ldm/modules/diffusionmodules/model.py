@@ -6,6 +6,7 @@ LDM (arXiv 2112.10752) App. G, after VQGAN (arXiv 2012.09841). Shapes: b batch, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ from torch.nn import functional as F
 from ldm.util import InputError
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups as the first stage has it: eps 1e-6, where the UNet's residual blocks have 1e-5."""
-    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """GroupNorm as the first stage has it: eps 1e-6, where the UNet's residual blocks have 1e-5."""
+    return nn.GroupNorm(num_groups=groups, num_channels=channels, eps=1e-6)
 
 
 class Upsample(nn.Module):
@@ -46,11 +47,11 @@ class Downsample(nn.Module):
 class ResnetBlock(nn.Module):
     """Twice norm, SiLU, 3x3 convolution, beside a shortcut: b in_channels h w -> b out_channels h w."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0, norm_num_groups: int = 32):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, norm_num_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, norm_num_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         # Not an Identity: released checkpoints have no such layer where the widths agree, and neither have we.
@@ -67,9 +68,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Self-attention of all places in one head of the full width, beside a shortcut: b c h w -> b c h w."""
 
-    def __init__(self, in_channels: int):
+    def __init__(self, in_channels: int, norm_num_groups: int = 32):
         super().__init__()
-        self.norm = group_norm(in_channels)
+        self.norm = group_norm(in_channels, norm_num_groups)
         self.q = nn.Conv2d(in_channels, in_channels, 1)
         self.k = nn.Conv2d(in_channels, in_channels, 1)
         self.v = nn.Conv2d(in_channels, in_channels, 1)
@@ -87,10 +88,10 @@ class AttnBlock(nn.Module):
 class LinearAttnBlock(nn.Module):
     """Attention at a cost linear in the number of places, one head: b c h w -> b c h w. As in LDM, no shortcut.
 
-    Efficient Attention (arXiv 1812.01243) Sec. 3.2, with the softmax on the keys alone.
+    Efficient Attention (arXiv 1812.01243) Sec. 3.2, with the softmax on the keys alone. It has no norm to divide.
     """
 
-    def __init__(self, in_channels: int):
+    def __init__(self, in_channels: int, norm_num_groups: int = 32):
         super().__init__()
         self.to_qkv = nn.Conv2d(in_channels, 3 * in_channels, 1, bias=False)
         self.to_out = nn.Conv2d(in_channels, in_channels, 1)
@@ -104,22 +105,33 @@ class LinearAttnBlock(nn.Module):
 ATTENTION = {"vanilla": AttnBlock, "linear": LinearAttnBlock, "none": nn.Identity}
 
 
-def attention_kind(attn_type: str) -> Callable[[int], nn.Module]:
-    """What builds the attention of a kind: vanilla, linear or none. Raises `InputError` for another."""
+def parts(dropout: float, attn_type: str, norm_num_groups: int) -> tuple[Callable[[int, int], nn.Module], Callable]:
+    """What builds a residual block of two widths, and attention of one: vanilla, linear or none.
+
+    Raises `InputError` for another kind of attention.
+    """
     if attn_type not in ATTENTION:
         raise InputError(f"unknown attn_type {attn_type!r} in ddconfig: expected {', '.join(ATTENTION)}")
-    return ATTENTION[attn_type]
+    return (
+        partial(ResnetBlock, dropout=dropout, norm_num_groups=norm_num_groups),
+        partial(ATTENTION[attn_type], norm_num_groups=norm_num_groups),
+    )
 
 
 class Level(nn.Module):
     """`count` residual blocks at one resolution, each followed by attention where `attention` builds one."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, count: int, dropout: float, attention: Callable | None = None
+        self,
+        in_channels: int,
+        out_channels: int,
+        count: int,
+        block: Callable[[int, int], nn.Module],
+        attention: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * count
-        self.block = nn.ModuleList(ResnetBlock(widths[i], widths[i + 1], dropout) for i in range(count))
+        self.block = nn.ModuleList(block(widths[i], widths[i + 1]) for i in range(count))
         self.attn = nn.ModuleList(attention(out_channels) for _ in range(count) if attention)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -133,11 +145,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """The blocks at the lowest resolution: residual, attention, residual."""
 
-    def __init__(self, channels: int, dropout: float, attention: Callable):
+    def __init__(self, channels: int, block: Callable[[int, int], nn.Module], attention: Callable[[int], nn.Module]):
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
+        self.block_1 = block(channels, channels)
         self.attn_1 = attention(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
+        self.block_2 = block(channels, channels)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(h)))
@@ -147,7 +159,8 @@ class Encoder(nn.Module):
     """Pictures to latents: b in_channels h w -> b z_channels (twice as many if `double_z`) h/f w/f.
 
     f = 2 ** (len(ch_mult) - 1). The arguments are those of LDM's `ddconfig`, which the decoder gets as well:
-    `out_ch`, `give_pre_end` and `tanh_out` mean nothing here.
+    `out_ch`, `give_pre_end` and `tanh_out` mean nothing here. `norm_num_groups`, diffusers' name, is new: with LDM's 32
+    a narrow level normalizes each channel alone, and the mean colour of a picture is lost.
     """
 
     def __init__(
@@ -168,20 +181,21 @@ class Encoder(nn.Module):
         tanh_out: bool = False,
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
+        norm_num_groups: int = 32,
     ):
         super().__init__()
-        attention = attention_kind("linear" if use_linear_attn else attn_type)
+        block, attention = parts(dropout, "linear" if use_linear_attn else attn_type, norm_num_groups)
         widths = [ch] + [ch * m for m in ch_mult]
 
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i in range(len(ch_mult)):
             attend = resolution // 2**i in attn_resolutions
-            self.down.append(Level(widths[i], widths[i + 1], num_res_blocks, dropout, attention if attend else None))
+            self.down.append(Level(widths[i], widths[i + 1], num_res_blocks, block, attention if attend else None))
         for level, width in zip(self.down[:-1], widths[1:], strict=False):
             level.downsample = Downsample(width, resamp_with_conv)
-        self.mid = Middle(widths[-1], dropout, attention)
-        self.norm_out = group_norm(widths[-1])
+        self.mid = Middle(widths[-1], block, attention)
+        self.norm_out = group_norm(widths[-1], norm_num_groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,22 +231,23 @@ class Decoder(nn.Module):
         tanh_out: bool = False,
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
+        norm_num_groups: int = 32,
     ):
         super().__init__()
         self.give_pre_end, self.tanh_out = give_pre_end, tanh_out
-        attention = attention_kind("linear" if use_linear_attn else attn_type)
+        block, attention = parts(dropout, "linear" if use_linear_attn else attn_type, norm_num_groups)
         widths = [ch * m for m in ch_mult]
         widths.append(widths[-1])
 
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], dropout, attention)
+        self.mid = Middle(widths[-1], block, attention)
         self.up = nn.ModuleList()  # up.0 has the full resolution and is the last to run
         for i in range(len(ch_mult)):
             attend = resolution // 2**i in attn_resolutions
-            self.up.append(Level(widths[i + 1], widths[i], num_res_blocks + 1, dropout, attention if attend else None))
+            self.up.append(Level(widths[i + 1], widths[i], num_res_blocks + 1, block, attention if attend else None))
         for level, width in zip(self.up[1:], widths[1:], strict=False):
             level.upsample = Upsample(width, resamp_with_conv)
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = group_norm(widths[0], norm_num_groups)
         self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -61,12 +61,13 @@ class ResBlock(TappedBlock):
         use_checkpoint: bool | str = False,
         up: bool = False,
         down: bool = False,
+        norm_num_groups: int = 32,
     ) -> None:
         super().__init__()
         self.channels, self.out_channels = channels, out_channels or channels
         self.use_scale_shift_norm, self.use_checkpoint = use_scale_shift_norm, use_checkpoint
         self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), Conv2d(channels, self.out_channels, 3, padding=1)
+            normalization(channels, norm_num_groups), nn.SiLU(), Conv2d(channels, self.out_channels, 3, padding=1)
         )
         if up or down:
             self.h_upd = Upsample(channels, use_conv=False) if up else Downsample(channels, use_conv=False)
@@ -77,7 +78,7 @@ class ResBlock(TappedBlock):
             nn.SiLU(), nn.Linear(emb_channels, self.out_channels * (2 if use_scale_shift_norm else 1))
         )
         self.out_layers = nn.Sequential(
-            normalization(self.out_channels),
+            normalization(self.out_channels, norm_num_groups),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero_module(Conv2d(self.out_channels, self.out_channels, 3, padding=1)),
@@ -121,12 +122,13 @@ class AttentionBlock(nn.Module):
         num_head_channels: int = -1,
         use_checkpoint: bool | str = False,
         use_new_attention_order: bool = False,
+        norm_num_groups: int = 32,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
         self.use_checkpoint = use_checkpoint
         self.order = "(qkv heads d)" if use_new_attention_order else "(heads qkv d)"
-        self.norm = normalization(channels)
+        self.norm = normalization(channels, norm_num_groups)
         self.qkv = nn.Conv1d(channels, channels * 3, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
@@ -159,7 +161,8 @@ class UNetModel(nn.Module):
     """Epsilon-prediction eps(x_t, t, context) with LDM's constructor arguments and state-dict names.
 
     `attention_resolutions` are downsampling rates at which attention is used; `num_heads` or `num_head_channels` must
-    be given. `adapter_config` attaches position adapters (see `ldm.modules.adapters`).
+    be given. `norm_num_groups`, diffusers' name, is new: narrow networks need fewer than LDM's 32 groups.
+    `adapter_config` attaches position adapters (see `ldm.modules.adapters`).
     Raises `InputError` for arguments that contradict each other.
     """
 
@@ -189,6 +192,7 @@ class UNetModel(nn.Module):
         context_dim: int | Sequence[int] | None = None,
         n_embed: int | None = None,
         legacy: bool = True,  # chose between two ways to write the same head widths
+        norm_num_groups: int = 32,
         adapter_config: Mapping | None = None,
     ) -> None:
         super().__init__()
@@ -203,12 +207,16 @@ class UNetModel(nn.Module):
         self.model_channels, self.num_classes, self.context_dim = model_channels, num_classes, context_dim
         emb_channels = model_channels * 4
 
-        def res_block(channels: int, out: int, **resample: bool) -> ResBlock:
-            return ResBlock(channels, emb_channels, dropout, out, use_scale_shift_norm, use_checkpoint, **resample)
+        def res_block(channels: int, out: int, up: bool = False, down: bool = False) -> ResBlock:
+            return ResBlock(
+                channels, emb_channels, dropout, out, use_scale_shift_norm, use_checkpoint, up, down, norm_num_groups
+            )
 
         def attention(channels: int, heads: int) -> nn.Module:
             if not use_spatial_transformer:
-                return AttentionBlock(channels, heads, num_head_channels, use_checkpoint, use_new_attention_order)
+                return AttentionBlock(
+                    channels, heads, num_head_channels, use_checkpoint, use_new_attention_order, norm_num_groups
+                )
             heads = heads if num_head_channels == -1 else channels // num_head_channels
             return SpatialTransformer(
                 channels,
@@ -217,6 +225,7 @@ class UNetModel(nn.Module):
                 transformer_depth,
                 context_dim=context_dim,
                 use_checkpoint=use_checkpoint,
+                norm_num_groups=norm_num_groups,
             )
 
         def down(channels: int) -> nn.Module:
@@ -263,7 +272,9 @@ class UNetModel(nn.Module):
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
         self.out = nn.Sequential(
-            normalization(ch), nn.SiLU(), zero_module(Conv2d(model_channels, out_channels, 3, padding=1))
+            normalization(ch, norm_num_groups),
+            nn.SiLU(),
+            zero_module(Conv2d(model_channels, out_channels, 3, padding=1)),
         )
         self.downsampling_factor = 2 ** (len(channel_mult) - 1)  # height and width must be multiples of it
         attach_adapters(self, adapter_config)

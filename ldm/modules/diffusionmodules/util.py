@@ -55,9 +55,9 @@ class GroupNorm32(nn.GroupNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
-def normalization(channels: int) -> nn.Module:
-    """The 32-group norm of residual blocks, eps 1e-5."""
-    return GroupNorm32(32, channels)
+def normalization(channels: int, groups: int = 32) -> nn.Module:
+    """The group norm of residual blocks, eps 1e-5."""
+    return GroupNorm32(groups, channels)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
