@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm.train.options import Parser
+from ldm.train.options import Parser, add_compile
 from ldm.util import InputError, load_model_from_config, run_command  # noqa: F401 (users import the loader from here)
 
 
@@ -45,8 +45,7 @@ def parser() -> Parser:
     how.add_argument("--C", type=int, help="latent channels; by default the model's")
     how.add_argument("--f", type=int, help="pixels per latent; by default the model's")
     how.add_argument("--precision", choices=("full", "autocast"), default="autocast", help="autocast acts on CUDA only")
-    how.add_argument("--compile", nargs="?", const="default", metavar="MODE",
-                     help="torch.compile the UNet: default, reduce-overhead (CUDA graphs), max-autotune")  # fmt: skip
+    add_compile(how)
     how.add_argument("--device", help="cuda, cuda:1, mps or cpu; by default the best there is")
 
     files = p.add_argument_group("files")

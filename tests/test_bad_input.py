@@ -152,6 +152,7 @@ TRAINING = {
     "unknown UNet": (f"{UNET}.target=ldm.modules.Net", "module 'ldm.modules' has no 'Net'"),
     "unknown UNet argument": (f"{UNET}.params.chanels=3", "UNetModel: unknown chanels; it takes image_size"),
     "UNet of no width": (f"{UNET}.params.model_channels=abc", "UNetModel"),
+    "width of the context": (f"{UNET}.params.context_dim=7", r"the condition has \d+ channels, .* context_dim is 7"),
     "groups of norms": (f"{UNET}.params.norm_num_groups=5", "UNetModel: .*num_channels .* divisible by num_groups"),
     "weights of steps": ("model.params.min_snr_gamma=-1", "min_snr_gamma must be positive, got -1"),
     "schedule": ("model.params.beta_schedule=none", "schedule.*none"),
@@ -178,6 +179,7 @@ SAMPLING = {
     "channels": ("--C 3", "latents of this model have 4 channels, not 3"),
     "plms with eta": ("--plms --ddim_eta 0.5", "--ddim_eta must be 0 with the plms sampler"),
     "sampler": ("--sampler euler", "argument --sampler: invalid choice: 'euler'"),
+    "compilation": ("--compile fast", "argument --compile: invalid choice: 'fast'"),
     "no prompts": (
         "--from-file {work}/no.txt",
         "--from-file .*no.txt cannot be read .*; expected text, a prompt per line",

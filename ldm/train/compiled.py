@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules import model, openaimodel
+from ldm.train.options import COMPILE_MODES
 from ldm.util import InputError
-
-# torch.compile's: with `reduce-overhead` a GPU replays CUDA graphs instead of being told kernel by kernel.
-MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 class Compiled(pl.Callback):
@@ -39,8 +37,8 @@ class Compiled(pl.Callback):
 
 def compile_module(module: nn.Module, mode: str = "default") -> None:
     """Let `module` be compiled at its first call, in place and for convolutions that hold channels last."""
-    if mode not in MODES:
-        raise InputError(f"unknown mode {mode!r} of compilation: expected {', '.join(MODES)}")
+    if mode not in COMPILE_MODES:
+        raise InputError(f"unknown mode {mode!r} of compilation: expected {', '.join(COMPILE_MODES)}")
     for part in module.modules():
         if isinstance(part, (model.Upsample, openaimodel.Upsample)):
             part.forward = partial(upsample, part)

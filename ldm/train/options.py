@@ -24,6 +24,16 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
+# torch.compile's: with `reduce-overhead` a GPU replays CUDA graphs instead of being told kernel by kernel.
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+
+
+def add_compile(group: argparse._ArgumentGroup) -> None:
+    """The option `--compile [MODE]`."""
+    group.add_argument("--compile", nargs="?", const="default", choices=COMPILE_MODES,
+                       help="torch.compile the UNet; with reduce-overhead a GPU replays CUDA graphs")  # fmt: skip
+
+
 def parser(description: str) -> Parser:
     """The options that every training entry has."""
     p = Parser(
@@ -102,8 +112,7 @@ def dreambooth_parser(description: str, several: bool = False) -> Parser:
     subject.add_argument("--cache", metavar="memory|off|DIR",
                          help="encode pictures and captions once, before training (default memory)")  # fmt: skip
     if not several:
-        subject.add_argument("--compile", nargs="?", const="default", metavar="MODE",
-                             help="torch.compile the UNet: default, reduce-overhead (CUDA graphs), ...")  # fmt: skip
+        add_compile(subject)
     subject.add_argument("--init_word", help="start of learnt words, in configs that learn some")
     concept = p.add_argument_group("Custom Diffusion: concepts, each option once for each of them, in their order")
     for number in ("", "2"):  # the published program counts them

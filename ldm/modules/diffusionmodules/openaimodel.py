@@ -287,15 +287,9 @@ class UNetModel(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Noisy latents [b, c, h, w], steps [b], context [b, m, context_dim], classes y [b] to epsilon [b, c, h, w].
 
-        Raises `InputError` unless height and width are multiples of `downsampling_factor`.
+        Raises `InputError` unless height and width are multiples of `downsampling_factor` and the context fits.
         """
-        if x.shape[-2] % self.downsampling_factor or x.shape[-1] % self.downsampling_factor:
-            raise InputError(
-                f"latents of {x.shape[-2]} x {x.shape[-1]} do not fit this UNet: it needs multiples of "
-                f"{self.downsampling_factor}; choose another size of pictures"
-            )
-        if (y is not None) != (self.num_classes is not None):
-            raise ValueError("class labels y must be given if and only if the model is class-conditional (num_classes)")
+        self.check(x, context, y)
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
         if y is not None:
             emb = emb + self.label_emb(y)
@@ -308,6 +302,21 @@ class UNetModel(nn.Module):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h).to(x.dtype)
+
+    def check(self, x: Tensor, context: Tensor | None, y: Tensor | None) -> None:
+        """Raises `InputError` for inputs of the forward pass that do not fit the config."""
+        if x.shape[-2] % self.downsampling_factor or x.shape[-1] % self.downsampling_factor:
+            raise InputError(
+                f"latents of {x.shape[-2]} x {x.shape[-1]} do not fit this UNet: it needs multiples of "
+                f"{self.downsampling_factor}; choose another size of pictures"
+            )
+        if None not in (context, self.context_dim) and context.shape[-1] != self.context_dim:
+            raise InputError(
+                f"the condition has {context.shape[-1]} channels, this UNet's context_dim is {self.context_dim}: "
+                "set unet_config.params.context_dim to what the encoder of the condition gives"
+            )
+        if (y is not None) != (self.num_classes is not None):
+            raise ValueError("class labels y must be given if and only if the model is class-conditional (num_classes)")
 
     def adapters_enable(self, enabled: bool = True) -> None:
         """Switch all adapters on or off; off gives the base model exactly."""
