@@ -28,7 +28,7 @@ def parser() -> Parser:
     model.add_argument("--delta_ckpt", dest="adapter_path", action="append", metavar="FILE",
                        help="the same, in Custom Diffusion's words")  # fmt: skip
     model.add_argument(
-        "--adapter_scale", action="append", type=float, default=[], help="strength of each of them, in their order"
+        "--adapter_scale", action="append", type=float, default=[], help="strength of each, in their order, or of all"
     )
     model.add_argument("--compress", action="store_true", help="Custom Diffusion's option; the file itself tells")
     model.add_argument("--modifier_token", metavar="<new1>+<new2>", help="names for the words of a file without names")
@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     outdir, singles = Path(options.outdir), Path(options.outdir) / "samples"
     about = {
         "sampler": options.sampler, "steps": options.ddim_steps, "eta": options.ddim_eta, "scale": options.scale,
-        "config": options.config, "adapter": ", ".join(options.adapter_path),
+        "config": options.config, "ckpt": options.ckpt or "the config's", "embeddings": options.embedding_path or "",
+        "adapter": ", ".join(options.adapter_path), "adapter scale": ", ".join(map(str, options.adapter_scale)),
     }  # fmt: skip
     number, pictures = generate.next_number(singles), []
     for texts, seeds in generate.batches(prompts, options.n_samples, options.n_iter, options.seed, options.fixed_code):
@@ -104,9 +105,10 @@ def check(options: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.sampler == "plms" and options.ddim_eta:
         raise InputError("--ddim_eta must be 0 with the plms sampler, which is deterministic")
-    if len(options.adapter_scale) > len(options.adapter_path):
+    if len(options.adapter_scale) not in (0, min(1, len(options.adapter_path)), len(options.adapter_path)):
         raise InputError(
-            f"{len(options.adapter_scale)} times --adapter_scale for {len(options.adapter_path)} times --adapter_path"
+            f"{len(options.adapter_scale)} times --adapter_scale for {len(options.adapter_path)} times --adapter_path: "
+            "give one for each, or one for all"
         )
 
 
@@ -141,10 +143,9 @@ def add_adapters(model, options: argparse.Namespace) -> None:
         if not hasattr(model.cond_stage_model, "load_embeddings"):
             raise InputError("--embedding_path: this model has no text encoder that could learn words")
         model.cond_stage_model.load_embeddings(options.embedding_path)
-    scales = (options.adapter_scale or [1.0]) + [1.0] * len(options.adapter_path)
-    if len(options.adapter_scale) == 1:
-        scales = options.adapter_scale * len(options.adapter_path)
-    for number, (path, scale) in enumerate(zip(options.adapter_path, scales, strict=False)):
+    scales = options.adapter_scale or [1.0]
+    scales = scales * len(options.adapter_path) if len(scales) == 1 else scales
+    for number, (path, scale) in enumerate(zip(options.adapter_path, scales, strict=True)):
         named = words if identify(path) in (*DELTAS, *LORAS) else ()
         load_any(model, path, scale, add=number > 0, words=named)
 

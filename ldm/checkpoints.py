@@ -143,18 +143,25 @@ def _inert_globals() -> list[Any]:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a path beside `path` to write a file or a folder to; renames it into place when the block succeeds.
 
-    Whatever happens, `path` holds either its old content or the whole new one.
+    Whatever happens, a file `path` holds either its old content or the whole new one. A folder is replaced in two
+    steps; a process that is killed between them leaves both in the hidden folder beside it.
+    Raises `InputError` where a file would take the place of a folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    old = holder / f"{path.name}.old"
     try:
         yield holder / path.name
         _flush(holder / path.name)
         if path.is_dir():  # a folder cannot be replaced in one step: move the old one aside first
-            os.replace(path, holder / f"{path.name}.old")
+            if not (holder / path.name).is_dir():
+                raise InputError(f"{path} is a folder: expected the name of a file to write")
+            os.replace(path, old)
         os.replace(holder / path.name, path)
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         shutil.rmtree(holder, ignore_errors=True)
 
 

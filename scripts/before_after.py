@@ -12,11 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
+from ldm.train.options import Parser  # noqa: E402
 from ldm.util import best_device, find_file, load_config, load_model_from_config, run_command  # noqa: E402
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--config", required=True)
     p.add_argument("--ckpt", help="checkpoint of the base model; by default the one that the config names")
     p.add_argument("--adapter_path", required=True, metavar="DIR")

@@ -23,13 +23,14 @@ from ldm.data.build.assemble import all_drawings, drawing_records, photo_records
 from ldm.data.build.packages import PACKAGES, fetch  # noqa: E402
 from ldm.data.build.splits import split_drawings  # noqa: E402
 from ldm.data.build.subjects import write_subjects  # noqa: E402
+from ldm.train.options import Parser  # noqa: E402
 from ldm.util import run_command  # noqa: E402
 
 log = logging.getLogger("build_captioned_pictures")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="build/captioned", help="folder to write to")
     parser.add_argument("--cache", default="build/packages", help="folder that keeps the fetched packages")
     parser.add_argument("--photos", type=int, default=20000, help="photographs for training, at most 50000")

@@ -17,11 +17,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.data.latents import save_latents  # noqa: E402
+from ldm.train.options import Parser  # noqa: E402
 from ldm.util import best_device, find_file, instantiate_from_config, load_config, run_command  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/sd-mini/train/autoencoder.yaml", help="of the autoencoder's run")
     parser.add_argument("--ckpt", required=True, help="the autoencoder's checkpoint")
     parser.add_argument("--out", default="build/latents.safetensors")

@@ -28,7 +28,7 @@ from ldm.interchange import load_any  # noqa: E402
 from ldm.models.clip import CLIP  # noqa: E402
 from ldm.train import dreambooth  # noqa: E402
 from ldm.train.callbacks import EpochReport  # noqa: E402
-from ldm.train.options import dreambooth_parser, parse  # noqa: E402
+from ldm.train.options import Parser, dreambooth_parser, parse  # noqa: E402
 from ldm.util import InputError, load_config, load_model_from_config, run_command  # noqa: E402
 
 PART = ["model.params.train_level=[]", "model.params.unet_config.params.adapter_config=null"]
@@ -54,8 +54,8 @@ TEMPLATE = "an emoji of a {}"  # as in configs/sd-mini/dreambooth.yaml
 COLUMNS = ("weights that learn", "file, kB", "ms per step", "CLIP-I", "CLIP-T", "drift of the class")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--subjects", nargs="+", type=Path, required=True)
     p.add_argument("--families", nargs="+", default=list(FAMILIES), metavar="NAME", help=f"of {', '.join(FAMILIES)}")
     p.add_argument("--steps", type=int, default=400)
@@ -75,12 +75,15 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := set(options.families) - FAMILIES.keys():
         raise InputError(f"--families: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(FAMILIES)}")
     clip, results = CLIP(options.clip).eval(), {}
+    settings = {name: getattr(options, name) for name in ("steps", "class_pictures", "samples", "overlay", "seed")}
     for subject in options.subjects:
         for family in options.families:
             file = options.logdir / "results" / f"{subject.name} {family}.json"
-            if not file.is_file():
-                save_json(file, measure(family, subject, clip, options))
-            results.setdefault(family, []).append(json.loads(file.read_text()))
+            kept = json.loads(file.read_text()) if file.is_file() else {}
+            if kept.get("settings") != settings:
+                kept = {**measure(family, subject, clip, options), "settings": settings}
+                save_json(file, kept)
+            results.setdefault(family, []).append(kept)
             print(f"{subject.name}, {family}: {results[family][-1]}", flush=True)
     write_table(options.table, table(results, options))
     print(f"{options.table}: {len(results)} families, {len(options.subjects)} subjects")

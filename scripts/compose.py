@@ -14,13 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
+from ldm.train.options import Parser  # noqa: E402
 from ldm.util import InputError, run_command  # noqa: E402
 
 MOST = 200  # captions read of each file
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--paths", required=True, help="deltas, joined by +")
     p.add_argument("--categories", required=True, help="what each concept is, joined by +")
     p.add_argument("--ckpt", required=True, help="the pretrained model: a checkpoint or a diffusers folder")

@@ -13,11 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
+from ldm.train.options import Parser  # noqa: E402
 from ldm.util import InputError, run_command  # noqa: E402
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--delta_ckpt", required=True, help="the delta, in LDM's or in diffusers' layout")
     p.add_argument("--ckpt", required=True, help="the pretrained model: a checkpoint or a diffusers folder")
     p.add_argument("--diffuser", action="store_true", help="write diffusers' layout (default: that of the input)")

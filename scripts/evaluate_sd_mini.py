@@ -24,6 +24,7 @@ from ldm.evaluate.figures import save_grid  # noqa: E402
 from ldm.evaluate.metrics import agreement, mean_and_error, pairwise_similarity, psnr, retrieval  # noqa: E402
 from ldm.generate import Settings, generate  # noqa: E402
 from ldm.models.clip import CLIP  # noqa: E402
+from ldm.train.options import Parser  # noqa: E402
 from ldm.util import load_config, load_model_from_config, run_command  # noqa: E402
 
 STYLES = ("noto", "twemoji", "fluent", "flat", "modern", "openmoji")
@@ -137,7 +138,7 @@ def evaluate_base(options: Any, model: Any, clip: CLIP, held_out: CaptionedPictu
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=("autoencoder", "clip", "base"))
     parser.add_argument("--data", default="build/captioned/captioned.tar.gz")
     parser.add_argument("--config", default="configs/sd-mini/inference.yaml")

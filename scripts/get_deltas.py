@@ -13,11 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
+from ldm.train.options import Parser  # noqa: E402
 from ldm.util import InputError, run_command  # noqa: E402
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--path", required=True, help="a run's folder, a folder of checkpoints, or one checkpoint")
     p.add_argument("--newtoken", type=int, default=1, help="how many new words were trained (default 1)")
     p.add_argument(

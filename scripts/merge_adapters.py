@@ -14,11 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
+from ldm.train.options import Parser  # noqa: E402
 from ldm.util import InputError, run_command  # noqa: E402
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folders", nargs="+", metavar="DIR", help="adapter folders; of one, --weights scales it")
     p.add_argument("--weights", nargs="+", type=float, help="one for each folder (default 1)")
     p.add_argument("--stack", action="store_true", help="side by side instead of summed")

@@ -18,7 +18,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.checkpoints import load_weights, read_weights, save_safetensors  # noqa: E402
-from ldm.util import instantiate_from_config, load_config, run_command  # noqa: E402
+from ldm.train.options import Parser  # noqa: E402
+from ldm.util import InputError, instantiate_from_config, load_config, run_command  # noqa: E402
 
 
 def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -37,15 +38,18 @@ def half(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clip", help="checkpoint of configs/sd-mini/train/clip.yaml")
     parser.add_argument("--autoencoder", help="checkpoint of configs/sd-mini/train/autoencoder.yaml")
     parser.add_argument("--ldm", help="checkpoint of configs/sd-mini/train/ldm.yaml")
     parser.add_argument("--config", default="configs/sd-mini/model.yaml")
     parser.add_argument("--out", default="models/sd-mini")
     options = parser.parse_args(arguments)
+    if not options.clip and not (options.autoencoder and options.ldm):
+        raise InputError("nothing to pack: name checkpoints with --clip, or with --autoencoder and --ldm")
     if options.clip:
         save_safetensors(f"{options.out}/clip/model.safetensors", half(below(read_weights(options.clip), "clip.")))
+        print(f"{options.out}/clip/model.safetensors")
     if options.autoencoder and options.ldm:
         weights = averaged_unet(read_weights(options.ldm))
         first_stage = read_weights(options.autoencoder)
@@ -54,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         weights |= {f"cond_stage_model.transformer.text_model.{k}": v for k, v in text.items()}
         load_weights(instantiate_from_config(load_config(options.config).model), weights, "the packed model")
         save_safetensors(f"{options.out}/model.safetensors", half(weights))
+        print(f"{options.out}/model.safetensors")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.checkpoints import atomic_write  # noqa: E402
 from ldm.data.captioned import background_words  # noqa: E402
+from ldm.train.options import Parser  # noqa: E402
 from ldm.util import InputError, run_command  # noqa: E402
 
 log = logging.getLogger("train_tokenizer")
@@ -104,7 +105,7 @@ def write_clip_folder(folder: Path, vocab: dict[str, int], merges: list[tuple[st
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", required=True, help="text file, one caption per line")
     parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--vocabulary", type=int, default=8000, help="tokens at most")

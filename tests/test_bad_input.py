@@ -110,6 +110,11 @@ TRAINING = {
     "bad number": ("--max_steps many", "argument --max_steps: invalid int value: 'many'; see --help"),
     "bad override": ("model..x=1 y", "cannot read 'y': expected an option of --help or an override such as"),
     "gpu that is not there": ("--gpus 0,", "--gpus 0,: this machine has no CUDA GPU; leave --gpus out"),
+    "no gpu at all": ("--gpus []", "--gpus '\\[\\]': expected numbers of GPUs such as 0, or 0,3"),
+    "half a base that learns": (
+        "--base_precision bf16 model.params.train_level=[unet]",
+        "--base_precision is for what is added to the UNet, but here \\d+ tensors of its own learn",
+    ),
     "gpu that is no number": ("--gpus first", "--gpus 'first': expected numbers of GPUs such as 0, or 0,3"),
     "precision": ("--precision 12", "Lightning's Trainer refuses its options: Precision '12' is invalid"),
     "strategy": ("--strategy magic", "refuses its options: You selected an invalid strategy name"),
@@ -191,6 +196,10 @@ SAMPLING = {
     "adapter": ("--adapter_path {work}/no", "/no does not exist"),
     "no adapter": ("--adapter_path {work}/photos", "photos is a folder with neither .*adapters"),
     "scales": ("--adapter_scale 1", "1 times --adapter_scale for 0 times --adapter_path"),
+    "scales of some": (
+        "--adapter_path a --adapter_path b --adapter_path c --adapter_scale 1 --adapter_scale 2",
+        "2 times --adapter_scale for 3 times --adapter_path: give one for each, or one for all",
+    ),
     "checkpoint": ("--ckpt {work}/page.ckpt", "page.ckpt is a web page"),
     "config": ("--config {work}/headless.yaml --ckpt {work}/whole.ckpt", "the config has no 'model' section"),
     "words": ("--embedding_path {work}/list.ckpt", "holds no token embeddings"),

@@ -47,6 +47,13 @@ def test_no_encoder_works_during_training(tmp_path, monkeypatch):
     assert calls["prompts"] > 3 + 9
 
 
+def test_the_test_set_is_seen_after_the_training(tmp_path):
+    target = "ldm.data.dreambooth.PersonalizedBase"
+    test = f"data.params.test={{target: {target}, params: {{data_root: {tmp_path / 'photos'}, size: 32, set: val}}}}"
+    run = train(tmp_path, "run", "--max_steps", 2, test)
+    assert last(run)["global_step"] == 2
+
+
 def test_an_encoder_that_learns_is_not_replaced(tmp_path):
     run = train(tmp_path, "words", "--max_steps", 2, "model.params.train_level=[adapter,embeder]")
     assert any(name.startswith("cond_stage_model.") for name in last(run)["state_dict"])

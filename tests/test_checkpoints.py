@@ -266,6 +266,33 @@ def test_folders_are_replaced(tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "kept").write_text("kept")
+    with pytest.raises(InputError, match="results is a folder: expected the name of a file"):
+        with atomic_write(tmp_path / "results") as beside:
+            beside.write_text("new")
+    assert (tmp_path / "results" / "kept").read_text() == "kept"
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "kept").write_text("kept")
+    replace, calls = os.replace, []
+
+    def second_fails(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("no space")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(OSError, match="no space"), atomic_write(tmp_path / "folder") as beside:
+        beside.mkdir()
+    assert (tmp_path / "folder" / "kept").read_text() == "kept"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
 def test_a_fingerprint_tells_models_apart():
     weights = tensors()
     assert fingerprint(weights) == fingerprint(dict(reversed(weights.items())))

@@ -340,6 +340,16 @@ def test_two_concepts_stop_and_go_on_without_a_trace(work):
     assert not torch.equal(runs.pixels(tuned), runs.pixels(base))
 
 
+def test_concepts_keep_their_own_settings_on_a_resume(work):
+    """A style beside an object: the templates of a style are those of the first concept alone."""
+    words = ["--modifier_token", "<new1>+<new2>", "--init_word", "art+cat", "--max_steps", 1]
+    made = run(work, "style", "custom-diffusion-style-joint", *concept(work), *concept(work, "<new2>", "cat"), *words)
+    before = load_config(made / "configs" / "project.yaml").data
+    runs.resume(made, "--max_steps", 2)
+    assert load_config(made / "configs" / "project.yaml").data == before
+    assert [bool(one.params.get("style")) for one in before.params.train] == [True, False]
+
+
 def test_a_delta_draws_what_our_folder_draws(work):
     """The published files for sampling: `--delta_ckpt`, whose rows `--modifier_token` names, compressed or not."""
     made = run(work, "delta", "custom-diffusion-addtoken", *concept(work), "--init_word", "dog", "--max_steps", 2,

@@ -4,10 +4,12 @@ import importlib.util
 import json
 import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -15,6 +17,7 @@ from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel, V
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.adversarial import hinge_d_loss, vanilla_d_loss
 from ldm.modules.losses.vqperceptual import measure_perplexity
+from ldm.train.callbacks import ImageLogger
 from ldm.util import InputError, instantiate_from_config
 from tests.helpers import assert_close_to
 
@@ -301,6 +304,30 @@ def test_inputs_and_pictures_for_the_log():
 
 
 # --- refusals
+
+
+def test_the_image_logger_shows_what_a_first_stage_makes_of_a_batch(tmp_path):
+    model = make("kl", {"target": "torch.nn.Identity"})
+    logger = ImageLogger(batch_frequency=1, max_images=2)
+    logger.folder = tmp_path
+    batch = next(iter(torch.utils.data.DataLoader(pictures(), batch_size=4)))
+    state = torch.get_rng_state()
+    trainer = SimpleNamespace(global_step=3, is_global_zero=True, loggers=[])
+    logger.on_train_batch_end(trainer, model.train(), None, batch, 0)
+    with Image.open(tmp_path / "000003.png") as picture:
+        assert picture.size == (2 * 20, 3 * 20) and picture.text["prompt"] == "inputs | reconstructions | samples"
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_prompts_there_are_no_samples(tmp_path, caplog):
+    logger = ImageLogger(batch_frequency=1)
+    logger.folder = tmp_path
+    trainer = SimpleNamespace(
+        global_step=1, is_global_zero=True, loggers=[], datamodule=SimpleNamespace(captions=lambda: [])
+    )
+    for trainer.global_step in (1, 2):
+        logger.on_train_batch_end(trainer, torch.nn.Module(), None, None, 0)
+    assert caplog.text.count("no sample pictures") == 1 and not list(tmp_path.iterdir())
 
 
 def test_training_without_a_loss():

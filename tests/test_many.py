@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from ldm.util import InputError
 from tests.runs import TINY, differences, find_run, last, pictures, train
 
-QUIET = ["--accelerator", "cpu", "lightning.callbacks.image_logger.params.disabled=true"]
+CPU = ["--accelerator", "cpu"]
+QUIET = [*CPU, "lightning.callbacks.image_logger.params.disabled=true"]
 
 
 def main(*words):
@@ -63,6 +64,26 @@ def test_they_resume_exactly(work):
     main(*arguments(work, "-n", "parts", "--max_steps", 2))
     main("-t", "-r", find_run(work, "parts"), "--max_steps", 4)
     assert differences(last(find_run(work, "whole")), last(find_run(work, "parts"))) == []
+
+
+def test_configs_as_they_are_train_too(work):
+    """With the image logger, which draws with one model and so has nothing to draw here, and with a schedule."""
+    words = [word for word in arguments(work, "-n", "run", *CPU, "--max_steps", 2) if word not in QUIET[2:]]
+    often = "lightning.callbacks.image_logger.params.batch_frequency=1"
+    schedule = "ldm.lr_scheduler.LambdaLinearScheduler"
+    warm = "{warm_up_steps: [10], cycle_lengths: [100], f_start: [0.0], f_max: [1.0], f_min: [1.0]}"
+    main(*words, often, f"model.params.scheduler_config={{target: {schedule}, params: {warm}}}")
+    state = last(find_run(work, "run"))
+    assert state["global_step"] == 2 and not list(find_run(work, "run").rglob("images/*.png"))
+    assert [group["lr"] for group in state["optimizer_states"][0]["param_groups"]] == pytest.approx(
+        [0.2 * group["initial_lr"] for group in state["optimizer_states"][0]["param_groups"]]
+    )
+
+
+def test_what_a_resume_cannot_change_is_refused(work):
+    main(*arguments(work, "-n", "run", "--max_steps", 1))
+    with pytest.raises(InputError, match="goes on with trainings as they are stored; leave --seed, --cache out"):
+        main("-t", "-r", find_run(work, "run"), "--seed", 5, "--cache", "off")
 
 
 @pytest.mark.parametrize(

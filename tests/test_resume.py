@@ -3,11 +3,13 @@
 import os
 import signal
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ldm.checkpoints import read_object
+from ldm.train.resume import SaveRun
 from ldm.util import InputError
 from tests.runs import arguments, command, differences, find_run, last, resume, start, train
 
@@ -197,6 +199,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert all(value.isfinite().all() for value in last(run)["state_dict"].values())
     kept = max(int(path.name.split("-")[0]) for path in (run / "checkpoints").glob("*-adapters"))
     assert kept == last(run)["global_step"]
+
+
+def test_weights_that_are_not_finite_are_not_kept_either(tmp_path):
+    """A first stage steps its optimizers itself and gives no loss to look at."""
+    model = torch.nn.Linear(2, 2)
+    saver = SaveRun(tmp_path, 1)
+    trainer = SimpleNamespace(
+        world_size=1, global_step=1, optimizers=[torch.optim.SGD(model.parameters(), lr=0.1)],
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )  # fmt: skip
+    saver._check(trainer, model)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(InputError, match="a loss or a weight is not finite near step 1"):
+        saver._check(trainer, model)
 
 
 def test_before_the_first_checkpoint_it_says_that_there_is_none(tmp_path):

@@ -200,6 +200,8 @@ def test_class_pictures_are_made_once_and_only_as_many_as_lack(tmp_path, monkeyp
     assert len(made) == 6 and len(list(reg.glob("*.png"))) == 6
     main_dream_booth(*words, "-n", "third")
     assert len(made) == 6 and kept
+    told = {tag for name in ("first", "third") for tag in events(find_run(tmp_path, name)).Tags()["scalars"]}
+    assert "train/loss" in told and "val/loss_simple" not in told  # drawing them left the model in training mode
 
 
 def base_files(folder) -> None:
@@ -290,7 +292,8 @@ def test_metadata_names_and_grid(tmp_path, trained):
         assert picture.size == (32, 32)
         assert picture.text == {
             "prompt": "photo of a sks dög", "seed": "10", "sampler": "dpm_solver", "steps": "3", "eta": "0.0",
-            "scale": "7.5", "config": str(TINY), "adapter": str(trained.adapters),
+            "scale": "7.5", "config": str(TINY), "ckpt": "the config's", "embeddings": "",
+            "adapter": str(trained.adapters), "adapter scale": "",
         }  # fmt: skip
     with Image.open(out / "grid-0000.png") as grid:
         assert grid.size == (3 * 36, 2 * 36) and grid.text["seed"] == "7"

@@ -25,6 +25,14 @@ def test_fifty_steps_with_all_switches_on_and_off(tmp_path):
     assert all(value.dtype == torch.float32 for value in last(on)["state_dict"].values())
 
 
+@pytest.mark.parametrize(
+    "told, devices", [("0,", [0]), ("1", [0]), ("1,", [1]), ([1], [1]), ("[0, 2]", [0, 2]), ("-1", [0, 1, 2])]
+)
+def test_which_gpus_are_meant(told, devices, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert run.gpu_options(told) == {"accelerator": "gpu", "devices": devices}
+
+
 @pytest.mark.parametrize("precision, fits", [("bf16-mixed", True), ("bf16-mixed", False), ("16-mixed", True)])
 def test_precision_is_what_the_machine_can_do(precision, fits, monkeypatch, caplog):
     monkeypatch.setattr(run, "computes_on_cpu", lambda kind: fits and kind == "bf16")

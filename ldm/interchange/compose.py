@@ -35,7 +35,7 @@ def token_features(encoder: Any, prompts: Sequence[str]) -> Tensor:
     rows = []
     for prompt in prompts:
         length = len(encoder.tokenizer(encoder.new_tokens.spell(prompt)).input_ids)
-        rows.append(encoder([prompt])[0, :length])
+        rows.append(encoder([prompt])[0, :length].cpu())  # where the weights are that will meet them
     return torch.unique(torch.cat(rows), dim=0)
 
 

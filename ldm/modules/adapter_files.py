@@ -57,7 +57,7 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
 
 def base_fingerprint(model: nn.Module, changed: Container[str] = ()) -> str | None:
     """A digest of the frozen weights of a UNet that was tuned; None if all are `changed`, that is, tuned themselves."""
-    if hasattr(model, "released_fingerprint") and not changed:
+    if hasattr(model, "released_fingerprint"):
         return model.released_fingerprint
     state = model.state_dict()
     frozen = {name: value for name, value in state.items() if not is_added(name) and name not in changed}
@@ -66,7 +66,8 @@ def base_fingerprint(model: nn.Module, changed: Container[str] = ()) -> str | No
 
 def half_base(model: nn.Module, dtype: torch.dtype) -> None:
     """Put the frozen weights of a UNet into `dtype`; what learns stays in fp32. The digest remains that of before."""
-    model.released_fingerprint = base_fingerprint(model)
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.released_fingerprint = base_fingerprint(model, learning)
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

@@ -41,6 +41,7 @@ def encoded(model: Any, data: DataModuleFromConfig, where: str, device: torch.de
         return
     data.setup()
     first_stage, text_encoder = model.first_stage_model, model.cond_stage_model
+    datasets, workers = dict(data.datasets), data.num_workers
     if all(type(dataset) is PersonalizedBase for dataset in data.datasets.values()):
         _encode_pictures(model, data, None if where == "memory" else Path(where), device)
         _encode_prompts(model, data, device)
@@ -48,6 +49,7 @@ def encoded(model: Any, data: DataModuleFromConfig, where: str, device: torch.de
         yield
     finally:
         model.first_stage_model, model.cond_stage_model = first_stage, text_encoder
+        data.datasets, data.num_workers = datasets, workers
 
 
 def _encode_pictures(model: Any, data: DataModuleFromConfig, folder: Path | None, device: torch.device) -> None:

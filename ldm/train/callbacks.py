@@ -24,6 +24,7 @@ class ImageLogger(pl.Callback):
 
     `prompts`: by default a caption of the subject and one of its class. Each is drawn `max_images // len(prompts)`
     times, a row each. `increase_log_steps` also samples at steps 1, 2, 4, ... below the frequency, as in LDM.
+    A model with `log_images` of its own, as first stages have, shows what that gives for the batch, a row each.
     """
 
     def __init__(
@@ -52,26 +53,48 @@ class ImageLogger(pl.Callback):
         self.folder = Path("images")  # the run sets its own
         self.drawn_at = 0
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
         due = step % self.every == 0 or step in self.early
         if due and step != self.drawn_at and not self.disabled and trainer.is_global_zero:
             self.drawn_at = step
-            self.draw(trainer, module)
+            self.draw(trainer, module, batch)
 
-    def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Sample the prompts and write the grid."""
-        prompts = self.prompts or trainer.datamodule.captions()
-        each = max(1, self.max_images // max(1, len(prompts)))
-        texts = [prompt for prompt in prompts for _ in range(each)]
-        seeds = [self.seed + i for _ in prompts for i in range(each)]
-        pictures = generate.generate(module, texts, seeds, self.settings)
-        grid = generate.grid(list(pictures), columns=each)
+    def draw(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+        """Write the grid of this step."""
+        rows = self.of_batch(module, batch) if hasattr(module, "log_images") else self.of_prompts(trainer, module)
+        if not rows:
+            log.warning("no sample pictures: neither the image logger nor the data has a prompt")
+            self.disabled = True
+            return
+        pictures = list(rows.values())
+        grid = generate.grid(list(torch.cat(pictures)), columns=len(pictures[0]))
         path = self.folder / f"{trainer.global_step:06}.png"
-        generate.save_png(grid, path, {"prompt": " | ".join(prompts), "step": trainer.global_step})
+        generate.save_png(grid, path, {"prompt": " | ".join(rows), "step": trainer.global_step})
         for logger in trainer.loggers:
             if isinstance(logger, pl.loggers.TensorBoardLogger):
                 logger.experiment.add_image("samples", grid, trainer.global_step)
+
+
+    def of_prompts(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, torch.Tensor]:
+        """Samples [n, 3, H, W] in [0, 1] of each prompt; none where there are no prompts."""
+        prompts = list(dict.fromkeys(self.prompts or trainer.datamodule.captions()))
+        each = max(1, self.max_images // max(1, len(prompts)))
+        texts = [prompt for prompt in prompts for _ in range(each)]
+        seeds = [self.seed + i for _ in prompts for i in range(each)]
+        if not prompts:
+            return {}
+        return dict(zip(prompts, generate.generate(module, texts, seeds, self.settings).split(each), strict=True))
+
+    @torch.no_grad()
+    def of_batch(self, module: pl.LightningModule, batch: Any) -> dict[str, torch.Tensor]:
+        """What the model's own `log_images` gives, in [0, 1]. Neither its mode nor the random numbers change."""
+        devices = [module.device] if module.device.type == "cuda" else []
+        with generate.evaluating(module), torch.random.fork_rng(devices=devices):
+            shown = module.log_images(batch)
+        return {name: ((one[: self.max_images].float() + 1) / 2).clamp(0, 1).cpu() for name, one in shown.items()}
 
 
 class EpochReport(pl.Callback):

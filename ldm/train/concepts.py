@@ -47,8 +47,8 @@ def fill_in(config: DictConfig, told: Mapping[str, Any]) -> None:
         concepts = [concept]
     if not concepts[0].get("datapath"):
         raise InputError("no photographs: name their folder with --datapath and --caption, or with --data_root")
-    first = sets.train[0] if OmegaConf.is_list(sets.train) else sets.train
-    kinds = [first, *[sets.get("train2") or first] * (len(concepts) - 1)]
+    given = list(sets.train) if OmegaConf.is_list(sets.train) else [sets.train]
+    kinds = [*given, *[sets.get("train2") or given[0]] * len(concepts)][: len(concepts)]  # all are given on a resume
     sets.train = [
         OmegaConf.merge(kind, {"params": {**concept, "seed": told["seed"]}})
         for kind, concept in zip(kinds, concepts, strict=True)

@@ -27,10 +27,11 @@ from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from ldm.modules.shares import attach_shares
 from ldm.train import dreambooth
 from ldm.train import run as runs
+from ldm.train.callbacks import ImageLogger
 from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.resume import SaveRun
 from ldm.train.run import Run
-from ldm.util import InputError, instantiate_from_config, load_config, parse_overrides, plain
+from ldm.util import InputError, get_obj_from_str, instantiate_from_config, load_config, parse_overrides, plain
 
 BLOCKS = {"transformer_adp_config": BasicTransformerBlock, "resblock_adp_config": ResBlock}
 ADAPTERS = "model.params.unet_config.params.adapter_config"
@@ -83,7 +84,7 @@ class ManyRuns(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = [{"params": list(own.values()), "lr": rate} for own, rate in zip(self.own(), self.rates, strict=True)]
-        return instantiate_from_config(self.model.optimizer_config, params=groups, lr=self.rates[0])
+        return self.model.optimizers_of(groups, self.rates[0])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {name: p.detach() for name, p in self.learning().items()}
@@ -188,6 +189,14 @@ def without(config: DictConfig) -> dict[str, Any]:
     return {"model": common["model"], "batch_size": common["data"]["params"]["batch_size"], **told}
 
 
+def without_pictures(config: DictConfig) -> None:
+    """Take out the image logger: it draws with one model, and here a forward pass is of all adapters at once."""
+    callbacks = OmegaConf.select(config, "lightning.callbacks") or {}
+    for name, callback in callbacks.items():
+        if callback and get_obj_from_str(callback.target) is ImageLogger:
+            callbacks[name] = None
+
+
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> tuple[list[Run], Path]:
     """Every config on every subject, and the folder that they lie in. Raises `InputError`."""
     if options.resume:
@@ -195,8 +204,16 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         stored = sorted(folder.glob("*/configs/project.yaml"))
         if not stored or not (folder / "checkpoints" / "last.ckpt").is_file():
             raise InputError(f"cannot resume {folder}: expected a folder of train_many.py with checkpoints/last.ckpt")
-        changed = OmegaConf.merge({"lightning": {"trainer": trainer_options}}, parse_overrides(overrides))
-        return [dreambooth.as_run(OmegaConf.merge(load_config(p), changed), p.parent.parent) for p in stored], folder
+        told = ("base", "data_root", "reg_data_root", "class_word", "seed", "cache", "base_precision", "name")
+        if asked := [name for name in told if getattr(options, name)]:
+            raise InputError(f"-r goes on with trainings as they are stored; leave --{', --'.join(asked)} out")
+        changed = parse_overrides(overrides)
+        configs = [OmegaConf.merge(load_config(path), changed) for path in stored]
+        configs = [runs.with_trainer(config, options.gpus, trainer_options) for config in configs]
+        return [
+            dreambooth.as_run(config, path.parent.parent, debug=options.debug)
+            for config, path in zip(configs, stored, strict=True)
+        ], folder
     if not options.base or not options.data_root:
         raise InputError("nothing to train: name configs with --base and folders of photographs with --data_root")
     subjects = list(
@@ -234,6 +251,7 @@ def train(parts: list[Run], folder: Path) -> pl.Trainer:
             raise InputError(f"{names} differ in more than adapters, pictures and learning rates")
     shared = copy.deepcopy(first.config)
     OmegaConf.update(shared, ADAPTERS, None, merge=False)
+    without_pictures(shared)
     last = folder / "checkpoints" / "last.ckpt"
     group = Run(
         config=shared, folder=folder, base=first.base, resume=last if last.is_file() else None, seed=first.seed,

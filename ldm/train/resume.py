@@ -135,9 +135,9 @@ class SaveRun(Checkpoint):
             return  # in the midst of accumulated batches, whose gradients no checkpoint holds
         self.step = trainer.global_step
         due = self.step % self.every == 0 or self._ends(trainer)
-        if not due and module.device.type == "cuda" and self.step % trainer.log_every_n_steps:
+        if not due and module.device.type == "cuda" and self.step % max(1, trainer.log_every_n_steps):
             return  # to look at the loss is to wait for the device, which works ahead
-        self._check_loss(trainer, module)
+        self._check(trainer, module)
         asked = self._asked_anywhere(trainer)
         if asked or due:
             self.save(trainer, module)
@@ -149,7 +149,7 @@ class SaveRun(Checkpoint):
     def _ends(self, trainer: pl.Trainer) -> bool:
         """Whether this is the last batch, as far as one can know."""
         last_of_all = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-        return trainer.should_stop or last_of_all or trainer.global_step == trainer.max_steps
+        return trainer.should_stop or last_of_all or 0 <= trainer.max_steps <= trainer.global_step
 
     def _asked_anywhere(self, trainer: pl.Trainer) -> int | None:
         """The signal that any of the processes has received since the last batch."""
@@ -161,14 +161,24 @@ class SaveRun(Checkpoint):
             asked = int(everywhere) or None
         return asked
 
-    def _check_loss(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Raises `InputError`, in all processes, where the losses of any since the last look are not finite.
+
+        A model that steps its optimizers itself gives no losses: there it is the weights that are looked at.
+        """
         summed, self.unchecked = self.unchecked, None
-        if summed is None or bool(torch.isfinite(summed).all()):
+        seen = [p for p in module.parameters() if p.requires_grad] if summed is None else [summed]
+        bad = [value.detach() for value in seen if not torch.isfinite(value).all()]
+        worst = torch.tensor(float(bool(bad)), device=trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            worst = trainer.strategy.reduce(worst, reduce_op="max")
+        if not worst:
             return
+        what = f"the loss is {float(summed)}" if bad and summed is not None else "a loss or a weight is not finite"
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         kept = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint had been written"
         raise InputError(
-            f"the loss is {float(summed)} near step {trainer.global_step} (learning rate {rate:g}); {kept}; "
+            f"{what} near step {trainer.global_step} (learning rate {rate:g}); {kept}; "
             "go on with --precision 32, or start again with a lower model.base_learning_rate"
         )
 

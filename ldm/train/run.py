@@ -6,6 +6,7 @@ import argparse
 import itertools
 import logging
 import pdb
+import shlex
 import sys
 import time
 import warnings
@@ -22,7 +23,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from ldm.checkpoints import atomic_write, build_model, choose_checkpoint
+from ldm.checkpoints import atomic_write, build_model, choose_checkpoint, is_added
 from ldm.data.class_images import missing_class_images
 from ldm.generate import Settings, fill_class_folder
 from ldm.modules.adapter_files import half_base
@@ -150,7 +151,15 @@ def write_configs(run: Run) -> None:
         for name in ("checkpoints", "configs", "images"):
             (run.folder / name).mkdir(parents=True, exist_ok=True)
         with atomic_write(run.folder / "configs" / "project.yaml") as beside:
-            beside.write_text(f"# {' '.join(sys.argv)}\n" + OmegaConf.to_yaml(run.config, resolve=True))
+            beside.write_text("\n".join([*commands(run.folder), OmegaConf.to_yaml(run.config, resolve=True)]))
+
+
+def commands(folder: Path) -> list[str]:
+    """The comments that tell which commands a run came from: those that its config tells of already, and this one."""
+    stored = folder / "configs" / "project.yaml"
+    lines = stored.read_text().splitlines() if stored.is_file() else []
+    told = list(itertools.takewhile(lambda line: line.startswith("# "), lines))
+    return [*told, "# " + shlex.join(sys.argv).replace("\n", " ")]
 
 
 # --- parts --------------------------------------------------------------------------------------------------------
@@ -193,7 +202,11 @@ def trainer_options(run: Run, automatic: bool = True) -> dict[str, Any]:
 
 def computes_on_cpu(precision: str) -> bool:
     """Whether this CPU has arithmetic of that precision for training; emulation takes up to a hundred times longer."""
-    return precision == "fp32" or (precision == "bf16" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return precision == "fp32" or (precision == "bf16" and has_bf16())
+
+
+def has_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def uses_gpu(options: Mapping[str, Any]) -> bool:
@@ -208,17 +221,29 @@ def several_devices(options: Mapping[str, Any]) -> bool:
     return (devices if isinstance(devices, int) else len(devices)) > 1 or (options.get("num_nodes") or 1) > 1
 
 
+def first_device(run: Run) -> torch.device:
+    """The device of the run's first process, before Lightning chooses it."""
+    options = trainer_options(run)
+    devices = options.get("devices", "auto")
+    if uses_gpu(options) and isinstance(devices, list):
+        return torch.device("cuda", devices[0])
+    return best_device({"cpu": "cpu", "mps": "mps"}.get(options.get("accelerator", "auto")))
+
+
 def gpu_options(gpus: Any) -> dict[str, Any]:
     """`--gpus 0,3` as Lightning 2 says it. Raises `InputError` where there are no such GPUs."""
-    text = str(gpus).strip("[]() ")
+    text = str(gpus).strip()
+    is_list = text.startswith(("[", "(")) or "," in text  # `[1]` and `1,` are the second one, `1` is how many
     try:
-        numbers = [int(part) for part in text.split(",") if part.strip()]
+        numbers = [int(part) for part in text.strip("[]() ").split(",") if part.strip()]
     except ValueError:
-        raise InputError(f"--gpus {gpus!r}: expected numbers of GPUs such as 0, or 0,3") from None
+        numbers = []
+    if not numbers:
+        raise InputError(f"--gpus {gpus!r}: expected numbers of GPUs such as 0, or 0,3")
     count = torch.cuda.device_count()
     if not count:
         raise InputError(f"--gpus {gpus}: this machine has no CUDA GPU; leave --gpus out or say --accelerator cpu")
-    chosen = numbers if "," in text else [*range(numbers[0])] if numbers[0] >= 0 else [*range(count)]
+    chosen = numbers if is_list else [*range(numbers[0])] if numbers[0] >= 0 else [*range(count)]
     if not chosen or max(chosen) >= count:
         raise InputError(f"--gpus {gpus}: this machine has {count} GPUs, 0 to {count - 1}; '0,' is the first one")
     return {"accelerator": "gpu", "devices": chosen}
@@ -277,8 +302,7 @@ def make_trainer(run: Run, saver: SaveRun, automatic: bool = True) -> pl.Trainer
 def prepare_class_pictures(run: Run, model: Any, folder: Path, prompt: str, number: int) -> None:
     """Let the first process fill the class folder with the base model's own pictures; the others wait for it."""
     if rank_zero_only.rank == 0:
-        device = best_device()
-        fill_class_folder(model.to(device).eval(), folder, prompt, number, Settings(), run.seed)
+        fill_class_folder(model.to(first_device(run)), folder, prompt, number, Settings(), run.seed)
         model.cpu()
     while missing_class_images(folder, number):
         time.sleep(2)
@@ -300,6 +324,7 @@ def fit(
     if run.base_precision != "fp32":
         if trainer.strategy.root_device.type == "cpu" and not computes_on_cpu(run.base_precision):
             log.warning("this CPU emulates %s slowly; --base_precision fp32 is faster", run.base_precision)
+        refuse_mixed(base, trainer.precision)
         half_base(base.model.diffusion_model, PRECISIONS[run.base_precision])
     write_configs(run)
     count = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -312,6 +337,17 @@ def fit(
             pdb.post_mortem()
         raise
     return trainer
+
+
+def refuse_mixed(base: pl.LightningModule, precision: str) -> None:
+    """Raises `InputError` where weights of the UNet itself learn in fp32 beside others in half precision."""
+    learning = [name for name in getattr(base, "learning", dict)() if name.startswith("model.diffusion_model.")]
+    own = [name for name in learning if not is_added(name)]
+    if own and "mixed" not in precision:
+        raise InputError(
+            f"--base_precision is for what is added to the UNet, but here {len(own)} tensors of its own learn, e.g. "
+            f"{own[0]}: leave it out, or add --precision bf16-mixed on a machine that has bf16"
+        )
 
 
 def base_model(run: Run) -> pl.LightningModule:

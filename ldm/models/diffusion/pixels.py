@@ -283,7 +283,11 @@ class DDPM(DiffusionProcess, pl.LightningModule):
         groups = self.parameter_groups()
         if not groups:
             raise InputError("nothing learns in this config: set model.params.train_level or model.params.tuning")
-        optimizer = instantiate_from_config(self.optimizer_config, params=groups, lr=self.learning_rate)
+        return self.optimizers_of(groups, self.learning_rate)
+
+    def optimizers_of(self, groups: Sequence[Mapping[str, Any]], rate: float) -> Any:
+        """The config's optimizer over groups of parameters, and its schedule if it has one, as Lightning takes them."""
+        optimizer = instantiate_from_config(self.optimizer_config, params=groups, lr=rate)
         if self.scheduler_config is None:
             return optimizer
         schedule = instantiate_from_config(self.scheduler_config)
