@@ -19,7 +19,14 @@ from ldm.util import InputError, get_obj_from_str, parameters_of
 log = logging.getLogger(__name__)
 
 UNET = "model.diffusion_model"
-DEFAULTS = {"class_word": "dog", "seed": 23, "scale_lr": False, "cache": "memory", "base_precision": "fp32"}
+DEFAULTS = {
+    "class_word": "dog",
+    "class_scale": 7.5,
+    "seed": 23,
+    "scale_lr": False,
+    "cache": "memory",
+    "base_precision": "fp32",
+}
 
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:
@@ -35,6 +42,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         "scale_lr": options.scale_lr,
         "cache": options.cache,
         "base_precision": options.base_precision,
+        "class_scale": options.class_scale,
         "concepts": concepts.asked(options) or None,
     }
     told = OmegaConf.merge(DEFAULTS, stored, {key: value for key, value in asked.items() if value is not None})

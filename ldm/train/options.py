@@ -105,6 +105,8 @@ def dreambooth_parser(description: str, several: bool = False) -> Parser:
     subject.add_argument("--class_word", help="what the subject is (default dog)", **each)
     subject.add_argument("--num_class_images", type=int, default=0, metavar="N",
                          help="fill --reg_data_root up to N pictures by sampling the base model first")  # fmt: skip
+    subject.add_argument("--class_scale", type=float, metavar="S",
+                         help="guidance scale of those: the higher, the less varied (default 7.5)")  # fmt: skip
     subject.add_argument("--datadir_in_name", type=boolean, nargs="?", const=True, default=True,
                          help="begin the name of the run with that of --data_root (default true)")  # fmt: skip
     subject.add_argument("--base_precision", choices=("fp32", "bf16", "fp16"),

@@ -302,7 +302,8 @@ def make_trainer(run: Run, saver: SaveRun, automatic: bool = True) -> pl.Trainer
 def prepare_class_pictures(run: Run, model: Any, folder: Path, prompt: str, number: int) -> None:
     """Let the first process fill the class folder with the base model's own pictures; the others wait for it."""
     if rank_zero_only.rank == 0:
-        fill_class_folder(model.to(first_device(run)), folder, prompt, number, Settings(), run.seed)
+        settings = Settings(scale=run.config.dreambooth.class_scale)
+        fill_class_folder(model.to(first_device(run)), folder, prompt, number, settings, run.seed)
         model.cpu()
     while missing_class_images(folder, number):
         time.sleep(2)
