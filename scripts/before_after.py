@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from ldm.util import best_device, find_file, load_config, load_model_from_config
 
 
 def parser() -> Parser:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--config", required=True)
     p.add_argument("--ckpt", help="checkpoint of the base model; by default the one that the config names")
     p.add_argument("--adapter_path", required=True, metavar="DIR")

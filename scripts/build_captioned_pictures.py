@@ -9,7 +9,6 @@ held out of it) and `captions.txt` (every caption of the training pictures, for 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections import Counter
@@ -30,7 +29,7 @@ log = logging.getLogger("build_captioned_pictures")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", default="build/captioned", help="folder to write to")
     parser.add_argument("--cache", default="build/packages", help="folder that keeps the fetched packages")
     parser.add_argument("--photos", type=int, default=20000, help="photographs for training, at most 50000")

@@ -7,7 +7,6 @@ Prints 1 / std of the latents: the `scale_factor` of the diffusion model.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from ldm.util import best_device, find_file, instantiate_from_config, load_confi
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", default="configs/sd-mini/train/autoencoder.yaml", help="of the autoencoder's run")
     parser.add_argument("--ckpt", required=True, help="the autoencoder's checkpoint")
     parser.add_argument("--out", default="build/latents.safetensors")

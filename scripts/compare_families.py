@@ -55,7 +55,7 @@ COLUMNS = ("weights that learn", "file, kB", "ms per step", "CLIP-I", "CLIP-T", 
 
 
 def parser() -> Parser:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--subjects", nargs="+", type=Path, required=True)
     p.add_argument("--families", nargs="+", default=list(FAMILIES), metavar="NAME", help=f"of {', '.join(FAMILIES)}")
     p.add_argument("--steps", type=int, default=400)

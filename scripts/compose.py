@@ -8,7 +8,6 @@ writes <save_path>/<categories>/checkpoints/delta_epoch=000000.ckpt with the new
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ MOST = 200  # captions read of each file
 
 
 def parser() -> Parser:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--paths", required=True, help="deltas, joined by +")
     p.add_argument("--categories", required=True, help="what each concept is, joined by +")
     p.add_argument("--ckpt", required=True, help="the pretrained model: a checkpoint or a diffusers folder")

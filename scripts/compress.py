@@ -7,7 +7,6 @@ writes compressed_delta_... beside the delta.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ldm.util import InputError, run_command  # noqa: E402
 
 
 def parser() -> Parser:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--delta_ckpt", required=True, help="the delta, in LDM's or in diffusers' layout")
     p.add_argument("--ckpt", required=True, help="the pretrained model: a checkpoint or a diffusers folder")
     p.add_argument("--diffuser", action="store_true", help="write diffusers' layout (default: that of the input)")

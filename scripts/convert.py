@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     from ldm.interchange.layers import ORDERS
     from ldm.train.options import Parser
 
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("paths", nargs="*", metavar="INPUT OUTPUT")
     p.add_argument("--to", choices=TARGETS, metavar="FORMAT", help=", ".join(TARGETS))
     p.add_argument("--order", choices=tuple(ORDERS),

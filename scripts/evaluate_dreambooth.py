@@ -78,7 +78,7 @@ def measure(subject: Path, options: argparse.Namespace, clip: CLIP) -> tuple[dic
 
 
 def parser() -> Parser:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--subjects", nargs="+", type=Path, required=True)
     p.add_argument("--config", default="configs/sd-mini/attn2o-ffni.yaml")
     p.add_argument("--clip", default="models/sd-mini/clip")

@@ -9,7 +9,6 @@ Needs build/captioned/captioned.tar.gz (scripts/build_captioned_pictures.py).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,7 @@ def evaluate_base(options: Any, model: Any, clip: CLIP, held_out: CaptionedPictu
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("parts", nargs="+", choices=("autoencoder", "clip", "base"))
     parser.add_argument("--data", default="build/captioned/captioned.tar.gz")
     parser.add_argument("--config", default="configs/sd-mini/inference.yaml")

@@ -7,7 +7,6 @@ writes checkpoints/delta_<name>.ckpt for each checkpoint of the run but last.ckp
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ldm.util import InputError, run_command  # noqa: E402
 
 
 def parser() -> Parser:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--path", required=True, help="a run's folder, a folder of checkpoints, or one checkpoint")
     p.add_argument("--newtoken", type=int, default=1, help="how many new words were trained (default 1)")
     p.add_argument(

@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     from ldm.interchange.command import add_common
     from ldm.train.options import Parser, boolean
 
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("paths", nargs="*", metavar="PATH_1 PATH_2 OUTPUT_PATH")
     for name in PATHS:
         p.add_argument(f"--{name}", help=argparse.SUPPRESS)

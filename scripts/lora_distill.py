@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     from ldm.interchange.command import add_common
     from ldm.train.options import Parser
 
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("models", nargs="*", metavar="TARGET_MODEL BASE_MODEL", help="checkpoints or diffusers folders")
     for name in MODELS:
         p.add_argument(f"--{name}", help=argparse.SUPPRESS)

@@ -47,7 +47,7 @@ IGNORED = ("color_jitter", "sample_batch_size", "cached_latents", "mask_temperat
 def parser() -> argparse.ArgumentParser:
     from ldm.train.options import Parser, boolean
 
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(description=__doc__, allow_abbrev=False)
     p.add_argument("--instance_data_dir", required=True, help="photographs of the subject")
     p.add_argument("--pretrained_model_name_or_path", required=True, help="a checkpoint or a diffusers folder")
     p.add_argument("--output_dir", required=True)

@@ -8,7 +8,6 @@ A sum is exact and one adapter for each route, whose mid_dim is the sum of their
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ldm.util import InputError, run_command  # noqa: E402
 
 
 def parser() -> Parser:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("folders", nargs="+", metavar="DIR", help="adapter folders; of one, --weights scales it")
     p.add_argument("--weights", nargs="+", type=float, help="one for each folder (default 1)")
     p.add_argument("--stack", action="store_true", help="side by side instead of summed")

@@ -8,7 +8,6 @@ writes clip/model.safetensors (both towers) and model.safetensors (averaged UNet
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +37,7 @@ def half(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--clip", help="checkpoint of configs/sd-mini/train/clip.yaml")
     parser.add_argument("--autoencoder", help="checkpoint of configs/sd-mini/train/autoencoder.yaml")
     parser.add_argument("--ldm", help="checkpoint of configs/sd-mini/train/ldm.yaml")

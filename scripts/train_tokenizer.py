@@ -8,7 +8,6 @@ belong to its numbering.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import re
@@ -105,7 +104,7 @@ def write_clip_folder(folder: Path, vocab: dict[str, int], merges: list[tuple[st
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--captions", required=True, help="text file, one caption per line")
     parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--vocabulary", type=int, default=8000, help="tokens at most")

@@ -77,15 +77,14 @@ class ImageLogger(pl.Callback):
             if isinstance(logger, pl.loggers.TensorBoardLogger):
                 logger.experiment.add_image("samples", grid, trainer.global_step)
 
-
     def of_prompts(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, torch.Tensor]:
         """Samples [n, 3, H, W] in [0, 1] of each prompt; none where there are no prompts."""
         prompts = list(dict.fromkeys(self.prompts or trainer.datamodule.captions()))
-        each = max(1, self.max_images // max(1, len(prompts)))
-        texts = [prompt for prompt in prompts for _ in range(each)]
-        seeds = [self.seed + i for _ in prompts for i in range(each)]
         if not prompts:
             return {}
+        each = max(1, self.max_images // len(prompts))
+        texts = [prompt for prompt in prompts for _ in range(each)]
+        seeds = [self.seed + i for _ in prompts for i in range(each)]
         return dict(zip(prompts, generate.generate(module, texts, seeds, self.settings).split(each), strict=True))
 
     @torch.no_grad()

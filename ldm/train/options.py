@@ -18,7 +18,10 @@ def boolean(text: str) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, as everywhere else."""
+    """An argument parser that shows descriptions as they are written, and whose complaints are one line."""
+
+    def __init__(self, *args: Any, formatter_class: Any = argparse.RawDescriptionHelpFormatter, **options: Any) -> None:
+        super().__init__(*args, formatter_class=formatter_class, **options)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message}; see --help")
@@ -40,7 +43,6 @@ def parser(description: str) -> Parser:
         usage="%(prog)s --base YAML ... -t [options] [a.b.c=value ...]",
         description=description,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Any other option of Lightning's Trainer works too (--gradient_clip_val 1.0 ...), and so do overrides\n"
         "of the config: model.base_learning_rate=1e-3 data.params.batch_size=2",
     )
