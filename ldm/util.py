@@ -32,7 +32,7 @@ def run_command(main: Callable[[list[str] | None], int | None]) -> None:
     try:
         code = main(None)
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        log.error("error: %s", " ".join(str(error).split()))
         code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT  # as shells have it

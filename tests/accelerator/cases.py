@@ -1,0 +1,108 @@
+"""On an accelerator the small model computes what it computes on a CPU. Run by `tests/test_accelerator.py`."""
+
+import json
+
+import pytest
+import torch
+
+from tests.accelerator.pretended import DEVICE, NAME, pretended, waits  # first: it changes torch
+
+import main_dream_booth  # isort: skip
+from ldm import generate
+from ldm.interchange import load_any
+from ldm.train import run as runs
+from ldm.tuning import files
+from ldm.util import find_file, load_config, load_model_from_config
+from tests.helpers import assert_close_to
+
+FAMILIES = ("attn2o-ffni", "resi-reso", "lora-dora", "textual-inversion-pivotal", "custom-diffusion-finetune")
+
+
+def small(name="inference", device="cpu"):
+    torch.manual_seed(0)
+    model = load_model_from_config(load_config(f"configs/sd-mini/{name}.yaml")).to(device)
+    model.log_dict = model.log = lambda *_, **__: None
+    return model
+
+
+def gradients(name, device):
+    """Of a training step, and the operations for which the host waited in it."""
+    model = small(name, device).train()
+    torch.manual_seed(1)
+    picture = torch.rand(1, 64, 64, 3).to(device)
+    batch = {"image": picture, "caption": ["a photo of a cat"], "mask": torch.ones(1, 16, 16, device=device)}
+    model.training_step([batch, batch], 0)  # the first call of a model may look at it
+    waits.clear()
+    model.training_step([batch, batch], 1).backward()
+    return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}, list(waits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_training_step(name):
+    expected, _ = gradients(name, "cpu")
+    with pretended() as device:
+        found, waited = gradients(name, device)
+    assert not waited
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert_close_to(found[key], value, 1e-3)
+
+
+def pictures(model, sampler="ddim", steps=4, eta=0.0):
+    settings = generate.Settings(sampler, steps=steps, eta=eta, scale=3.0)
+    return generate.generate(model, ["a cat", "a sks dog"], [1, 2], settings)
+
+
+@pytest.mark.parametrize("how", [("ddim",), ("ddim", 4, 0.5), ("plms",), ("dpm_solver",)])
+def test_sampling(how):
+    expected = pictures(small(), *how)
+    with pretended() as device:
+        found = pictures(small(device=device), *how)
+    assert found.device.type == "cpu"
+    assert_close_to(found, expected, 1e-3)
+
+
+@pytest.mark.parametrize("sampler", sorted(generate.SAMPLERS))
+def test_sampling_waits_as_often_for_many_steps_as_for_few(sampler):
+    with pretended() as device:
+        model, counts = small(device=device), []
+        for steps in (5, 9):
+            waits.clear()
+            pictures(model, sampler, steps)
+            counts.append(len(waits))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", ["attn2o-ffni", "textual-inversion-pivotal"])
+def test_what_was_trained_elsewhere(name, tmp_path):
+    trained = small(name)
+    for parameter in trained.learning().values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    files.save(trained, tmp_path / "adapters")
+    plain = small()
+    load_any(plain, tmp_path / "adapters")
+    expected = pictures(plain)
+    with pretended() as device:
+        model = small(device=device)
+        load_any(model, tmp_path / "adapters")
+        found = pictures(model)
+    assert_close_to(found, expected, 1e-3)
+    assert (found - pictures(small())).abs().max() > 0.03, "the adapters did nothing"
+
+
+def test_dreambooth(tmp_path, monkeypatch):
+    """From class pictures through caches, sample pictures and checkpoints to a resume."""
+    monkeypatch.setattr(runs, "first_device", lambda _: DEVICE)
+    told = ["--accelerator", NAME, "--strategy", NAME]
+    start = ["--base", "configs/sd-mini/attn2o-ffni.yaml", "-l", str(tmp_path), "--class_word", "monkey", "--data_root",
+             str(find_file("examples/subjects/twemoji_monkey")), "--reg_data_root", str(tmp_path / "class"),
+             "--num_class_images", "1", "lightning.callbacks.image_logger.params.batch_frequency=4",
+             "lightning.callbacks.image_logger.params.max_images=2",
+             "lightning.callbacks.image_logger.params.log_images_kwargs.ddim_steps=4"]  # fmt: skip
+    with pretended():
+        main_dream_booth.main([*start, "-t", "--max_steps", "2", *told])
+        (folder,) = tmp_path.glob("*/checkpoints")
+        main_dream_booth.main(["-t", "-r", str(folder.parent), "--max_steps", "4", *told])
+    assert len(list((tmp_path / "class").glob("*.png"))) == 1
+    assert {path.name for path in (folder.parent / "images").glob("*.png")} == {"000004.png"}
+    assert json.loads((folder / "4-adapters" / "adapter_config.json").read_text())["step"] == 4
