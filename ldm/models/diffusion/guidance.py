@@ -21,7 +21,8 @@ def guided(apply_model: Callable[[Tensor, Tensor, Any], Tensor], cond: Any, unco
     conditional call where scale is 1 or uncond is None. Raises `InputError` if the two do not have the same form.
     """
     if uncond is None or scale == 1:
-        return lambda x, t: apply_model(x, t, cond)
+        # A copy, since samplers keep it: a model that replays CUDA graphs writes its next answer over this one.
+        return lambda x, t: apply_model(x, t, cond).clone()
     both = batched(uncond, cond)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
