@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,29 @@ BLOCKS = {"transformer_adp_config": BasicTransformerBlock, "resblock_adp_config"
 ADAPTERS = "model.params.unet_config.params.adapter_config"
 
 
+class Stream:
+    """The random numbers of one training among several: those that it would have alone, on each kind of device."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.states: dict[str, Tensor] = {}  # of the generators, by the type of their device
+
+    @contextmanager
+    def drawing_from(self, device: torch.device) -> Iterator[None]:
+        """Within this context the generators of the CPU and, if it is another, of `device` are those of this stream."""
+        gpus = [device] if device.type == "cuda" else []
+        generators = [torch.default_generator, *(torch.cuda.default_generators[gpu.index or 0] for gpu in gpus)]
+        with torch.random.fork_rng(devices=gpus):
+            for generator in generators:
+                kind = generator.device.type
+                if kind in self.states:
+                    generator.set_state(self.states[kind])
+                else:
+                    generator.manual_seed(self.seed)
+            yield
+            self.states = {generator.device.type: generator.get_state() for generator in generators}
+
+
 class ManyRuns(pl.LightningModule):
     """K trainings as one module: `model` is the base, `configs` the adapters of each, `rates` their learning rates."""
 
@@ -51,7 +75,7 @@ class ManyRuns(pl.LightningModule):
         for own in self.own():
             for parameter in own.values():
                 parameter.requires_grad_(True)
-        self.states = [torch.Generator().manual_seed(seed).get_state() for seed in seeds]  # as each has them alone
+        self.streams = [Stream(seed) for seed in seeds]
 
     def own(self) -> list[dict[str, nn.Parameter]]:
         """What each training lets learn, by the names that it would have alone."""
@@ -59,7 +83,10 @@ class ManyRuns(pl.LightningModule):
         return [{alone: parameters[here] for here, alone in names.items()} for names in self.names]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        drawn = [terms for number, pair in enumerate(batch) for terms in self._draw(number, pair)]
+        drawn = []
+        for stream, pair in zip(self.streams, batch, strict=True):
+            with stream.drawing_from(self.device):
+                drawn += [self.model.draw(part) for part in pair]
         losses = iter(self.model.losses_of(drawn))
         total = torch.zeros((), device=self.device)
         for number, pair in enumerate(batch):
@@ -71,14 +98,6 @@ class ManyRuns(pl.LightningModule):
         self.log("loss", total.detach() / len(batch), prog_bar=True, logger=False, batch_size=1)
         return total
 
-    def _draw(self, number: int, pair: Sequence[Any]) -> list[tuple]:
-        """The draws of one training, from its own stream of random numbers."""
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self.states[number])
-            drawn = [self.model.draw(part) for part in pair]
-            self.states[number] = torch.get_rng_state()
-        return drawn
-
     def learning(self) -> dict[str, nn.Parameter]:
         return {f"{number}.{name}": p for number, own in enumerate(self.own()) for name, p in own.items()}
 
@@ -88,7 +107,7 @@ class ManyRuns(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {name: p.detach() for name, p in self.learning().items()}
-        checkpoint["random_streams"] = self.states
+        checkpoint["random_streams"] = [stream.states for stream in self.streams]
 
     def load_state_dict(self, state: dict[str, Tensor], **_: Any) -> None:
         with torch.no_grad():
@@ -96,9 +115,10 @@ class ManyRuns(pl.LightningModule):
                 parameter.copy_(state[name])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.states = checkpoint["random_streams"]
         if checkpoint["state_dict"].keys() != self.learning().keys():
             raise InputError("the checkpoint is of other trainings; resume with the same configs and subjects")
+        for stream, states in zip(self.streams, checkpoint["random_streams"], strict=True):
+            stream.states = states
 
 
 class SideBySide(Dataset):
