@@ -8,8 +8,8 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 # What `make demo` trains on: a folder of pictures of one subject, and what it is.
-DEMO_SUBJECT ?= examples/subjects/twemoji_monkey
-DEMO_WORD ?= monkey
+DEMO_SUBJECT ?= examples/subjects/noto_woman
+DEMO_WORD ?= woman
 DEMO_CONFIG ?= configs/sd-mini/attn2o-ffni.yaml
 
 .PHONY: help demo test lint bench clean

@@ -64,7 +64,7 @@ def test_pictures_are_finite_and_depend_on_the_prompt(model):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("subject", ["noto_cat", "fluent_moon", "twemoji_monkey"])
+@pytest.mark.parametrize("subject", ["noto_cat", "noto_woman", "twemoji_monkey"])
 def test_the_autoencoder_rebuilds_subjects_that_it_never_saw(model, subject):
     x = pictures_of(SUBJECTS / subject)
     rebuilt = model.first_stage_model.decode(model.first_stage_model.encode(x).mode()).clamp(-1, 1)

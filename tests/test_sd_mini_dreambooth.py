@@ -8,8 +8,8 @@ from ldm.models.clip import CLIP
 from ldm.util import find_file
 from scripts.evaluate_dreambooth import measure, parser
 
-SUBJECT = find_file("examples/subjects") / "twemoji_monkey"
-STEPS, MARGIN = 100, 0.06  # the rise with seeds 1, 2, 3: 0.195, 0.136, 0.134
+SUBJECT = find_file("examples/subjects") / "noto_woman"
+STEPS, MARGIN = 100, 0.15  # the rise with seeds 1, 2, 3: 0.322, 0.320, 0.314; among class samples 0.083, 0.023, -0.051
 
 
 @pytest.mark.skipif(
@@ -21,6 +21,7 @@ def test_a_short_training_brings_samples_closer_to_the_subject(tmp_path):
     seen, rows = measure(SUBJECT, options, CLIP(options.clip).eval())
     assert seen["after"] > seen["base"] + MARGIN
     assert seen["after"] > seen["before"] + MARGIN
+    assert seen["among prior"] < seen["among base"] + MARGIN, "the class became one picture"
     assert seen["same when off"]
     assert rows.shape == (5 * options.samples, 3, 64, 64) and rows.isfinite().all()
     assert all(math.isfinite(value) for value in seen.values())
