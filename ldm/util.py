@@ -242,6 +242,13 @@ def explain(prefix: str, *kinds: type[BaseException]):
         raise InputError(f"{prefix}: {first_line(error)}") from error
 
 
+def forked_rng(device: Any) -> Any:
+    """A context that leaves the random numbers of the CPU and, if it is a GPU, of `device` as they were."""
+    import torch
+
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
 def best_device(wanted: str | None = None) -> Any:
     """The device asked for or, by default, the best one there is. Raises `InputError` if it is not there."""
     import torch

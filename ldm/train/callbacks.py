@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 
 from ldm import generate
-from ldm.util import InputError
+from ldm.util import InputError, forked_rng
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +90,7 @@ class ImageLogger(pl.Callback):
     @torch.no_grad()
     def of_batch(self, module: pl.LightningModule, batch: Any) -> dict[str, torch.Tensor]:
         """What the model's own `log_images` gives, in [0, 1]. Neither its mode nor the random numbers change."""
-        devices = [module.device] if module.device.type == "cuda" else []
-        with generate.evaluating(module), torch.random.fork_rng(devices=devices):
+        with generate.evaluating(module), forked_rng(module.device):
             shown = module.log_images(batch)
         return {name: ((one[: self.max_images].float() + 1) / 2).clamp(0, 1).cpu() for name, one in shown.items()}
 

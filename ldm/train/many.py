@@ -32,7 +32,15 @@ from ldm.train.callbacks import ImageLogger
 from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.resume import SaveRun
 from ldm.train.run import Run
-from ldm.util import InputError, get_obj_from_str, instantiate_from_config, load_config, parse_overrides, plain
+from ldm.util import (
+    InputError,
+    forked_rng,
+    get_obj_from_str,
+    instantiate_from_config,
+    load_config,
+    parse_overrides,
+    plain,
+)
 
 BLOCKS = {"transformer_adp_config": BasicTransformerBlock, "resblock_adp_config": ResBlock}
 ADAPTERS = "model.params.unet_config.params.adapter_config"
@@ -48,9 +56,10 @@ class Stream:
     @contextmanager
     def drawing_from(self, device: torch.device) -> Iterator[None]:
         """Within this context the generators of the CPU and, if it is another, of `device` are those of this stream."""
-        gpus = [device] if device.type == "cuda" else []
-        generators = [torch.default_generator, *(torch.cuda.default_generators[gpu.index or 0] for gpu in gpus)]
-        with torch.random.fork_rng(devices=gpus):
+        generators = [torch.default_generator]
+        if device.type == "cuda":
+            generators.append(torch.cuda.default_generators[device.index or 0])
+        with forked_rng(device):
             for generator in generators:
                 kind = generator.device.type
                 if kind in self.states:

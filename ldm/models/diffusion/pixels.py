@@ -16,7 +16,7 @@ from ldm.models.diffusion.guidance import batched
 from ldm.models.diffusion.losses import diffusion_loss, dreambooth_loss, min_snr_weight, simple_loss
 from ldm.models.diffusion.process import DiffusionProcess
 from ldm.modules.ema import LitEma
-from ldm.util import InputError, instantiate_from_config
+from ldm.util import InputError, forked_rng, instantiate_from_config
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
@@ -329,7 +329,7 @@ def mask_of(batch: Mapping[str, Any], size: torch.Size) -> Tensor | None:
 @contextmanager
 def fixed_draws(seed: int, device: torch.device) -> Iterator[None]:
     """Within this context random numbers begin at `seed`; afterwards they go on as if it had not been."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with forked_rng(device):
         torch.manual_seed(seed)
         yield
 
