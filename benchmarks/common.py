@@ -10,6 +10,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,41 @@ def timed(
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return seconds[warm_up:]
+
+
+def in_turns(
+    works: dict[str, Callable[[], Callable[[], Any]]], repeats: int, threads: int, memory: Callable[[], float] = float
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each of `repeats` runs of each work, the works in turns, and what `memory` grew by during them.
+
+    `works` make, each in a process of its own that lives until the end, what is then timed there. So what the machine
+    is at some hour touches all alike, and what one keeps in memory none of the others.
+    """
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for name in works}
+        before = {name: p.submit(_make, works[name], threads, memory).result() for name, p in processes.items()}
+        rounds = [{name: p.submit(_once).result() for name, p in processes.items()} for _ in range(1 + repeats)]
+        after = {name: p.submit(memory).result() for name, p in processes.items()}
+    return {name: [r[name] for r in rounds[1:]] for name in works}, {name: after[name] - before[name] for name in works}
+
+
+_work: Callable[[], Any]  # of a process of `in_turns`
+
+
+def _make(make: Callable[[], Callable[[], Any]], threads: int, memory: Callable[[], float]) -> float:
+    global _work
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    _work = make()
+    return memory()
+
+
+def _once() -> float:
+    start = time.perf_counter()
+    _work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def table(

@@ -2,23 +2,23 @@
 
     python benchmarks/switches.py [--size 256] [--switches "channels last" compiled]
 
-The step is that of benchmarks/train_step.py (adapters attn2o-ffni, random weights, fp32 unless said). Each row runs in
-a process of its own, so that the memory is its own: what the step needs beyond the model's weights, on a GPU as PyTorch
+The step is that of benchmarks/train_step.py (adapters attn2o-ffni, random weights, fp32 unless said). Each means takes
+turns with a process in which all are off. Memory is what a step needs beyond the model's weights, on a GPU as PyTorch
 counts it, on a CPU as the process grows (compiling included).
 """
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
+import json
 import resource
+import statistics
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
-from common import can_compute, parser, table, timed
-from train_step import ours, step_of
+from common import can_compute, in_turns, machine, parser
+from train_step import keep_freed, ours, step_of
 
 from ldm.modules.adapter_files import half_base
 from ldm.modules.diffusionmodules.convolution import Conv2d
@@ -30,36 +30,27 @@ def library_convolutions(unet: torch.nn.Module) -> None:
     Conv2d.forward = torch.nn.Conv2d.forward
 
 
-# name: (checkpointing, what is done to the UNet, options of the optimizer)
-SWITCHES: dict[str, tuple[bool | str, Callable[[torch.nn.Module], Any], dict]] = {
-    "all off": (False, lambda unet: None, {}),
-    "library convolutions": (False, library_convolutions, {}),
-    "channels last": (False, lambda unet: unet.to(memory_format=torch.channels_last), {}),
-    "compiled": (False, compile_module, {}),
-    "frozen base in bf16": (False, functools.partial(half_base, dtype=torch.bfloat16), {}),
-    "fused AdamW": (False, lambda unet: None, {"fused": True}),
-    "checkpointing": (True, lambda unet: None, {}),
-    "selective checkpointing": ("selective", lambda unet: None, {}),
+# name: what is told to `step_of`
+SWITCHES: dict[str, dict[str, Any]] = {
+    "freed memory kept": {"prepare": [keep_freed]},
+    "library convolutions": {"prepare": [library_convolutions]},
+    "channels last": {"prepare": [lambda unet: unet.to(memory_format=torch.channels_last)]},
+    "compiled": {"prepare": [compile_module]},
+    "frozen base in bf16": {"prepare": [partial(half_base, dtype=torch.bfloat16)]},
+    "fused AdamW": {"fused": True},
+    "checkpointing": {"checkpointing": True},
+    "selective checkpointing": {"checkpointing": "selective"},
 }
 
 
-def measure(name: str, size: int, repeats: int, threads: int) -> tuple[list[float], float]:
-    """Seconds of each step, and GB that the step needs beyond what is there before it."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checkpointing, prepare, options = SWITCHES[name]
-    made = ours(device, checkpointing)
-    prepare(made[0])
-    step = step_of(made, device, size, autocast=False, **options)
-    before = memory(device)
-    return timed(step, repeats, device), memory(device) - before
+def switched(name: str, size: int) -> Callable[[], None]:
+    return step_of(ours, size, **SWITCHES[name])
 
 
-def memory(device: torch.device) -> float:
+def memory() -> float:
     """The most that was ever in use, in GB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
@@ -74,13 +65,22 @@ def main() -> None:
     )
     options = p.parse_args()
     fast = [name for name in SWITCHES if name != "compiled" or torch.cuda.is_available()]  # minutes, on two cores
-    chosen = [name for name in options.switches or fast if "bf16" not in name or can_compute("bf16")]
-    rows, needed = {}, {}
-    for name in dict.fromkeys(["all off", *chosen]):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            measured = process.submit(measure, name, options.size, options.repeats, options.threads)
-            rows[name], needed[name] = measured.result()
-    table(rows, peer="all off", as_json=options.json, more={"GB": needed})
+    rows = {}
+    for name in options.switches or fast:
+        if "bf16" in name and not can_compute("bf16"):
+            continue
+        works = {"off": partial(step_of, ours, options.size), "on": partial(switched, name, options.size)}
+        seconds, needed = in_turns(works, options.repeats, options.threads, memory)
+        off, on = statistics.median(seconds["off"]), statistics.median(seconds["on"])
+        rows[name] = {"off": off, "on": on, "ratio": on / off, "GB off": needed["off"], "GB on": needed["on"]}
+    if options.json:
+        print(json.dumps({"machine": machine(), "unit": "s", "rows": rows}))
+        return
+    print(machine())
+    print("| switch | all off, s | on, s | ratio | GB off | GB on |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, row in rows.items():
+        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in row.values()) + " |")
 
 
 if __name__ == "__main__":

@@ -3,24 +3,27 @@
     python benchmarks/train_step.py [--size 256] [--precision bf16]
 
 The peer is diffusers with a LoRA of rank 4 from peft on the attention layers: the same UNet, the same batch, the same
-optimizer, in the same run. Both UNets have random weights; only the UNet's step is timed (latents and text are given).
-With --precision bf16 the peer runs under autocast, as its trainers do, ours with its frozen weights in bf16.
+optimizer, in turns with ours. Both UNets have random weights; only the UNet's step is timed (latents and text are
+given). With --precision bf16 the peer runs under autocast, as its trainers do, ours with its frozen weights in bf16.
+Ours keeps freed memory, as its training commands do; the peer is timed without and with that.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from common import can_compute, parser, table, timed
+from common import can_compute, in_turns, parser, table
 from torch.nn import functional as F
 
 from ldm.checkpoints import skip_init
 from ldm.modules.adapter_files import adapter_tensors, half_base
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.train.memory import keep_freed_memory
 from ldm.util import find_file, load_config, plain
 
 CONFIG = "configs/sd-inject-dreambooth/attn2o-ffni.yaml"
@@ -59,8 +62,19 @@ def peer(device: torch.device, checkpointing: bool) -> tuple[torch.nn.Module, li
     return model, [p for p in model.parameters() if p.requires_grad], lambda x, t, c: model(x, t, c).sample
 
 
-def step_of(made: tuple, device: torch.device, size: int, autocast: bool, **options: Any) -> Callable[[], None]:
-    _, learning, predict = made
+def step_of(
+    make: Callable,
+    size: int,
+    checkpointing: bool | str = False,
+    autocast: bool = False,
+    prepare: Sequence[Callable[[torch.nn.Module], Any]] = (),
+    **options: Any,
+) -> Callable[[], None]:
+    """A training step of what `make` makes, after each of `prepare` did something to its UNet."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    unet, learning, predict = make(device, checkpointing)
+    for change in prepare:
+        change(unet)
     optimizer = torch.optim.AdamW(learning, lr=1e-4, **options)
     latents = torch.randn(2, 4, size // 8, size // 8, device=device)
     noise, context = torch.randn_like(latents), torch.randn(2, 77, 768, device=device)
@@ -76,6 +90,12 @@ def step_of(made: tuple, device: torch.device, size: int, autocast: bool, **opti
     return step
 
 
+def keep_freed(_: torch.nn.Module) -> None:
+    """As our training commands do on a CPU."""
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+
+
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--size", type=int, default=256, help="picture size in pixels")
@@ -84,24 +104,20 @@ def main() -> None:
     options = p.parse_args()
     if not can_compute(options.precision):
         return
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half = options.precision == "bf16"
+    theirs = partial(step_of, peer, options.size, options.checkpointing, autocast=half)
+    halved = [partial(half_base, dtype=torch.bfloat16)] if half else []
+    name = f"diffusers + peft LoRA r=4, {'autocast' if half else 'fp32'}"
+    mine = f"attn2o-ffni (ours), {'frozen base in bf16' if half else 'fp32'}"
     works = {
-        f"diffusers + peft LoRA r=4, {'autocast' if options.precision == 'bf16' else 'fp32'}": peer,
-        f"attn2o-ffni (ours), {'frozen base in bf16' if options.precision == 'bf16' else 'fp32'}": ours,
+        name: theirs,
+        f"{name}, freed memory kept": partial(theirs, prepare=[keep_freed]),
+        mine: partial(step_of, ours, options.size, options.checkpointing, prepare=[*halved, keep_freed]),
     }
-    rows: dict[str, list[float]] = {}
-    for name, make in works.items():
-        made = make(device, options.checkpointing)
-        if make is ours and options.precision == "bf16":
-            half_base(made[0], torch.bfloat16)
-        autocast = make is peer and options.precision == "bf16"
-        rows[name] = timed(step_of(made, device, options.size, autocast), options.repeats, device)
-        del made
-    table(rows, peer=next(iter(rows)), as_json=options.json)
+    rows, _ = in_turns(works, options.repeats, options.threads)
+    table(rows, peer=name, as_json=options.json)
     if not options.json:
-        print(f"{options.precision}, {options.size} pixels, {1 / statistics.median([*rows.values()][1]):.2f} steps/s")
+        print(f"{options.precision}, {options.size} pixels, {1 / statistics.median(rows[mine]):.2f} steps/s")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ DEFAULTS = {
     "class_scale": 7.5,
     "seed": 23,
     "scale_lr": False,
+    "keep_memory": True,
     "cache": "memory",
     "base_precision": "fp32",
 }
@@ -40,6 +41,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         "class_word": options.class_word,
         "seed": options.seed,
         "scale_lr": options.scale_lr,
+        "keep_memory": options.keep_memory,
         "cache": options.cache,
         "base_precision": options.base_precision,
         "class_scale": options.class_scale,
@@ -71,6 +73,7 @@ def as_run(config: DictConfig, folder: Path, checkpoint: Path | None = None, deb
         resume=checkpoint,
         seed=told.seed,
         scale_lr=told.scale_lr,
+        keep_memory=told.get("keep_memory", True),
         debug=debug,
         cache=told.cache,
         base_precision=told.base_precision,

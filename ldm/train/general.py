@@ -13,13 +13,13 @@ from ldm.train import run as runs
 from ldm.train.run import Run
 from ldm.util import instantiate_from_config
 
-DEFAULTS = {"seed": 23, "scale_lr": False}
+DEFAULTS = {"seed": 23, "scale_lr": False, "keep_memory": True}
 
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:
     """The run that the options ask for: a new one, or one to go on with. Raises `InputError`."""
     config, folder, checkpoint = runs.opened(options, overrides)
-    asked = {"seed": options.seed, "scale_lr": options.scale_lr}
+    asked = {"seed": options.seed, "scale_lr": options.scale_lr, "keep_memory": options.keep_memory}
     told = {key: value for key, value in asked.items() if value is not None}
     config = OmegaConf.merge({"training": DEFAULTS}, config, {"training": told})
     config = runs.with_trainer(config, options.gpus, trainer_options)
@@ -30,6 +30,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         resume=checkpoint,
         seed=config.training.seed,
         scale_lr=config.training.scale_lr,
+        keep_memory=config.training.keep_memory,
         debug=options.debug,
     )
 

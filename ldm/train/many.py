@@ -285,6 +285,7 @@ def train(parts: list[Run], folder: Path) -> pl.Trainer:
     group = Run(
         config=shared, folder=folder, base=first.base, resume=last if last.is_file() else None, seed=first.seed,
         debug=first.debug, base_precision=first.base_precision, cache=first.cache,
+        keep_memory=first.keep_memory,
     )  # fmt: skip
     model = runs.base_model(group)
     for part in parts:

@@ -76,6 +76,8 @@ def parser(description: str) -> Parser:
     machine.add_argument(
         "--gpus", metavar="0,3", help="these GPUs, with DDP if several (default: what the machine has)"
     )
+    machine.add_argument("--keep_memory", type=boolean,
+                         help="on a CPU, keep what a step frees for the next one (default true)")  # fmt: skip
     for name, kind, text in (
         ("accelerator", str, "cpu, gpu, mps, auto"),
         ("devices", str, "how many of them, or which: 2 or 0,3"),

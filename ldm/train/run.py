@@ -30,6 +30,7 @@ from ldm.modules.adapter_files import half_base
 from ldm.train import caches
 from ldm.train.callbacks import EpochReport, ImageLogger
 from ldm.train.datamodule import DataModuleFromConfig
+from ldm.train.memory import keep_freed_memory
 from ldm.train.resume import RandomStates, SafeCheckpointIO, SaveRun
 from ldm.util import (
     InputError,
@@ -74,6 +75,7 @@ class Run:
     debug: bool = False
     base_precision: str = "fp32"  # of the UNet's frozen weights: fp32, bf16 or fp16
     cache: str = "off"  # where encodings of pictures and captions are kept: memory, off, or a folder
+    keep_memory: bool = True  # on a CPU: what one step frees stays with the process for the next
     notes: dict[str, Any] = field(default_factory=dict)  # go into adapter folders: class word, identifier
 
     @property
@@ -322,6 +324,8 @@ def fit(
     trainer = make_trainer(run, saver, module.automatic_optimization)
     pl.seed_everything(run.seed + trainer.global_rank, verbose=False)  # other noise in every process
     module.learning_rate = learning_rate(run, trainer.world_size)
+    if run.keep_memory and trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     if run.base_precision != "fp32":
         if trainer.strategy.root_device.type == "cpu" and not computes_on_cpu(run.base_precision):
             log.warning("this CPU emulates %s slowly; --base_precision fp32 is faster", run.base_precision)
