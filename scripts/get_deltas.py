@@ -2,7 +2,8 @@
 
     python scripts/get_deltas.py --path logs/<run> --newtoken 1
 
-writes checkpoints/delta_<name>.ckpt for each checkpoint of the run but last.ckpt. The checkpoints stay.
+writes checkpoints/delta_<name>.ckpt for each checkpoint of the run; last.ckpt counts only where there is no other, as
+after a run of this code. The checkpoints stay.
 """
 
 from __future__ import annotations
@@ -35,12 +36,10 @@ def checkpoints(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = [f for f in sorted(folder.glob("*.ckpt")) if f.name != "last.ckpt" and "delta" not in f.name]
+    found = [f for f in sorted(folder.glob("*.ckpt")) if "delta" not in f.name]
     if not found:
-        raise InputError(
-            f"{folder} holds no checkpoints but last.ckpt and deltas; name a run's folder or one checkpoint"
-        )
-    return found
+        raise InputError(f"{folder} holds no checkpoints but deltas; name a run's folder or one checkpoint")
+    return [f for f in found if f.name != "last.ckpt"] or found
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -102,9 +102,10 @@ def test_strengths_and_several_at_once(made, model):
 def test_folders_of_our_own(config, model, tmp_path):
     """A LoRA with words that was trained here leaves in other formats and does there what it does here."""
     pytest.importorskip("peft", reason="peft, which trains LoRA here, is not installed")
+    words = {"words": {"<x>": {"vectors": 2}}}
     chosen = [
         choose({"target": own.LORA, "params": {"rank": 2, "alpha": 3, "targets": [UNET + "*.attn2.to_[kv]"]}}),
-        choose({"target": own.WORDS, "params": {"words": {"<x>": {"vectors": 2}}}}),
+        choose({"target": "ldm.tuning.textual_inversion.TextualInversion", "params": words}),
     ]
     for one in chosen:
         one.family.install(model)

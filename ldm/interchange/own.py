@@ -14,12 +14,13 @@ from ldm.checkpoints import read_weights
 from ldm.interchange.custom_diffusion import NEW_TOKENS, SAVED, Delta
 from ldm.interchange.lora import Factors, Lora, weighted_sum
 from ldm.modules.adapter_files import read_config
+from ldm.tuning import choose
 from ldm.tuning.files import TUNED
 from ldm.tuning.lora import LoRA
 from ldm.tuning.textual_inversion import TextualInversion
 from ldm.util import InputError
 
-LORA, WORDS = "ldm.tuning.lora.LoRA", "ldm.tuning.textual_inversion.TextualInversion"
+LORA = "ldm.tuning.lora.LoRA"
 
 
 def families(path: str | Path) -> list[tuple[str, dict[str, Any], dict[str, Tensor]]]:
@@ -77,20 +78,28 @@ def folded(path: str | Path, model: nn.Module, strength: float = 1.0) -> dict[st
 def words(path: str | Path) -> dict[str, Tensor]:
     """The words that a folder holds, with their vectors [v, d]."""
     found: dict[str, Tensor] = {}
-    for target, params, tensors in families(path):
-        if target == WORDS:
-            rows = iter(tensors.values())
-            for word, how in TextualInversion(**params).words.items():
+    for entry in families(path):
+        if family := _inversion(*entry):
+            rows = iter(entry[2].values())
+            for word, how in family.words.items():
                 found[word] = torch.cat([next(rows) for _ in range(how["vectors"])])
     return found
+
+
+def _inversion(target: str, params: dict[str, Any], tensors: Mapping[str, Tensor]) -> TextualInversion | None:
+    """The family of an entry if it is one of learnt words, such as Custom Diffusion's; no other one is imported."""
+    if not all(name.startswith(NEW_TOKENS) for name in tensors):
+        return None
+    family = choose({"target": target, "params": params}).family
+    return family if isinstance(family, TextualInversion) else None
 
 
 def delta(path: str | Path) -> Delta:
     """The tuned cross-attention of a folder as a Custom Diffusion delta, with its words."""
     tuned: dict[str, Tensor] = {}
-    for target, _, tensors in families(path):
-        if target not in (LORA, WORDS):
-            tuned |= tensors
+    for entry in families(path):
+        if entry[0] != LORA and not _inversion(*entry):
+            tuned |= entry[2]
     if foreign := [name for name in tuned if ".attn2." not in name]:
         raise InputError(f"{path} tunes more than cross-attention ({foreign[0]}): no delta can hold it")
     if not tuned:
