@@ -21,9 +21,9 @@ def main(argv: list[str] | None = None) -> None:
 
     run = general.plan(options, trainer_options, overrides)
     if not options.train:
-        print(f"the config is complete; nothing trained: add -t to train in {run.folder}")
+        print(f"nothing trained: add -t to train in {run.folder}")
         return
-    trainer = general.train(run)
+    trainer = general.train(run, test=not options.no_test)
     if trainer.is_global_zero:
         print(f"checkpoints are in {run.checkpoints}")
 

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
 
     parts, folder = many.plan(options, trainer_options, overrides)
     if options.train:
-        many.train(parts, folder)
+        many.train(parts, folder, options.num_class_images)
     print("\n".join(str(part.checkpoints) for part in parts))
     if not options.train:
         print(f"{len(parts)} trainings planned, nothing trained: add -t")

@@ -84,6 +84,27 @@ def test_what_a_resume_cannot_change_is_refused(work):
     main(*arguments(work, "-n", "run", "--max_steps", 1))
     with pytest.raises(InputError, match="goes on with trainings as they are stored; leave --seed, --cache out"):
         main("-t", "-r", find_run(work, "run"), "--seed", 5, "--cache", "off")
+    with pytest.raises(InputError, match="leave --scale_lr, --keep_memory, --num_class_images, --class_scale out"):
+        more = ["--scale_lr", "--num_class_images", 2, "--class_scale", 1, "--keep_memory", "false"]
+        main("-t", "-r", find_run(work, "run"), *more)
+
+
+def test_class_pictures_are_drawn_once_for_each_folder(work, monkeypatch):
+    from ldm import generate
+
+    made, real = [], generate.generate
+
+    def quick(model, prompts, seeds, settings, *more):
+        made.append((prompts[0], len(seeds), settings.scale))
+        return real(model, prompts, seeds, generate.Settings(steps=1), *more)
+
+    monkeypatch.setattr(generate, "generate", quick)
+    subjects = ["--class_word", "dog", "cat", "--reg_data_root", work / "class", work / "cats"]
+    main(*arguments(work, *subjects, "--num_class_images", 4, "--class_scale", 2, "--max_steps", 1))
+    assert sorted(made) == [("photo of a cat", 4, 2.0), ("photo of a dog", 1, 2.0)]  # three dogs are there
+    assert len(list((work / "class").iterdir())) == len(list((work / "cats").iterdir())) == 4
+    with pytest.raises(InputError, match="would be filled with 'photo of a dog' and with 'photo of a cat'"):
+        main(*arguments(work, "--class_word", "dog", "cat", "--num_class_images", 4))
 
 
 @pytest.mark.parametrize(
@@ -91,6 +112,9 @@ def test_what_a_resume_cannot_change_is_refused(work):
     [
         (["model.params.train_level=[unet]"], "only position adapters train side by side"),
         (["--class_word", "dog", "cat", "cow"], "3 times --class_word for 2 times --data_root"),
+        (["--embedding_manager_ckpt", "words.pt"], "unknown option --embedding_manager_ckpt"),
+        (["--no-test"], "unknown option --no-test"),
+        (["--datapath", "photos", "--caption", "a dog"], "are for Custom Diffusion; here --data_root names"),
     ],
 )
 def test_what_cannot_be_trained_so_is_refused(work, more, message):

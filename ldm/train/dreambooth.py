@@ -52,6 +52,8 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
     concepts.fill_in_words(config, options)
     if has_concepts(config):
         concepts.fill_in(config, told)
+    elif asked["concepts"]:
+        raise InputError("--datapath and --concepts_list are for Custom Diffusion; here --data_root names the pictures")
     else:
         fill_in_pictures(config, told, options.num_class_images)
     if mode := getattr(options, "compile", None):
@@ -131,22 +133,22 @@ def report(run: Run) -> str:
 
 
 def train(run: Run, options: argparse.Namespace) -> pl.Trainer:
-    """Load the base model, make the class pictures that are missing, train, test."""
+    """Load the base model, draw the class pictures that are missing, train, test."""
     model = runs.base_model(run)
     if options.embedding_manager_ckpt:
         words = model.cond_stage_model.load_embeddings(options.embedding_manager_ckpt)
         log.info("learnt words %s added to the text encoder", ", ".join(words))
     if options.num_class_images:
-        for root, caption in concepts.class_pictures(run.config):
-            runs.prepare_class_pictures(run, model, Path(root), caption, options.num_class_images)
-    if options.num_class_images and run.config.data.params.get("reg") is not None:
-        reg = run.config.data.params.reg
-        folder = Path(reg.params.data_root)
-        runs.prepare_class_pictures(run, model, folder, class_caption(reg), options.num_class_images)
-    trainer = runs.train(run, model)
-    if not options.no_test and run.config.data.params.get("test") is not None and not trainer.should_stop:
-        trainer.validate(model, trainer.datamodule.test_dataloader())
-    return trainer
+        for folder, caption in class_folders(run.config):
+            runs.prepare_class_pictures(run, model, folder, caption, options.num_class_images)
+    return runs.train(run, model, test=not options.no_test)
+
+
+def class_folders(config: DictConfig) -> list[tuple[Path, str]]:
+    """The folders of class pictures that a training reads, each with the caption that it is filled by."""
+    folders = [(Path(root), caption) for root, caption in concepts.class_pictures(config)]
+    reg = config.data.params.get("reg")
+    return folders if reg is None else [*folders, (Path(reg.params.data_root), class_caption(reg))]
 
 
 def class_caption(reg: DictConfig) -> str:

@@ -10,8 +10,9 @@ import pytorch_lightning as pl
 from omegaconf import OmegaConf
 
 from ldm.train import run as runs
+from ldm.train.concepts import takes
 from ldm.train.run import Run
-from ldm.util import instantiate_from_config
+from ldm.util import InputError, instantiate_from_config
 
 DEFAULTS = {"seed": 23, "scale_lr": False, "keep_memory": True}
 
@@ -23,6 +24,8 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
     told = {key: value for key, value in asked.items() if value is not None}
     config = OmegaConf.merge({"training": DEFAULTS}, config, {"training": told})
     config = runs.with_trainer(config, options.gpus, trainer_options)
+    if takes(config.data.get("target"), "train") and OmegaConf.select(config, "data.params.train") is None:
+        raise InputError("the config has no training set: name its class with data.params.train.target=<your dataset>")
     name = options.name or (Path(options.base[0]).stem if options.base else "")
     return Run(
         config=config,
@@ -35,7 +38,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
     )
 
 
-def train(run: Run) -> pl.Trainer:
-    """Build the model with fresh weights (its own `ckpt_path` may say otherwise) and train it."""
+def train(run: Run, test: bool = True) -> pl.Trainer:
+    """Build the model with fresh weights (its own `ckpt_path` may say otherwise), train it, with `test` test it."""
     pl.seed_everything(run.seed, verbose=False)
-    return runs.train(run, instantiate_from_config(run.config.model))
+    return runs.train(run, instantiate_from_config(run.config.model), test)

@@ -30,6 +30,7 @@ from ldm.train import dreambooth
 from ldm.train import run as runs
 from ldm.train.callbacks import ImageLogger
 from ldm.train.datamodule import DataModuleFromConfig
+from ldm.train.options import TRAINER_OPTIONS, dreambooth_parser
 from ldm.train.resume import SaveRun
 from ldm.train.run import Run
 from ldm.util import (
@@ -44,6 +45,7 @@ from ldm.util import (
 
 BLOCKS = {"transformer_adp_config": BasicTransformerBlock, "resblock_adp_config": ResBlock}
 ADAPTERS = "model.params.unet_config.params.adapter_config"
+RESUMES = ("resume", "train", "debug", "gpus", *TRAINER_OPTIONS)  # what a resume may say anew
 
 
 class Stream:
@@ -233,8 +235,8 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         stored = sorted(folder.glob("*/configs/project.yaml"))
         if not stored or not (folder / "checkpoints" / "last.ckpt").is_file():
             raise InputError(f"cannot resume {folder}: expected a folder of train_many.py with checkpoints/last.ckpt")
-        told = ("base", "data_root", "reg_data_root", "class_word", "seed", "cache", "base_precision", "name")
-        if asked := [name for name in told if getattr(options, name)]:
+        usual = dreambooth_parser("", several=True).get_default
+        if asked := [name for name, value in vars(options).items() if name not in RESUMES and value != usual(name)]:
             raise InputError(f"-r goes on with trainings as they are stored; leave --{', --'.join(asked)} out")
         changed = parse_overrides(overrides)
         configs = [OmegaConf.merge(load_config(path), changed) for path in stored]
@@ -270,9 +272,24 @@ def _for_each(options: argparse.Namespace, name: str) -> list[str | None]:
     return values if len(values) == count else values * count
 
 
-def train(parts: list[Run], folder: Path) -> pl.Trainer:
-    """Train all of `parts`, whose folders lie in `folder`. Raises `InputError` if they do not have one base."""
+def class_folders(parts: list[Run]) -> list[tuple[Run, Path, str]]:
+    """The folders of class pictures to fill, once each. Raises `InputError` for one that is to hold two classes."""
+    found: dict[Path, tuple[Run, str]] = {}
+    for part in parts:
+        for folder, caption in dreambooth.class_folders(part.config):
+            _, other = found.setdefault(folder, (part, caption))
+            if other != caption:
+                raise InputError(f"{folder} would be filled with {other!r} and with {caption!r}; name two folders")
+    return [(part, folder, caption) for folder, (part, caption) in found.items()]
+
+
+def train(parts: list[Run], folder: Path, num_class_images: int = 0) -> pl.Trainer:
+    """Train all of `parts`, whose folders lie in `folder`, on at least so many class pictures in each of theirs.
+
+    Raises `InputError` if they do not have one base.
+    """
     first = parts[0]
+    lacking = class_folders(parts) if num_class_images else []
     configs = [adapters_of(part.config) for part in parts]
     for part in parts[1:]:
         if without(part.config) != without(first.config):
@@ -288,6 +305,8 @@ def train(parts: list[Run], folder: Path) -> pl.Trainer:
         keep_memory=first.keep_memory,
     )  # fmt: skip
     model = runs.base_model(group)
+    for part, pictures, caption in lacking:
+        runs.prepare_class_pictures(part, model, pictures, caption, num_class_images)
     for part in parts:
         runs.write_configs(part)
     rates = [runs.learning_rate(part, 1) for part in parts]

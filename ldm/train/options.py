@@ -37,8 +37,8 @@ def add_compile(group: argparse._ArgumentGroup) -> None:
                        help="torch.compile the UNet; with reduce-overhead a GPU replays CUDA graphs")  # fmt: skip
 
 
-def parser(description: str) -> Parser:
-    """The options that every training entry has."""
+def parser(description: str, several: bool = False) -> Parser:
+    """The options that every training entry has; `several` trainings at once have no test set."""
     p = Parser(
         usage="%(prog)s --base YAML ... -t [options] [a.b.c=value ...]",
         description=description,
@@ -56,9 +56,10 @@ def parser(description: str) -> Parser:
     run.add_argument(
         "-r", "--resume", nargs="?", const="", default="", metavar="DIR", help="go on with this run's last.ckpt"
     )
-    run.add_argument(
-        "--no-test", type=boolean, nargs="?", const=True, default=False, help="skip the test set at the end"
-    )
+    if not several:
+        run.add_argument(
+            "--no-test", type=boolean, nargs="?", const=True, default=False, help="skip the test set at the end"
+        )
     run.add_argument("-s", "--seed", type=int, help="seed of everything random (default 23)")
     run.add_argument("-d", "--debug", type=boolean, nargs="?", const=True, default=False, help="debugger after a crash")
     run.add_argument("--scale_lr", type=boolean, nargs="?", const=True,
@@ -96,9 +97,9 @@ def parser(description: str) -> Parser:
 def dreambooth_parser(description: str, several: bool = False) -> Parser:
     """The options of `main_dream_booth.py`: those of every training and those of DreamBooth.
 
-    With `several`, those that say what the subject is take a list.
+    With `several`, those that say what the subject is take a list, and what `ldm.train.many` cannot do is left out.
     """
-    p = parser(description)
+    p = parser(description, several)
     each = {"nargs": "+"} if several else {}
     subject = p.add_argument_group("DreamBooth")
     subject.add_argument(
@@ -119,6 +120,8 @@ def dreambooth_parser(description: str, several: bool = False) -> Parser:
                          help="encode pictures and captions once, before training (default memory)")  # fmt: skip
     if not several:
         add_compile(subject)
+        subject.add_argument("--embedding_manager_ckpt", metavar="FILE",
+                             help="learnt words to add to the text encoder")  # fmt: skip
     subject.add_argument("--init_word", help="start of learnt words, in configs that learn some")
     concept = p.add_argument_group("Custom Diffusion: concepts, each option once for each of them, in their order")
     for number in ("", "2"):  # the published program counts them
@@ -133,9 +136,6 @@ def dreambooth_parser(description: str, several: bool = False) -> Parser:
     concept.add_argument("--concepts_list", metavar="JSON", help="the same as a file")
     concept.add_argument("--modifier_token", metavar="<new1>+<new2>", help="words that learn")
     concept.add_argument("--freeze_model", help="crossattn-kv or crossattn: the part of the UNet that learns")
-    subject.add_argument(
-        "--embedding_manager_ckpt", default="", metavar="FILE", help="learnt words to add to the text encoder"
-    )
     return p
 
 

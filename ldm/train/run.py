@@ -311,10 +311,16 @@ def prepare_class_pictures(run: Run, model: Any, folder: Path, prompt: str, numb
         time.sleep(2)
 
 
-def train(run: Run, model: pl.LightningModule) -> pl.Trainer:
-    """Train `model` as the config says; the trainer, when it is done or was asked to stop."""
+def train(run: Run, model: pl.LightningModule, test: bool = True) -> pl.Trainer:
+    """Train `model` as the config says and, with `test`, go through its test set once; the trainer, when it is done.
+
+    A training that was asked to stop leaves the test set for when it has gone on to its end.
+    """
     data = instantiate_from_config(run.config.data)
-    return fit(run, model, data, model, SaveRun(run.checkpoints, checkpoint_every(run.config), run.notes))
+    trainer = fit(run, model, data, model, SaveRun(run.checkpoints, checkpoint_every(run.config), run.notes))
+    if test and OmegaConf.select(run.config, "data.params.test") is not None and not trainer.should_stop:
+        trainer.validate(model, data.test_dataloader())
+    return trainer
 
 
 def fit(
