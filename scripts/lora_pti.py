@@ -56,10 +56,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--placeholder_token_at_data", metavar="A|B", help="B stands for the subject in captions")
     p.add_argument("--initializer_tokens", help="for each word: a known one, <rand-0.017> (the default) or <zero>")
     p.add_argument("--use_template", choices=tuple(TEMPLATES), help="captions (default: those of the config)")
+    p.add_argument("--class_word", help="follows the words in the captions of the config: <s1> dog (default: nothing)")
     p.add_argument("--out_name", default="final_lora", help="name of the LoRA (default final_lora)")
     p.add_argument("--seed", type=int, default=42)
     p.add_argument("--resolution", type=int, help="pixels (default: those of the config)")
-    p.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    p.add_argument("--device", help="cuda:1, cuda (all), mps or cpu (default: the best there is)")
     p.add_argument("--force", action="store_true", help="overwrite what exists")
     for name, value in (
         ("train_batch_size", 1), ("max_train_steps_tuning", 1000), ("max_train_steps_ti", 1000), ("save_steps", 100),
@@ -122,16 +123,21 @@ def train(given: argparse.Namespace, overrides: list[str], work: Path) -> Path |
     if base.is_dir():
         base = work / "base.safetensors"
         write_checkpoint(base, read_model(given.pretrained_model_name_or_path))
-    device = {"cuda": "gpu"}.get((given.device or "auto").partition(":")[0], given.device or "auto")
     words = [
         "--base", given.config, str(work / "pti.yaml"), "-t", "--actual_resume", str(base), "--data_root",
         given.instance_data_dir, "--logdir", given.output_dir, "-n", "pti", "--seed", str(given.seed),
-        "--accelerator", device, "--scale_lr", str(given.scale_lr), *overrides,
+        *device_options(given.device or "auto"), *overrides,
     ]  # fmt: skip
     run = dreambooth.plan(*(parsed := parse(dreambooth_parser(__doc__), words)))
     if not dreambooth.train(run, parsed[0]).is_global_zero:
         return None
     return max(run.checkpoints.glob("*-adapters"), key=lambda path: int(path.name.partition("-")[0]))
+
+
+def device_options(device: str) -> list[str]:
+    """A device in torch's words as options of training: `cuda:1` is that GPU alone, `cuda` are all there are."""
+    kind, _, index = device.partition(":")
+    return ["--gpus", f"{index},"] if kind == "cuda" and index else ["--accelerator", {"cuda": "gpu"}.get(kind, kind)]
 
 
 def config_of(given: argparse.Namespace) -> dict[str, Any]:
@@ -148,8 +154,9 @@ def config_of(given: argparse.Namespace) -> dict[str, Any]:
     ]
     unet: dict[str, Any] = {"params": {"use_checkpoint": True}} if given.gradient_checkpointing else {}
     return {
+        "dreambooth": {"class_word": given.class_word},
         "model": {
-            "base_learning_rate": given.learning_rate_unet,
+            "base_learning_rate": rate_of(given, "unet"),
             "params": {
                 "train_level": [],
                 "tuning": [*inversion(given, words, starts, first), *loras(given, first)],
@@ -198,8 +205,14 @@ def words_of(given: argparse.Namespace) -> tuple[list[str], list[str | float]]:
     return words, starts
 
 
+def rate_of(given: argparse.Namespace, part: str) -> float:
+    """The learning rate of `unet`, `text` or `ti`; with `--scale_lr` times the pictures of an optimizer step."""
+    pictures = given.train_batch_size * given.gradient_accumulation_steps if given.scale_lr else 1
+    return pictures * getattr(given, f"learning_rate_{part}")
+
+
 def inversion(given: argparse.Namespace, words: list[str], starts: list[str | float], first: int) -> list[dict]:
-    """The first stage."""
+    """The first stage, of `first` steps. Without one the words stay at their start: they learn when all is over."""
     if not words:
         return []
     params = {
@@ -207,25 +220,24 @@ def inversion(given: argparse.Namespace, words: list[str], starts: list[str | fl
         "norm_weight": 100.0 if given.clip_ti_decay else 0.0,
         "seed": given.seed,
     }
-    steps = [0, None if given.continue_inversion else first]
+    whole, over = [0, None], [given.max_train_steps_tuning, None]
+    steps = whole if given.continue_inversion else [0, first] if first else over
     target = "ldm.tuning.textual_inversion.TextualInversion"
-    return [{"target": target, "params": params, "learning_rate": given.learning_rate_ti, "steps": steps}]
+    return [{"target": target, "params": params, "learning_rate": rate_of(given, "ti"), "steps": steps}]
 
 
 def loras(given: argparse.Namespace, first: int) -> list[dict]:
     """The second stage."""
-    targets = {"unet": (UNET + RESIDUAL * given.use_extended_lora, given.learning_rate_unet)}
-    if given.train_text_encoder:
-        targets["text"] = (TEXT, given.learning_rate_text)
+    targets = {"unet": UNET + RESIDUAL * given.use_extended_lora} | ({"text": TEXT} if given.train_text_encoder else {})
     size = {"rank": given.lora_rank, "alpha": given.lora_scale * given.lora_rank, "dropout": given.lora_dropout_p}
     return [
         {
             "target": "ldm.tuning.lora.LoRA",
             "params": {"targets": patterns, **size, "seed": given.seed},
-            "learning_rate": rate,
+            "learning_rate": rate_of(given, part),
             "steps": [first, None],
         }
-        for patterns, rate in targets.values()
+        for part, patterns in targets.items()
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from ldm.interchange import cloneofsimo
 from ldm.interchange.command import skeleton
 from ldm.interchange.lora import delta
-from ldm.util import InputError
+from ldm.util import InputError, instantiate_from_config
 from tests.conftest import ROOT
 from tests.runs import TINY, pictures
 
@@ -67,6 +67,68 @@ def test_both_stages(script, tmp_path, capsys):
         script.main(arguments(tmp_path, *more))
 
 
+def planned(script, tmp_path, *more):
+    """The config of a run of the tiny model, as `config_of` changes it, and the model that learns."""
+    from omegaconf import OmegaConf
+
+    from ldm.train import dreambooth, run
+    from ldm.train.options import dreambooth_parser, parse
+
+    given = script.parser().parse_args(arguments(tmp_path, *more))
+    OmegaConf.save(OmegaConf.create(script.config_of(given)), tmp_path / "pti.yaml")
+    words = ["--base", given.config, tmp_path / "pti.yaml", "--data_root", given.instance_data_dir]
+    plan = dreambooth.plan(*parse(dreambooth_parser(""), [str(word) for word in words]))
+    return plan.config, run.base_model(plan)
+
+
+@pytest.mark.parametrize(
+    ("more", "captions"),
+    [
+        ([], ["photo of a <s1>"]),
+        (["--class_word", "woman"], ["photo of a <s1> woman"]),
+        (["--use_template", "object"], ["<s1>", "a close-up of <s1>", "a photo of <s1>", "a picture of <s1>"]),
+    ],
+)
+def test_captions_name_a_class_only_where_one_is_given(script, tmp_path, more, captions):
+    config, _ = planned(script, tmp_path, "--placeholder_tokens", "<s1>", *more)
+    assert instantiate_from_config(config.data.params.train).all_captions() == captions
+
+
+def test_rates_can_be_scaled_by_the_pictures_of_a_step(script, tmp_path):
+    more = ["--placeholder_tokens", "<s1>", "--train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    _, plain = planned(script, tmp_path, *more)
+    _, scaled = planned(script, tmp_path, *more, "--scale_lr")
+    rates, larger = ([chosen.learning_rate for chosen in model.families] for model in (plain, scaled))
+    assert rates == [5e-4, 1e-4, 1e-5] and larger == pytest.approx([8 * rate for rate in rates])
+
+
+def test_without_inversion_words_stay_at_their_start(script, tmp_path):
+    more = ["--placeholder_tokens", "<s1>", "--initializer_tokens", "dog", "--perform_inversion", "False"]
+    script.main(arguments(tmp_path, *more, "--learning_rate_unet", "0.01"))
+    content = cloneofsimo.read_safetensors(tmp_path / "out/final_lora.safetensors")
+    from ldm.tuning.textual_inversion import released_table, word_ids
+    from tests.runs import tiny_model
+
+    encoder = tiny_model("model.params.unet_config.params.adapter_config=null").cond_stage_model
+    start = released_table(encoder)[word_ids(encoder, "dog")]
+    assert torch.allclose(content.tokens["<s1>"].flatten(), start.flatten(), atol=1e-3)  # kept as fp16
+    found = cloneofsimo.to_lora(content, skeleton(tmp_path / "tiny.yaml"), "final")
+    assert any(delta(factors).abs().max() > 0 for factors in found.layers.values())
+
+
+@pytest.mark.parametrize(
+    ("device", "options"),
+    [
+        ("cuda:1", ["--gpus", "1,"]),
+        ("cuda", ["--accelerator", "gpu"]),
+        ("cpu", ["--accelerator", "cpu"]),
+        ("auto", ["--accelerator", "auto"]),
+    ],
+)
+def test_the_index_of_a_device_counts(script, device, options):
+    assert script.device_options(device) == options
+
+
 def test_the_published_arguments(script, golden):
     ours = {action.dest: action for action in script.parser()._actions}
     published = json.loads((golden / "manifests/published_cli.json").read_text())[
@@ -88,6 +150,7 @@ def test_the_published_arguments(script, golden):
         (["--placeholder_tokens", "<a>", "--initializer_tokens", "<zero>"], "no norm to keep"),
         (["--placeholder_tokens", "<a>", "--initializer_tokens", "<rand>"], "expected <rand-0.017>"),
         (["--nonsense", "1"], "nonsense"),
+        (["--device", "cuda:7"], "--gpus 7,: this machine has"),
     ],
 )
 def test_refusals(script, tmp_path, more, message):
