@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     source, output = options.paths
     from ldm.interchange.command import to_be_written
 
-    print(convert(source, to_be_written(output, options.force), options))
+    print(convert(source, to_be_written(output, options.force, options.to), options))
 
 
 def convert(source: str, output: Path, options: argparse.Namespace) -> str:
@@ -90,7 +90,7 @@ def convert(source: str, output: Path, options: argparse.Namespace) -> str:
         if to == "checkpoint":
             write_checkpoint(output, weights)
         else:
-            diffusers_model.write_folder(output, weights, params_of(options.config))
+            diffusers_model.write_folder(output, weights, params_of(options.config), source)
         return f"{output}  {len(weights)} tensors"
     raise InputError(f"{source} is {KINDS[kind]}: it cannot become {to}")
 
@@ -134,13 +134,12 @@ def convert_delta(options: argparse.Namespace) -> str:
         custom_diffusion.write(output, delta, "ldm" if to_ldm else "diffusers")
         return f"{output}  {len(delta.weights)} weights, words {', '.join(delta.tokens) or 'none'}"
     output = to_be_written(source.with_name(options.modelname), options.force)
+    files = {word: to_be_written(source.with_name(f"{word}.pt"), options.force) for word in delta.tokens}
     weights = read_model(options.ckpt)
     write_checkpoint(output, apply.merged(weights, custom_diffusion.changes(delta, weights, str(source))))
-    files = []
-    for word, vectors in delta.tokens.items():
-        files.append(to_be_written(source.with_name(f"{word}.pt"), options.force))
-        embeddings.write_ldm(files[-1], {word: vectors})
-    return "  ".join(map(str, [output, *files]))
+    for word, file in files.items():
+        embeddings.write_ldm(file, {word: delta.tokens[word]})
+    return "  ".join(map(str, [output, *files.values()]))
 
 
 if __name__ == "__main__":

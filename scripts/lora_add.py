@@ -51,11 +51,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from ldm.interchange.command import dashes, in_order, to_be_written
+    from ldm.interchange.command import dashes, in_order
 
     options = parser().parse_args(dashes(sys.argv[1:] if argv is None else argv))
     one, two, output = in_order(options.paths, {name: getattr(options, name) for name in PATHS}, " ".join(PATHS))
-    to_be_written(output, options.force)
+    if options.rank is not None and options.rank < 1:
+        raise InputError(f"expected --rank >= 1, got {options.rank}")
     merge = {"lpl": numbered, "ljl": numbered, "sum": weighted, "upl": into_model, "upl-ckpt-v2": into_model}
     print(merge[options.mode](one, two, Path(output), options))
 
@@ -64,6 +65,7 @@ def numbered(one: str, two: str, output: Path, options: argparse.Namespace) -> s
     """lpl and ljl, which need no model."""
     from ldm.interchange import cloneofsimo as cs
     from ldm.interchange import identify
+    from ldm.interchange.command import to_be_written
 
     kinds = {identify(path) for path in (one, two)}
     if kinds not in ({"cloneofsimo"}, {"cloneofsimo-pt"}):
@@ -71,6 +73,7 @@ def numbered(one: str, two: str, output: Path, options: argparse.Namespace) -> s
             f"{options.mode} works on two cloneofsimo files of one kind, got {', '.join(sorted(kinds))}: use sum"
         )
     is_list = kinds == {"cloneofsimo-pt"}
+    to_be_written(output, options.force, *kinds)
     contents = [(cs.read_pt if is_list else cs.read_safetensors)(path) for path in (one, two)]
     if is_list and not options.with_text_lora:
         for content in contents:
@@ -83,29 +86,34 @@ def numbered(one: str, two: str, output: Path, options: argparse.Namespace) -> s
 def weighted(one: str, two: str, output: Path, options: argparse.Namespace) -> str:
     """The honest sum, between any formats."""
     from ldm.interchange import cloneofsimo, identify, read_lora
-    from ldm.interchange.command import skeleton, write_lora
+    from ldm.interchange.command import skeleton, to_be_written, write_lora
     from ldm.interchange.lora import weighted_sum
 
     kinds = [identify(path) for path in (one, two)]
     kind = options.format or (kinds[0] if kinds[0] != "adapter" else "kohya")
+    to_be_written(output, options.force, kind)
     alphas = (options.alpha_1, options.alpha_2)
-    if kinds == [kind] * 2 == ["cloneofsimo"] * 2:
-        contents = [cloneofsimo.read_safetensors(path) for path in (one, two)]
+    contents = [cloneofsimo.read_safetensors(path) for path in (one, two)] if {kind, *kinds} == {"cloneofsimo"} else []
+    if contents and cloneofsimo.alike(*contents):  # numbers tell the layers: no model is needed
         merged = weighted_sum([cloneofsimo.numbered(content) for content in contents], alphas, options.rank)
-        cloneofsimo.write_safetensors(output, cloneofsimo.renumbered(merged, contents[0]))
+        cloneofsimo.write_safetensors(output, cloneofsimo.renumbered(merged, contents))
     else:
         model = skeleton(options.config)
         merged = weighted_sum([read_lora(path, model) for path in (one, two)], alphas, options.rank)
         write_lora(output, merged, model, kind)
-    return f"{output}  ranks {merged.ranks()}, words {', '.join(merged.tokens) or 'none'}"
+    words = ", ".join(merged.tokens)
+    if words and kind != "cloneofsimo":
+        return f"{output}  ranks {merged.ranks()}; the words {words} are not in it: convert each file --to words"
+    return f"{output}  ranks {merged.ranks()}, words {words or 'none'}"
 
 
 def into_model(model_path: str, lora_path: str, output: Path, options: argparse.Namespace) -> str:
     """A LoRA's change in a model's own weights, for good."""
     from ldm.interchange import apply, diffusers_model, embeddings, identify, own, read_lora
     from ldm.interchange import lora as loras
-    from ldm.interchange.command import filled_model, params_of, read_model, skeleton, write_checkpoint
+    from ldm.interchange.command import filled_model, params_of, read_model, skeleton, to_be_written, write_checkpoint
 
+    to_be_written(output, options.force)
     weights = read_model(model_path)
     if identify(lora_path) == "adapter":
         tokens = own.words(lora_path)
@@ -114,13 +122,16 @@ def into_model(model_path: str, lora_path: str, output: Path, options: argparse.
         lora = read_lora(lora_path, skeleton(options.config))
         tokens = lora.tokens
         merged = apply.merged(weights, loras.changes(lora, weights, lora_path), options.alpha_1)
+    beside = output.with_name(f"{output.stem}.words.safetensors")
+    if tokens:
+        to_be_written(beside, options.force)
     if options.mode == "upl":
-        diffusers_model.write_folder(output, merged, params_of(options.config))
+        diffusers_model.write_folder(output, merged, params_of(options.config), model_path)
     else:
         write_checkpoint(output, merged)
     if not tokens:
         return str(output)
-    files = embeddings.write_diffusers(output.with_name(f"{output.stem}.words.safetensors"), tokens)
+    files = embeddings.write_diffusers(beside, tokens)
     return f"{output}; the words {', '.join(tokens)} are in {', '.join(map(str, files))}"
 
 

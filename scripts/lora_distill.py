@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(
             f"expected --rank >= 1 and 0 < --clamp_quantile <= 1, got {options.rank}, {options.clamp_quantile}"
         )
-    output, device = to_be_written(options.save_path, options.force), best_device(options.device)
+    output, device = to_be_written(options.save_path, options.force, options.format), best_device(options.device)
     tuned, base = (read_model(path) for path in paths)
     model = skeleton(options.config)
     names = [

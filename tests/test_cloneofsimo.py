@@ -1,5 +1,6 @@
 """cloneofsimo LoRA files and the published arithmetic on them, against the published numbers."""
 
+import dataclasses
 import json
 
 import pytest
@@ -299,6 +300,39 @@ def test_distilled_does_not_depend_on_signs(tensors):
         best = delta(distilled(tuned[name], base[name], 4, 1.0))
         left = torch.linalg.svdvals(change.flatten(1))[4:].norm()
         assert (change - best).norm().item() == pytest.approx(left.item(), rel=1e-4)
+
+
+def test_a_sum_has_every_part_of_its_files(folder):
+    a, b = (cs.read_safetensors(folder / f"{name}.safetensors") for name in "AB")
+    only_unet = cs.Published({"unet": a.factors["unet"]}, {"unet": a.classes["unet"]})
+    for pair, weights in (([only_unet, b], (0.3, 2)), ([b, only_unet], (2, 0.3))):
+        assert cs.alike(*pair)
+        merged = cs.renumbered(weighted_sum([cs.numbered(one) for one in pair], weights), pair)
+        assert merged.classes == b.classes
+        for one, expected in zip(merged.factors["text_encoder"], b.factors["text_encoder"], strict=True):
+            assert_close_to(delta(one), 2 * delta(expected))
+
+
+def test_numbers_tell_layers_only_where_classes_and_order_agree(folder):
+    a = cs.read_safetensors(folder / "A.safetensors")
+    assert cs.alike(a, dataclasses.replace(a, order="ldm"))  # published files name no order
+    assert not cs.alike(dataclasses.replace(a, order="diffusers"), dataclasses.replace(a, order="ldm"))
+    assert not cs.alike(a, dataclasses.replace(a, classes={**a.classes, "unet": EXTENDED}))
+    assert not cs.alike(a, dataclasses.replace(a, factors={"unet": a.factors["unet"][::-1]}))
+    assert cs.joined([a, dataclasses.replace(a, order="ldm")]).order == "ldm"
+    with pytest.raises(InputError, match="different orders, diffusers and ldm: use sum"):
+        cs.averaged(dataclasses.replace(a, order="diffusers"), dataclasses.replace(a, order="ldm"))
+
+
+def test_a_text_encoders_list_goes_with_its_lora(folder, tmp_path):
+    """What lies beside a .pt is read with it, so an older one's must not stay."""
+    a = cs.read_pt(folder / "A.pt")
+    cs.write_pt(tmp_path / "x.pt", a)
+    assert cs.read_pt(tmp_path / "x.pt").factors.keys() == {"unet", "text_encoder"}
+    cs.write_pt(tmp_path / "x.pt", cs.Published({"unet": a.factors["unet"]}, {}))
+    assert cs.read_pt(tmp_path / "x.pt").factors.keys() == {"unet"}
+    with pytest.raises(InputError, match="y.pt: a .pt LoRA begins with the UNet's layers, and this one has none"):
+        cs.write_pt(tmp_path / "y.pt", cs.Published({"text_encoder": a.factors["text_encoder"]}, {}))
 
 
 def test_refusals(folder, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from ldm.interchange import diffusers_model, names
 from ldm.util import InputError, load_config
@@ -110,6 +111,26 @@ def test_old_names_of_the_autoencoders_attention(model):
         parts["vae"] = {name.replace(f".{new}.", f".{older}."): value for name, value in parts["vae"].items()}
     state = model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in diffusers_model.from_diffusers(parts).items())
+
+
+def test_the_config_is_that_of_the_weights(config, model, tmp_path):
+    """A folder's JSON is the config's: with another model's it would not load."""
+    state, params = model.state_dict(), config.model.params
+    first, more = names.UNET + "time_embed.0.weight", names.TEXT + "text_model.encoder.layers.2.mlp.fc1.bias"
+    for weights, told in (
+        (
+            {**state, first: torch.zeros(64, 32)},
+            rf"{first} has shape \[64, 32\], the config's model \[128, 32\] \(1 such\)",
+        ),
+        ({name: value for name, value in state.items() if name != first}, f"{first} has shape none, the config's"),
+        ({**state, more: torch.zeros(48)}, rf"{more} has shape \[48\], the config's model none"),
+    ):
+        with pytest.raises(InputError, match=f"a.ckpt does not fit this config: {told}"):
+            diffusers_model.write_folder(tmp_path / "wrong", weights, params, "a.ckpt")
+    assert not list(tmp_path.iterdir())
+    with_adapters = load_config(ROOT / "configs/sd-inject-dreambooth/attn2o-ffni.yaml").model.params.unet_config.params
+    tuned = {"unet_config": {"params": {"adapter_config": with_adapters.adapter_config}}}
+    diffusers_model.write_folder(tmp_path / "right", state, OmegaConf.merge(params, tuned))
 
 
 def test_refusals(model, tmp_path):

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from ldm.checkpoints import read_weights
-from ldm.interchange import cloneofsimo, custom_diffusion, diffusers_model, embeddings, load_any, lora_keys
-from ldm.interchange.lora import Lora, delta
+from ldm.interchange import cloneofsimo, custom_diffusion, diffusers_model, embeddings, load_any, lora_keys, read_lora
+from ldm.interchange.lora import Lora, delta, weighted_sum
 from ldm.interchange.names import UNET
 from ldm.util import InputError
 from tests import interchange_models
@@ -250,6 +250,71 @@ def test_lora_add_sum(golden, base, lora, tmp_path):
     same(lora, lora_keys.read(tmp_path / "x", model), 1e-4)
 
 
+def test_lora_add_sum_keeps_what_only_one_file_has(base, lora, tmp_path, capsys):
+    """The text encoder, layers of other classes, another order; words where the format has a place for them."""
+    _, config, model = base
+    unet = Lora({name: f for name, f in lora.layers.items() if name.startswith(UNET)})
+    both = Lora(lora.layers, {"<s1>": torch.randn(1, 24)})
+    wider = random_lora(model, ["attn1", "in_layers"], rank=2, seed=6)
+    names = {"unet": (unet, "diffusers"), "both": (both, "diffusers"), "ldm": (both, "ldm"), "wider": (wider, "ldm")}
+    for name, (one, order) in names.items():
+        cloneofsimo.write_safetensors(tmp_path / f"{name}.safetensors", cloneofsimo.from_lora(one, model, order))
+    more = ["--mode", "sum", "--alpha_1", 0.5, "--alpha_2", 2, "--config", config]
+    for a, b in (("unet", "both"), ("both", "unet"), ("ldm", "both"), ("wider", "both"), ("both", "wider")):
+        output = tmp_path / f"{a}-{b}.safetensors"
+        run("lora_add", tmp_path / f"{a}.safetensors", tmp_path / f"{b}.safetensors", output, *more)
+        assert "words <s1>" in capsys.readouterr().out
+        found, expected = read_lora(output, model), weighted_sum([names[a][0], names[b][0]], [0.5, 2])
+        assert list(found.tokens) == ["<s1>"] and expected.layers.keys() <= found.layers.keys()
+        same(expected, Lora({name: found.layers[name] for name in expected.layers}), 3e-3)
+    run(
+        "lora_add",
+        tmp_path / "unet.safetensors",
+        tmp_path / "both.safetensors",
+        tmp_path / "k",
+        *more,
+        "--format",
+        "kohya",
+    )
+    assert "the words <s1> are not in it: convert each file --to words" in capsys.readouterr().out
+
+
+def test_nothing_is_overwritten_unasked(base, lora, tuned, tmp_path):
+    """Neither what lies beside an output and is read with it, nor the words that a model cannot hold."""
+    checkpoint, config, model = base
+    unet = Lora({name: f for name, f in lora.layers.items() if name.startswith(UNET)})
+    cloneofsimo.write_safetensors(tmp_path / "lora", cloneofsimo.from_lora(unet, model))
+    to_list, old = (
+        ["convert", tmp_path / "lora", tmp_path / "x.pt", "--to", "cloneofsimo-pt", "--config", config],
+        b"old",
+    )
+    (tmp_path / "x.text_encoder.pt").write_bytes(old)
+    add = ["lora_add", tmp_path / "lora", tmp_path / "lora", tmp_path / "x.pt", "--mode", "sum", "--config", config]
+    for command in (to_list, [*add, "--format", "cloneofsimo-pt"]):
+        with pytest.raises(InputError, match="x.text_encoder.pt exists"):
+            run(*command)
+        assert not (tmp_path / "x.pt").exists() and (tmp_path / "x.text_encoder.pt").read_bytes() == old
+    run(*to_list, "--force")
+    assert cloneofsimo.read_pt(tmp_path / "x.pt").factors.keys() == {"unet"}
+
+    cloneofsimo.write_safetensors(
+        tmp_path / "words", cloneofsimo.from_lora(Lora(unet.layers, {"<s1>": torch.randn(1, 24)}), model)
+    )
+    (tmp_path / "m.words.safetensors").write_bytes(old)
+    upl = ["lora_add", checkpoint, tmp_path / "words", tmp_path / "m.ckpt", "--mode", "upl-ckpt-v2", "--config", config]
+    with pytest.raises(InputError, match="m.words.safetensors exists"):
+        run(*upl)
+    assert not (tmp_path / "m.ckpt").exists() and (tmp_path / "m.words.safetensors").read_bytes() == old
+    run(*upl, "--force")
+    assert list(embeddings.read(tmp_path / "m.words.safetensors")) == ["<s1>"]
+
+    custom_diffusion.write(tmp_path / "d.ckpt", tuned)
+    (tmp_path / "<new1>.pt").write_bytes(old)
+    with pytest.raises(InputError, match="<new1>.pt exists"):
+        run("convert", "--mode", "compvis-to-webui", "--delta_ckpt", tmp_path / "d.ckpt", "--ckpt", checkpoint)
+    assert not (tmp_path / "model.ckpt").exists()
+
+
 def test_lora_add_upl(base, lora, tmp_path):
     checkpoint, config, model = base
     lora = Lora(lora.layers, {"<s1>": torch.randn(1, 24)})
@@ -319,6 +384,8 @@ def test_lora_distill(base, lora, tmp_path):
         (["A", "A.pt", "out"], "two cloneofsimo files of one kind, got cloneofsimo, cloneofsimo-pt: use sum"),
         (["A", "A.pt", "out", "--mode", "sum"], "another base model"),
         (["A", "A", "A"], "A.safetensors exists"),
+        (["A", "A", "out", "--mode", "sum", "--rank", "0"], "expected --rank >= 1, got 0"),
+        (["A", "A", "out", "--mode", "sum", "--rank=-1"], "expected --rank >= 1, got -1"),
     ],
 )
 def test_lora_add_refuses(golden, tmp_path, args, message):
@@ -347,8 +414,6 @@ def test_convert_loras_in_a_circle(base, lora, tmp_path, start):
         run("convert", tmp_path / str(i), tmp_path / str(i + 1), "--to", kind, "--config", config)
     with_model = interchange_models.small_model(OmegaConf.load(config))
     load_any(with_model, tmp_path / "4")
-    from ldm.interchange import read_lora
-
     same(lora, read_lora(tmp_path / "4", model), 3e-3)
 
 
@@ -360,6 +425,11 @@ def test_convert_models(base, tmp_path):
     assert all(torch.equal(before[name], value) for name, value in after.items())
     lost = [name for name in before.keys() - after.keys() if "_model." in name and not name.endswith("position_ids")]
     assert not lost
+    with pytest.raises(
+        InputError, match=r"model.safetensors does not fit this config: .* has shape \[128, 32\], the c"
+    ):
+        run("convert", checkpoint, tmp_path / "wrong", "--to", "diffusers-model")
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_convert_deltas_and_words(base, tuned, tmp_path):

@@ -140,8 +140,15 @@ def read_pt(path: str | Path) -> Published:
 
 
 def write_pt(path: str | Path, content: Published) -> None:
-    """Write `.pt` lists in fp16. What scale there is goes into `up`: these files have no place for it."""
-    for part, target in (("unet", Path(path)), ("text_encoder", text_beside(path))):
+    """Write `.pt` lists in fp16. What scale there is goes into `up`: these files have no place for it.
+
+    A text encoder's list that lay beside an older file goes with that: whoever reads the new one would take it along.
+    Raises `InputError` for a LoRA of the text encoder alone, whose file would lack its beginning.
+    """
+    if "unet" not in content.factors:
+        raise InputError(f"{path}: a .pt LoRA begins with the UNet's layers, and this one has none; use another format")
+    text_beside(path).unlink(missing_ok=True)
+    for part, target in (("text_encoder", text_beside(path)), ("unet", Path(path))):
         pairs = [folded(one) for one in content.factors.get(part, [])]
         if pairs:
             save_torch(target, [tensor.half() for one in pairs for tensor in (one.up, one.down)])
@@ -230,7 +237,7 @@ def averaged(one: Published, two: Published, alpha_1: float = 0.5, alpha_2: floa
         ]
         for part in one.factors
     }
-    return Published(factors, one.classes, first_of([one.tokens, two.tokens]), one.order)
+    return Published(factors, one.classes, first_of([one.tokens, two.tokens]), _order([one, two]))
 
 
 def joined(contents: Sequence[Published]) -> Published:
@@ -250,7 +257,7 @@ def joined(contents: Sequence[Published]) -> Published:
         for i, content in enumerate(contents)
         for j, word in enumerate(sorted(content.tokens))
     }
-    return Published(factors, first.classes, tokens, first.order)
+    return Published(factors, first.classes, tokens, _order(contents))
 
 
 def _same_shape(one: Published, two: Published, ranks: bool = True) -> None:
@@ -261,6 +268,8 @@ def _same_shape(one: Published, two: Published, ranks: bool = True) -> None:
         raise InputError(
             f"the two LoRAs change different layers: {counts[0]} of {one.classes}, {counts[1]} of {two.classes}"
         )
+    if _orders_differ(one, two):
+        raise InputError(f"the two LoRAs number their layers in different orders, {one.order} and {two.order}: use sum")
     for part in one.factors:
         for i, (a, b) in enumerate(zip(one.factors[part], two.factors[part], strict=True)):
             if ranks and a.rank != b.rank:
@@ -272,6 +281,15 @@ def _same_shape(one: Published, two: Published, ranks: bool = True) -> None:
                 raise InputError(f"the two LoRAs were made for different base models: {part}:{i} differs in shape")
 
 
+def _orders_differ(one: Published, two: Published) -> bool:
+    """Published files do not name theirs; where all shapes agree with a file that does, it is taken to be the same."""
+    return len({one.order, two.order} - {None}) > 1
+
+
+def _order(contents: Sequence[Published]) -> str | None:
+    return next((content.order for content in contents if content.order), None)
+
+
 def numbered(content: Published) -> Lora:
     """The neutral form with numbers (`unet:0`) for names, for what can be computed without a model."""
     return Lora(
@@ -280,7 +298,19 @@ def numbered(content: Published) -> Lora:
     )
 
 
-def renumbered(lora: Lora, like: Published) -> Published:
-    """The way back from `numbered`."""
-    factors = {part: [lora.layers[f"{part}:{i}"] for i in range(len(old))] for part, old in like.factors.items()}
-    return Published(factors, like.classes, dict(lora.tokens), like.order)
+def alike(one: Published, two: Published) -> bool:
+    """Whether a number means the same layer in both, in the parts that both have."""
+
+    def searched(content: Published, part: str) -> tuple:
+        shapes = [(factors.up.shape[0], factors.down.shape[1:]) for factors in content.factors[part]]
+        return sorted(content.classes[part]), shapes
+
+    shared = one.factors.keys() & two.factors.keys()
+    return not _orders_differ(one, two) and all(searched(one, part) == searched(two, part) for part in shared)
+
+
+def renumbered(lora: Lora, like: Sequence[Published]) -> Published:
+    """The way back from `numbered`, for what was computed from files that are `alike`: each part as a file has it."""
+    parts = first_of(content.factors for content in like)
+    factors = {part: [lora.layers[f"{part}:{i}"] for i in range(len(old))] for part, old in parts.items()}
+    return Published(factors, first_of(content.classes for content in like), dict(lora.tokens), _order(like))

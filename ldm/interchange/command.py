@@ -23,11 +23,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite what exists")
 
 
-def to_be_written(path: str | Path, force: bool) -> Path:
-    """The path of an output. Raises `InputError` if it exists and `--force` is not given."""
+def to_be_written(path: str | Path, force: bool, kind: str = "") -> Path:
+    """The path of an output. Raises `InputError` if it exists, with what `kind` has beside it, without `--force`."""
     path = Path(path)
-    if path.exists() and not force:
-        raise InputError(f"{path} exists: name another output or add --force")
+    for file in [path, cloneofsimo.text_beside(path)] if kind == "cloneofsimo-pt" else [path]:
+        if file.exists() and not force:
+            raise InputError(f"{file} exists: name another output or add --force")
     return path
 
 

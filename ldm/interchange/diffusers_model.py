@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoints import atomic_write, read_weights, save_json, save_safetensors
+from ldm.checkpoints import atomic_write, is_added, read_weights, save_json, save_safetensors
+from ldm.interchange import layers
 from ldm.interchange.names import (
     TEXT,
     UNET,
@@ -177,12 +178,15 @@ def _text(params: Mapping[str, Any]) -> dict[str, Any]:
 # --- folders
 
 
-def write_folder(path: str | Path, weights: Mapping[str, Tensor], params: Mapping[str, Any]) -> None:
+def write_folder(
+    path: str | Path, weights: Mapping[str, Tensor], params: Mapping[str, Any], source: str = "the checkpoint"
+) -> None:
     """Write a diffusers folder for the weights of a `LatentDiffusion` and `model.params` of its config. Atomic.
 
-    Raises `InputError` for a model that is not of the Stable Diffusion v1 family.
+    Raises `InputError` for a model that is not of the Stable Diffusion v1 family, and for the config of another one.
     """
-    parts, configs = to_diffusers(weights), configurations(params)
+    parts, configs = to_diffusers(weights, source), configurations(params)
+    _compare(weights, params, source)
     tokenizer = tokenizer_folder(params)
     if tokenizer is None:
         configs[""]["tokenizer"] = [None, None]
@@ -199,6 +203,22 @@ def write_folder(path: str | Path, weights: Mapping[str, Tensor], params: Mappin
             for file in TOKENIZER_FILES:
                 if (tokenizer / file).is_file():
                     shutil.copyfile(tokenizer / file, beside / "tokenizer" / file)
+
+
+def _compare(weights: Mapping[str, Tensor], params: Mapping[str, Any], source: str) -> None:
+    """The folder's JSON comes from the config and its weights do not: only together do they load."""
+    model = layers.skeleton({"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}})
+    wanted, found = (
+        {n: list(v.shape) for n, v in state.items() if n.startswith((UNET, VAE, TEXT)) and not is_added(n)}
+        for state in (model.state_dict(), weights)
+    )
+    names = [name for name in wanted | found if not name.endswith("position_ids")]  # which some versions leave out
+    if wrong := [name for name in names if wanted.get(name) != found.get(name)]:
+        theirs, ours = (side.get(wrong[0], "none") for side in (found, wanted))
+        raise InputError(
+            f"{source} does not fit this config: {wrong[0]} has shape {theirs}, the config's model {ours} "
+            f"({len(wrong)} such); use the config that the checkpoint was made with"
+        )
 
 
 def tokenizer_folder(params: Mapping[str, Any]) -> Path | None:
