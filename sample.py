@@ -31,7 +31,7 @@ def parser() -> Parser:
         "--adapter_scale", action="append", type=float, default=[], help="strength of each, in their order, or of all"
     )
     model.add_argument("--compress", action="store_true", help="Custom Diffusion's option; the file itself tells")
-    model.add_argument("--modifier_token", metavar="<new1>+<new2>", help="names for the words of a file without names")
+    model.add_argument("--modifier_token", metavar="<new1>+<new2>", help="names for the words of LoRAs and deltas")
     model.add_argument("--embedding_path", metavar="FILE", help="learnt words (textual inversion)")
 
     how = p.add_argument_group("how to sample")
@@ -136,18 +136,18 @@ def untuned(config):
 
 
 def add_adapters(model, options: argparse.Namespace) -> None:
-    from ldm.interchange import DELTAS, LORAS, identify, load_any
+    from ldm.interchange import dealt, load_any
+    from ldm.interchange.custom_diffusion import split_words
 
-    words = options.modifier_token.split("+") if options.modifier_token else ()
+    names = dealt(split_words(options.modifier_token), options.adapter_path)
     if options.embedding_path:  # words as they are called in the file, `*` too, as in LDM
         if not hasattr(model.cond_stage_model, "load_embeddings"):
             raise InputError("--embedding_path: this model has no text encoder that could learn words")
         model.cond_stage_model.load_embeddings(options.embedding_path)
     scales = options.adapter_scale or [1.0]
     scales = scales * len(options.adapter_path) if len(scales) == 1 else scales
-    for number, (path, scale) in enumerate(zip(options.adapter_path, scales, strict=True)):
-        named = words if identify(path) in (*DELTAS, *LORAS) else ()
-        load_any(model, path, scale, add=number > 0, words=named)
+    for number, (path, scale, words) in enumerate(zip(options.adapter_path, scales, names, strict=True)):
+        load_any(model, path, scale, add=number > 0, words=words)
 
 
 if __name__ == "__main__":

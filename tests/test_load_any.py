@@ -5,7 +5,8 @@ import pickle
 import pytest
 import torch
 
-from ldm.interchange import cloneofsimo, custom_diffusion, embeddings, identify, load_any, lora_keys, own
+import sample
+from ldm.interchange import cloneofsimo, custom_diffusion, dealt, embeddings, identify, load_any, lora_keys, own
 from ldm.interchange.lora import Lora, delta
 from ldm.interchange.names import UNET
 from ldm.tuning import choose, files
@@ -131,6 +132,40 @@ def test_folders_of_our_own(config, model, tmp_path):
     load_any(third, tmp_path / "lora", -1.0)
     plain = interchange_models.unet_output(interchange_models.small_model(config))
     assert_close_to(interchange_models.unet_output(third), plain, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "named", "taught"),
+    [
+        (["delta", "delta"], "<a>+<b>", ["<a>", "<b>"]),
+        (["delta", "delta-diffusers", "words"], "<a>+<b>", ["<a>", "<b>", "<w>"]),
+        (["diffusers", "delta"], "<a>", ["<a>"]),
+        (["delta", "cloneofsimo"], "<a>+<b>", ["<a>", "<b>"]),
+        (["delta", "cloneofsimo"], None, ["<new1>", "<s1>"]),
+    ],
+)
+def test_names_are_dealt_out_over_the_files(made, model, given, named, taught):
+    given = [word for name in given for word in ("--adapter_path", str(made / name))]
+    sample.add_adapters(model, sample.parser().parse_args(given + (["--modifier_token", named] if named else [])))
+    assert list(model.cond_stage_model.new_tokens.words) == taught
+
+
+def test_names_must_be_as_many_as_the_words(made):
+    with pytest.raises(InputError, match=r"1 words are named \(<a>\), the LoRAs and deltas hold 2: <new1>\+<s1>"):
+        dealt(["<a>"], [made / "delta", made / "cloneofsimo"])
+    with pytest.raises(InputError, match="the LoRAs and deltas hold 0: none"):
+        dealt(["<a>"], [made / "words", made / "kohya"])
+
+
+def test_a_word_of_several_vectors_stays_one(model, tmp_path):
+    word = {"<x>": torch.randn(4, 24)}
+    cloneofsimo.write_safetensors(tmp_path / "x.safetensors", cloneofsimo.from_lora(Lora({}, word), model))
+    assert identify(tmp_path / "x.safetensors") == "words"
+    found = embeddings.read(tmp_path / "x.safetensors")
+    assert list(found) == ["<x>"] and torch.equal(found["<x>"], word["<x>"])
+    for kind in ("ldm", "diffusers"):
+        with pytest.raises(InputError, match="a delta holds one vector for a word; <x> has 4"):
+            custom_diffusion.write(tmp_path / "delta", custom_diffusion.Delta({}, word), kind)
 
 
 def test_words_there_and_back(tmp_path):

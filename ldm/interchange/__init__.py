@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def load_any(
 
     A file's changes are added to the weights, those of several files each with its own scale: a delta's change is what
     it is against the weights that the model had before the first file. Words have no strength. `add` lets the position
-    adapters of a folder come beside those that the model has; `words` name the rows of a delta without names.
+    adapters of a folder come beside those that the model has; `words` are other names for the words of a file.
 
     Raises `InputError` for what does not fit the model. A file that does not leaves the model as it was.
     """
@@ -105,9 +106,9 @@ def load_any(
         teach(model, lora.tokens, words)
         apply.add(model, changes, scale)
     else:
-        delta = custom_diffusion.read(path, words)
+        delta = custom_diffusion.read(path)
         changes = custom_diffusion.changes(delta, _released(model, delta.weights), str(path))
-        teach(model, delta.tokens)
+        teach(model, delta.tokens, words)
         apply.add(model, changes, scale)
 
 
@@ -119,6 +120,29 @@ def _released(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
         if name in own:
             released.setdefault(name, own[name].data)
     return released
+
+
+def dealt(words: Sequence[str], paths: Sequence[str | Path]) -> list[list[str]]:
+    """Names for the words of several LoRAs and deltas: to each file, in turn, as many as it holds words.
+
+    Our folders and files of words keep the names they have. Raises `InputError` for too few and too many.
+    """
+    held = [_words_of(path) for path in paths] if words else [[] for _ in paths]
+    own = [word for some in held for word in some]
+    if len(own) != len(words):
+        raise InputError(
+            f"{len(words)} words are named ({'+'.join(words)}), the LoRAs and deltas hold {len(own)}: "
+            f"{'+'.join(own) or 'none'}"
+        )
+    names = iter(words)
+    return [list(islice(names, len(some))) for some in held]
+
+
+def _words_of(path: str | Path) -> list[str]:
+    kind = identify(path)
+    if kind in DELTAS:
+        return list(custom_diffusion.read(path).tokens)
+    return list(cloneofsimo.read_safetensors(path).tokens) if kind == "cloneofsimo" else []
 
 
 def teach(model: nn.Module, tokens: Mapping[str, Tensor], words: Sequence[str] = ()) -> None:

@@ -117,11 +117,11 @@ def split_words(words: str | None) -> list[str]:
 def content_of(delta: Delta, kind: str = "ldm") -> dict[str, Any]:
     """A delta as a file of a layout (`ldm` or `diffusers`) holds it."""
     state = {n: {"u": w.u, "v": w.v} if isinstance(w, LowRank) else w.detach() for n, w in delta.weights.items()}
+    if several := [word for word, vectors in delta.tokens.items() if len(vectors) > 1]:
+        raise InputError(f"a delta holds one vector for a word; {several[0]} has {len(delta.tokens[several[0]])}")
     if kind == "ldm":
         embed = {"embed": torch.cat(list(delta.tokens.values()))} if delta.tokens else {}
         return {"state_dict": {**state, **embed}}
-    if several := [word for word, vectors in delta.tokens.items() if len(vectors) > 1]:
-        raise InputError(f"the diffusers layout holds one vector for a word; {several[0]} has several")
     table = unet_table(layout_of_attention(state))
     names = translate_all([name.removeprefix(UNET) for name in state], table, "the delta")
     return {

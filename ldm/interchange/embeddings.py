@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.checkpoints import read_object, save_safetensors, save_torch
+from ldm.interchange import cloneofsimo
 from ldm.modules.encoders.tokens import read_embeddings
 from ldm.util import InputError
 
@@ -26,8 +27,13 @@ def looks_like(content: Any) -> bool:
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """Words with their vectors [v, d]. A word called `*` or `emb_params` inside takes the file's own name, `<name>`."""
+    """Words with their vectors [v, d]. A word called `*` or `emb_params` inside takes the file's own name, `<name>`.
+
+    In a file of cloneofsimo, which may hold words alone, each vector has a name: `<s>`, `<s>_1`, ...
+    """
     found = read_embeddings(path)
+    if "<embed>" in cloneofsimo.metadata_of(path).values():
+        found = cloneofsimo.grouped(found)
     content = read_object(path)
     name = content.get("name") if isinstance(content.get("name"), str) else Path(path).stem
     own = name if name.startswith("<") else f"<{name}>"
