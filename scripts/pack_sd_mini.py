@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.checkpoints import load_weights, read_weights, save_safetensors  # noqa: E402
 from ldm.train.options import Parser  # noqa: E402
-from ldm.util import InputError, instantiate_from_config, load_config, run_command  # noqa: E402
+from ldm.util import InputError, find_file, instantiate_from_config, load_config, run_command  # noqa: E402
 
 
 def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -28,8 +29,18 @@ def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def averaged_unet(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The averaged weights of a run's UNet under the UNet's own names; LDM's averages have names without dots."""
-    unet = {name: value for name, value in weights.items() if name.startswith("model.diffusion_model.")}
-    return {name: weights["model_ema." + name.removeprefix("model.").replace(".", "")] for name in unet}
+    unet = [name for name in weights if name.startswith("model.diffusion_model.")]
+    averages = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in unet}
+    if lacking := [average for average in averages.values() if average not in weights]:
+        raise InputError(f"--ldm: {len(lacking)} averages are not in it, e.g. {lacking[0]}; train with use_ema: true")
+    return {name: weights[average] for name, average in averages.items()}
+
+
+def clip_weights(checkpoint: str, folder: str) -> dict[str, Tensor]:
+    """Both towers out of a run's checkpoint. Raises `InputError` unless they fit the CLIP of `folder`."""
+    weights = below(read_weights(checkpoint), "clip.")
+    load_weights(CLIPModel(CLIPConfig.from_pretrained(find_file(folder))), weights, f"--clip {checkpoint}")
+    return weights
 
 
 def half(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -44,18 +55,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", default="configs/sd-mini/model.yaml")
     parser.add_argument("--out", default="models/sd-mini")
     options = parser.parse_args(arguments)
-    if not options.clip and not (options.autoencoder and options.ldm):
-        raise InputError("nothing to pack: name checkpoints with --clip, or with --autoencoder and --ldm")
+    if not (options.clip or options.ldm) or bool(options.autoencoder) != bool(options.ldm):
+        raise InputError("name checkpoints with --clip, or with --autoencoder and --ldm together, or with all three")
+    model = load_config(options.config).model
     if options.clip:
-        save_safetensors(f"{options.out}/clip/model.safetensors", half(below(read_weights(options.clip), "clip.")))
+        weights = clip_weights(options.clip, model.params.cond_stage_config.params.version)
+        save_safetensors(f"{options.out}/clip/model.safetensors", half(weights))
         print(f"{options.out}/clip/model.safetensors")
-    if options.autoencoder and options.ldm:
+    if options.ldm:
         weights = averaged_unet(read_weights(options.ldm))
         first_stage = read_weights(options.autoencoder)
         weights |= {f"first_stage_model.{k}": v for k, v in first_stage.items() if not k.startswith("loss.")}
         text = below(read_weights(f"{options.out}/clip/model.safetensors"), "text_model.")
         weights |= {f"cond_stage_model.transformer.text_model.{k}": v for k, v in text.items()}
-        load_weights(instantiate_from_config(load_config(options.config).model), weights, "the packed model")
+        load_weights(instantiate_from_config(model), weights, "the packed model")
         save_safetensors(f"{options.out}/model.safetensors", half(weights))
         print(f"{options.out}/model.safetensors")
 
