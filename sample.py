@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm.train.options import Parser, add_compile
+from ldm.train.options import Parser, add_compile, seed_number
 from ldm.util import InputError, load_model_from_config, run_command  # noqa: F401 (users import the loader from here)
 
 
@@ -16,7 +16,7 @@ def parser() -> Parser:
     what.add_argument("--from-file", metavar="FILE", help="a text file with one prompt per line, instead of --prompt")
     what.add_argument("--n_samples", type=int, default=1, help="pictures for each prompt, made in one batch")
     what.add_argument("--n_iter", type=int, default=2, help="how often to go through the prompts")
-    what.add_argument("--seed", type=int, default=42, help="seed of the first picture; they count up from here")
+    what.add_argument("--seed", type=seed_number, default=42, help="seed of the first picture; they count up from here")
     what.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise")
 
     model = p.add_argument_group("model")
@@ -49,7 +49,7 @@ def parser() -> Parser:
     how.add_argument("--device", help="cuda, cuda:1, mps or cpu; by default the best there is")
 
     files = p.add_argument_group("files")
-    files.add_argument("--outdir", nargs="?", default="outputs/txt2img-samples")
+    files.add_argument("--outdir", default="outputs/txt2img-samples")
     files.add_argument("--skip_grid", action="store_true", help="no grid of all pictures")
     files.add_argument("--skip_save", action="store_true", help="no single pictures")
     files.add_argument("--n_rows", type=int, default=0, help="pictures in a row of the grid; 0: --n_samples")

@@ -45,7 +45,7 @@ IGNORED = ("color_jitter", "sample_batch_size", "cached_latents", "mask_temperat
 
 
 def parser() -> argparse.ArgumentParser:
-    from ldm.train.options import Parser, boolean
+    from ldm.train.options import Parser, boolean, seed_number
 
     p = Parser(description=__doc__, allow_abbrev=False)
     p.add_argument("--instance_data_dir", required=True, help="photographs of the subject")
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--use_template", choices=tuple(TEMPLATES), help="captions (default: those of the config)")
     p.add_argument("--class_word", help="follows the words in the captions of the config: <s1> dog (default: nothing)")
     p.add_argument("--out_name", default="final_lora", help="name of the LoRA (default final_lora)")
-    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--seed", type=seed_number, default=42)
     p.add_argument("--resolution", type=int, help="pixels (default: those of the config)")
     p.add_argument("--device", help="cuda:1, cuda (all), mps or cpu (default: the best there is)")
     p.add_argument("--force", action="store_true", help="overwrite what exists")

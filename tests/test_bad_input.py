@@ -108,6 +108,7 @@ TRAINING = {
     "unknown option": ("--foo 3", "unknown option --foo: neither one of --help nor one of Lightning's Trainer"),
     "word without meaning": ("-t foo", "argument -t/--train: expected true or false, got 'foo'; see --help"),
     "bad number": ("--max_steps many", "argument --max_steps: invalid int value: 'many'; see --help"),
+    "a seed too large": ("--seed 4294967296", "argument -s/--seed: expected a whole number from 0 to 4294967295, got"),
     "bad override": ("model..x=1 y", "cannot read 'y': expected an option of --help or an override such as"),
     "gpu that is not there": ("--gpus 0,", "--gpus 0,: this machine has no CUDA GPU; leave --gpus out"),
     "no gpu at all": ("--gpus []", "--gpus '\\[\\]': expected numbers of GPUs such as 0, or 0,3"),
@@ -204,7 +205,9 @@ SAMPLING = {
     "config": ("--config {work}/headless.yaml --ckpt {work}/whole.ckpt", "the config has no 'model' section"),
     "words": ("--embedding_path {work}/list.ckpt", "holds no token embeddings"),
     "option": ("--steps 5", "unrecognized arguments: --steps 5; see --help"),
-    "number": ("--seed x", "argument --seed: invalid int value: 'x'; see --help"),
+    "number": ("--seed x", "argument --seed: expected a whole number from 0 to 4294967295, got 'x'; see --help"),
+    "a seed too large": ("--seed 99999999999999999999", "argument --seed: expected a whole number from 0 to"),
+    "no folder": ("--outdir", "argument --outdir: expected one argument; see --help"),
 }
 
 

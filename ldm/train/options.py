@@ -17,6 +17,20 @@ def boolean(text: str) -> bool:
     return text.lower() in TRUE
 
 
+def seed_number(text: str) -> int:
+    """argparse type for a seed that torch, numpy and Lightning all take."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2**32 - 1}, got {text!r}")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """argparse type for how many, at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that shows descriptions as they are written, and whose complaints are one line."""
 
@@ -60,7 +74,7 @@ def parser(description: str, several: bool = False) -> Parser:
         run.add_argument(
             "--no-test", type=boolean, nargs="?", const=True, default=False, help="skip the test set at the end"
         )
-    run.add_argument("-s", "--seed", type=int, help="seed of everything random (default 23)")
+    run.add_argument("-s", "--seed", type=seed_number, help="seed of everything random (default 23)")
     run.add_argument("-d", "--debug", type=boolean, nargs="?", const=True, default=False, help="debugger after a crash")
     run.add_argument("--scale_lr", type=boolean, nargs="?", const=True,
                      help="multiply the learning rate by processes, batch size and accumulation")  # fmt: skip
