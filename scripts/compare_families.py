@@ -10,8 +10,8 @@ under --logdir, so that the command goes on where it was interrupted; the table 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,15 +20,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.checkpoints import atomic_write, save_json  # noqa: E402
+from ldm.checkpoints import atomic_write  # noqa: E402
 from ldm.data.pictures import find_pictures, read_picture, to_tensor  # noqa: E402
+from ldm.evaluate.kept import class_folder, kept  # noqa: E402
 from ldm.evaluate.metrics import agreement, cosines, mean_and_error, similarity_to  # noqa: E402
+from ldm.evaluate.subjects import class_word_of  # noqa: E402
 from ldm.generate import Settings, generate  # noqa: E402
 from ldm.interchange import load_any  # noqa: E402
 from ldm.models.clip import CLIP  # noqa: E402
 from ldm.train import dreambooth  # noqa: E402
 from ldm.train.callbacks import EpochReport  # noqa: E402
-from ldm.train.options import Parser, dreambooth_parser, parse  # noqa: E402
+from ldm.train.options import Parser, count, dreambooth_parser, parse, seed_number  # noqa: E402
 from ldm.util import InputError, load_config, load_model_from_config, run_command  # noqa: E402
 
 PART = ["model.params.train_level=[]", "model.params.unet_config.params.adapter_config=null"]
@@ -58,15 +60,15 @@ def parser() -> Parser:
     p = Parser(description=__doc__)
     p.add_argument("--subjects", nargs="+", type=Path, required=True)
     p.add_argument("--families", nargs="+", default=list(FAMILIES), metavar="NAME", help=f"of {', '.join(FAMILIES)}")
-    p.add_argument("--steps", type=int, default=400)
-    p.add_argument("--class_pictures", type=int, default=32)
-    p.add_argument("--samples", type=int, default=8, help="pictures for each prompt")
+    p.add_argument("--steps", type=count, default=400)
+    p.add_argument("--class_pictures", type=count, default=32)
+    p.add_argument("--samples", type=count, default=8, help="pictures for each prompt")
     p.add_argument("--model", default="configs/sd-mini/inference.yaml", help="the base model, for sampling")
     p.add_argument("--clip", default="models/sd-mini/clip", help="what measures CLIP-I and CLIP-T")
     p.add_argument("--overlay", nargs="*", default=[], metavar="YAML", help="configs on top of those of the families")
     p.add_argument("--logdir", type=Path, default=Path("logs/families"))
     p.add_argument("--table", type=Path, default=Path("docs/families.md"))
-    p.add_argument("--seed", type=int, default=23)
+    p.add_argument("--seed", type=seed_number, default=23)
     return p
 
 
@@ -74,17 +76,16 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     if unknown := set(options.families) - FAMILIES.keys():
         raise InputError(f"--families: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(FAMILIES)}")
+    for subject in options.subjects:
+        class_word_of(subject)  # what is no subject is told of before anything is trained
     clip, results = CLIP(options.clip).eval(), {}
     settings = {name: getattr(options, name) for name in ("steps", "class_pictures", "samples", "overlay", "seed")}
     for subject in options.subjects:
         for family in options.families:
             file = options.logdir / "results" / f"{subject.name} {family}.json"
-            kept = json.loads(file.read_text()) if file.is_file() else {}
-            if kept.get("settings") != settings:
-                kept = {**measure(family, subject, clip, options), "settings": settings}
-                save_json(file, kept)
-            results.setdefault(family, []).append(kept)
-            print(f"{subject.name}, {family}: {results[family][-1]}", flush=True)
+            result = kept(file, settings, partial(measure, family, subject, clip, options))
+            results.setdefault(family, []).append(result)
+            print(f"{subject.name}, {family}: {result}", flush=True)
     write_table(options.table, table(results, options))
     print(f"{options.table}: {len(results)} families, {len(options.subjects)} subjects")
 
@@ -92,8 +93,9 @@ def main(argv: list[str] | None = None) -> None:
 def measure(family: str, subject: Path, clip: CLIP, options: argparse.Namespace) -> dict[str, float]:
     """Train one family on one subject and measure it."""
     config, overrides, word = FAMILIES[family]
-    kind = json.loads((subject / "subject.json").read_text())["class_word"]
-    classes = options.logdir / "classes" / kind
+    kind = class_word_of(subject)
+    made_with = {name: getattr(options, name) for name in ("class_pictures", "overlay", "seed")}
+    classes = class_folder(options.logdir, kind, made_with)
     name, learns_words = family.replace(",", "").replace(" ", "-"), word != "sks"
     arguments = [
         "--base", f"configs/sd-mini/{config}.yaml", *options.overlay, "-t", "-n", name, "-l", options.logdir,

@@ -3,14 +3,14 @@
     python scripts/evaluate_dreambooth.py --subjects build/captioned/subjects/* --out docs/sd-mini
 
 Each subject is a folder of pictures with `subject.json` (scripts/build_captioned_pictures.py writes them). Subjects
-that were trained on under --logdir for as many steps are not trained on again.
+that were trained on in the same way under --logdir are not trained on again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,32 +18,44 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import main_dream_booth  # noqa: E402
 from ldm.data.dreambooth import PersonalizedBase  # noqa: E402
 from ldm.evaluate.figures import save_grid  # noqa: E402
+from ldm.evaluate.kept import class_folder, kept  # noqa: E402
 from ldm.evaluate.metrics import mean_and_error, pairwise_similarity, similarity_to  # noqa: E402
+from ldm.evaluate.subjects import class_word_of  # noqa: E402
 from ldm.generate import Settings, generate  # noqa: E402
 from ldm.models.clip import CLIP  # noqa: E402
-from ldm.train.options import Parser  # noqa: E402
-from ldm.util import load_config, load_model_from_config, run_command  # noqa: E402
+from ldm.train import dreambooth  # noqa: E402
+from ldm.train.options import Parser, count, dreambooth_parser, parse, seed_number  # noqa: E402
+from ldm.util import find_file, load_config, load_model_from_config, plain, run_command  # noqa: E402
 
 
-def train(subject: Path, word: str, options: argparse.Namespace) -> Path:
-    """Train on one subject with class pictures of the base; the folder of its adapters."""
-    name, runs = f"evaluate-{subject.name}", options.logdir / f"{subject.name}-{options.seed}"
-    adapters = f"*/checkpoints/{options.steps}-adapters"
-    if not any(runs.glob(adapters)):
-        template = "an emoji of a {}"
-        main_dream_booth.main([
-            "--base", options.config, "-t", "--no-test", "-n", name, "-l", str(runs), "--class_word", word,
-            "--data_root", str(subject), "--reg_data_root", str(options.logdir / "classes" / word),
-            "--num_class_images", str(options.class_pictures), "--max_steps", str(options.steps),
-            "--seed", str(options.seed),
-            *(f"data.params.{part}.params.templates={template}" for part in ("train", "reg", "validation")),
-            "data.params.train.params.flip_p=0.0", f"data.params.batch_size={options.batch_size}",
-            "lightning.callbacks.image_logger.params.disabled=true",
-        ])  # fmt: skip
-    return next(runs.glob(adapters))
+def trained(subject: Path, word: str, options: argparse.Namespace) -> Path:
+    """The folder of a subject's adapters, trained now unless they were with the same settings and config."""
+    runs, config = options.logdir / f"{subject.name}-{options.seed}", plain(load_config(find_file(options.config)))
+    drawing = {"number": options.class_pictures, "seed": options.seed}
+    drawing |= {section: config.get(section) for section in ("checkpoint", "dreambooth")}
+    classes = class_folder(options.logdir, word, drawing)
+    settings = {"steps": options.steps, "batch_size": options.batch_size, "class": drawing, "config": config}
+    made = kept(runs / "trained.json", settings, partial(train, subject, word, runs, classes, options))
+    return runs / made["adapters"]
+
+
+def train(subject: Path, word: str, runs: Path, classes: Path, options: argparse.Namespace) -> dict[str, str]:
+    """Train on one subject with class pictures of the base; where its adapters are below `runs`."""
+    template = "an emoji of a {}"
+    words = [
+        "--base", options.config, "-t", "--no-test", "-n", f"evaluate-{subject.name}", "-l", runs,
+        "--class_word", word, "--data_root", subject, "--reg_data_root", classes,
+        "--num_class_images", options.class_pictures, "--max_steps", options.steps, "--seed", options.seed,
+        *(f"data.params.{part}.params.templates={template}" for part in ("train", "reg", "validation")),
+        "data.params.train.params.flip_p=0.0", f"data.params.batch_size={options.batch_size}",
+        "lightning.callbacks.image_logger.params.disabled=true",
+    ]  # fmt: skip
+    chosen, trainer_options, overrides = parse(dreambooth_parser(""), [str(word) for word in words])
+    run = dreambooth.plan(chosen, trainer_options, overrides)
+    dreambooth.train(run, chosen)
+    return {"adapters": str((run.checkpoints / f"{options.steps}-adapters").relative_to(runs))}
 
 
 def measure(subject: Path, options: argparse.Namespace, clip: CLIP) -> tuple[dict[str, float], Tensor]:
@@ -51,10 +63,10 @@ def measure(subject: Path, options: argparse.Namespace, clip: CLIP) -> tuple[dic
 
     The rows [rows * samples, 3, 64, 64] in 0 .. 1: the subject; samples of it before and after; of its class likewise.
     """
-    word = json.loads((subject / "subject.json").read_text())["class_word"]
+    word = class_word_of(subject)
     pictures = PersonalizedBase(subject, size=64, set="val", class_word=word, repeats=1)
     photos = torch.stack([item["image"] for item in pictures]).movedim(-1, 1)
-    adapters = train(subject, word, options)
+    adapters = trained(subject, word, options)
     model = load_model_from_config(load_config("configs/sd-mini/inference.yaml"))
     settings, seeds = Settings(steps=25, scale=options.scale), list(range(options.samples))
 
@@ -84,17 +96,19 @@ def parser() -> Parser:
     p.add_argument("--clip", default="models/sd-mini/clip")
     p.add_argument("--out", type=Path, default=Path("docs/sd-mini"))
     p.add_argument("--logdir", type=Path, default=Path("logs/evaluate"))
-    p.add_argument("--steps", type=int, default=300)
-    p.add_argument("--batch_size", type=int, default=4)
-    p.add_argument("--class_pictures", type=int, default=32)
-    p.add_argument("--samples", type=int, default=8)
+    p.add_argument("--steps", type=count, default=300)
+    p.add_argument("--batch_size", type=count, default=4)
+    p.add_argument("--class_pictures", type=count, default=32)
+    p.add_argument("--samples", type=count, default=8)
     p.add_argument("--scale", type=float, default=5.0)
-    p.add_argument("--seed", type=int, default=23, help="of training")
+    p.add_argument("--seed", type=seed_number, default=23, help="of training")
     return p
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    for subject in options.subjects:
+        class_word_of(subject)  # what is no subject is told of before anything is trained
     clip = CLIP(options.clip).eval()
     gains, drifts = [], []
     for subject in options.subjects:
