@@ -4,11 +4,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.interchange import apply, cloneofsimo, diffusers_model, layers, lora_keys
+from ldm.interchange import apply, cloneofsimo, diffusers_model, identify, layers, lora_keys, read_lora
+from ldm.interchange.inspection import describe
 from ldm.interchange.lora import Factors, Lora, delta, fitted
 from ldm.interchange.names import TEXT, UNET
-from ldm.util import InputError
+from ldm.util import InputError, load_config
 from tests import interchange_models
+from tests.conftest import ROOT
 from tests.helpers import assert_close_to
 
 torch.set_num_threads(1)
@@ -121,6 +123,51 @@ def test_we_load_theirs(model, pipeline, tmp_path):
         assert_close_to(interchange_models.unet_output(model) - before, theirs, 1e-4)
 
 
+SETTINGS = [{"use_rslora": True}, {"alpha_pattern": {"attn1.to_q|attn2.to_v": 1}, "rank_pattern": {"to_v": 2}}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["rslora", "patterns"])
+@pytest.mark.parametrize("writer", ["diffusers", "peft"])
+def test_we_act_at_the_scale_of_theirs(model, pipeline, tmp_path, capsys, writer, settings):
+    """PEFT's own folder says its scale in the JSON, diffusers' file in its metadata; `describe` reads the same."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False, **settings)
+    before = interchange_models.unet_output(model)
+    wrapped = get_peft_model(pipeline.unet, config)
+    theirs = their_output(pipeline) - before
+    if writer == "peft":
+        wrapped.save_pretrained(path := tmp_path / "peft")
+        assert identify(path) == "diffusers"
+    else:
+        tensors = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(wrapped).items()}
+        metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+        type(pipeline).save_lora_weights(
+            tmp_path, convert_state_dict_to_diffusers(tensors), unet_lora_adapter_metadata=metadata
+        )
+        path = tmp_path / "pytorch_lora_weights.safetensors"
+    found = read_lora(path, model)
+    with apply.added(model, apply.lora_changes(found, model)):
+        assert_close_to(interchange_models.unet_output(model) - before, theirs, 1e-4)
+    about, norms = describe(path), [delta(factors).norm() ** 2 for factors in found.layers.values()]
+    assert about["scales"] == sorted({factors.scale for factors in found.layers.values()})
+    assert about["norm of the change"] == pytest.approx(sum(norms).sqrt().item(), rel=1e-4)
+    assert about["scales"] == ([4.0] if "use_rslora" in settings else [0.25, 0.5, 2.0, 4.0])
+
+
+def test_pefts_own_file_without_its_folder_and_with_a_damaged_one(model, tmp_path):
+    layer, factors = "base_model.model.{}.layers.0.self_attn.q_proj.lora_{}.weight", torch.ones(2, 24)
+    for text in ("text_model.encoder", "encoder"):
+        save_file({layer.format(text, "A"): factors, layer.format(text, "B"): factors.T.contiguous()}, tmp_path / "x")
+        assert [f.scale for f in read_lora(tmp_path / "x", model).layers.values()] == [1]
+    (tmp_path / "x").rename(tmp_path / "adapter_model.safetensors")
+    for json in ("[", "[]", '{"lora_alpha": "many"}', '{"lora_alpha": 1, "alpha_pattern": {"(": 1}}'):
+        (tmp_path / "adapter_config.json").write_text(json)
+        with pytest.raises(InputError, match="adapter_model.safetensors: PEFT's configuration is damaged"):
+            read_lora(tmp_path, model)
+
+
 @pytest.mark.parametrize("write", [lora_keys.write_diffusers, lora_keys.write_kohya])
 def test_there_and_back(model, lora, tmp_path, write):
     write(tmp_path / "x.safetensors", lora, model)
@@ -190,6 +237,13 @@ def test_the_search_finds_in_diffusers_what_we_think_it_does(model, pipeline):
         ours = layers.in_order(model, "unet", [*classes, "CrossAttention"], "diffusers-new")
         names = layers.dialects(model)["diffusers"]
         assert [names[name] for name in ours] == theirs
+
+
+def test_a_skeleton_takes_no_weights(recwarn):
+    """SD-mini's text encoder has its own file, of which a model without numbers can copy nothing."""
+    model = layers.skeleton(load_config(ROOT / "configs/sd-mini/inference.yaml"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not [warning for warning in recwarn if "meta" in str(warning.message)]
 
 
 def test_refusals(model, lora, tmp_path):

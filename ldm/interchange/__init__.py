@@ -35,7 +35,7 @@ DELTAS = ("delta", "delta-diffusers")
 
 def identify(path: str | Path) -> str:
     """What a file or folder is, one of `KINDS`. Raises `InputError` for anything else; unsafe files too."""
-    path = Path(path)
+    path = lora_keys.file_of(path)
     if path.is_dir():
         if diffusers_model.is_folder(path):
             return "diffusers-model"

@@ -12,7 +12,7 @@ from ldm.checkpoints import fingerprint, is_adapter, read_weights
 from ldm.interchange import DELTAS, KINDS, cloneofsimo, custom_diffusion, diffusers_model, embeddings, identify
 from ldm.interchange import lora_keys as keys
 from ldm.interchange.custom_diffusion import LowRank
-from ldm.interchange.lora import Factors, Lora, delta
+from ldm.interchange.lora import Lora, delta
 from ldm.interchange.names import UNET
 from ldm.modules import adapter_files
 
@@ -34,18 +34,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     if kind in ("checkpoint", "diffusers-model"):
         return about | _model(diffusers_model.read_folder(path) if path.is_dir() else read_weights(path))
     if kind in ("kohya", "diffusers"):
-        return about | _lora(_unnamed(path))
+        return about | _lora(Lora(keys.read_factors(path)))
     content = cloneofsimo.read_safetensors(path) if kind == "cloneofsimo" else cloneofsimo.read_pt(path)
     searched = {"searched classes": content.classes} if content.classes else {}
     return about | searched | _lora(cloneofsimo.numbered(content))
-
-
-def _unnamed(path: Path) -> Lora:
-    layers = {}
-    for layer, roles in keys.raw(path).items():
-        rank = len(roles["down"])
-        layers[layer] = Factors(roles["down"], roles["up"], float(roles.get("alpha", rank)) / rank)
-    return Lora(layers)
 
 
 def _lora(lora: Lora) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ ROLES = {
 for _old in (".lora_linear_layer", ".lora", "_lora"):
     ROLES["down"].append(f"{_old}.down.weight")
     ROLES["up"].append(f"{_old}.up.weight")
+# What PEFT's `save_pretrained` writes into its folder, beside `adapter_config.json`.
+PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 ENDS = sorted(((end, role) for role, ends in ROLES.items() for end in ends), key=lambda item: -len(item[0]))
 
 
@@ -47,8 +50,18 @@ def kind(keys) -> str:
     return "kohya" if any(key.startswith(("lora_unet_", "lora_te_")) for key in keys) else "diffusers"
 
 
-def raw(path: str | Path) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a file by layer, as the file calls it, and role. Raises `InputError` for keys that are none."""
+def file_of(path: str | Path) -> Path:
+    """The file that holds the weights: in a folder that PEFT wrote, the one within; else the path itself."""
+    return next((file for name in PEFT if (file := Path(path) / name).is_file()), Path(path))
+
+
+def read_factors(path: str | Path) -> dict[str, Factors]:
+    """The factors of a file by layer, as the file calls it, with the scale at which they act where they were trained.
+
+    That is alpha / rank by the file's own alpha, else what PEFT's configuration says, else 1, as in diffusers.
+    Raises `InputError` for keys that are no LoRA's and for a damaged configuration.
+    """
+    path = file_of(path)
     found: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, value in read_weights(path).items():
@@ -59,29 +72,53 @@ def raw(path: str | Path) -> dict[str, dict[str, Tensor]]:
     unknown += [layer for layer, roles in found.items() if not {"up", "down"} <= roles.keys()]
     if unknown:
         raise _unknown(path, unknown)
-    return found
+    factors = {}
+    try:
+        configurations = _configurations(path)
+        for layer, roles in found.items():
+            down, up, alpha = roles["down"], roles["up"], roles.get("alpha")
+            scale = _scale(plain_name(layer), len(down), configurations) if alpha is None else float(alpha) / len(down)
+            factors[layer] = Factors(down, up, scale)
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise InputError(f"{path}: PEFT's configuration is damaged ({error!r})") from None
+    return factors
 
 
 def _unknown(path: str | Path, keys: list[str]) -> InputError:
     return InputError(f"{path}: {len(keys)} unknown keys, e.g. {', '.join(keys[:3])}; wrong base model or format?")
 
 
-def read(path: str | Path, model: nn.Module) -> Lora:
-    """Read a LoRA of any of these spellings for a model. Raises `InputError` for unknown keys and another base model.
+def _configurations(file: Path) -> dict[str, dict[str, Any]]:
+    """PEFT's configuration, by what the names of the layers that it is for begin with.
 
-    Without an alpha the scale is 1, as in diffusers; alphas of PEFT's configuration in the metadata are heeded.
+    PEFT writes it beside its file, for all layers; diffusers into the metadata, as `unet.lora_alpha` and so on.
     """
-    found, known = raw(path), _lookup(model)
+    beside = file.with_name("adapter_config.json")
+    if file.name in PEFT and beside.is_file():
+        return {"": json.loads(beside.read_text())}
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in json.loads(metadata_of(file).get("lora_adapter_metadata", "{}")).items():
+        part, dot, name = key.partition(".")
+        found.setdefault(part + dot, {})[name] = value
+    return found
+
+
+def _scale(name: str, rank: int, configurations: Mapping[str, Mapping[str, Any]]) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732), as PEFT has it for a layer."""
+    part, about = next(((p, a) for p, a in configurations.items() if name.startswith(p)), ("", {}))
+    patterns = (about.get("alpha_pattern") or {}).items()
+    own = (alpha for key, alpha in patterns if re.fullmatch(rf"(.*\.)?({key})", name.removeprefix(part)))
+    return float(next(own, about.get("lora_alpha", rank))) / (rank**0.5 if about.get("use_rslora") else rank)
+
+
+def read(path: str | Path, model: nn.Module) -> Lora:
+    """Read a LoRA of any of these spellings. Raises `InputError` for unknown keys and another base model."""
+    found, known = read_factors(path), _lookup(model)
     if unknown := [layer for layer in found if plain_name(layer) not in known]:
         raise _unknown(path, unknown)
-    alphas, shapes = peft_alphas(path, model), model.state_dict()
-    layers = {}
-    for layer, roles in found.items():
-        name, down = known[plain_name(layer)], roles["down"]
-        alpha = float(roles["alpha"]) if "alpha" in roles else alphas(name, len(down))
-        factors = Factors(down, roles["up"], alpha / len(down))
-        layers[name] = fitted(factors, shapes[f"{name}.weight"].shape, name, str(path))
-    return Lora(layers)
+    shapes = model.state_dict()
+    named = {known[plain_name(layer)]: factors for layer, factors in found.items()}
+    return Lora({name: fitted(one, shapes[f"{name}.weight"].shape, name, str(path)) for name, one in named.items()})
 
 
 def plain_name(layer: str) -> str:
@@ -96,27 +133,11 @@ def _lookup(model: nn.Module) -> dict[str, str]:
     unet = [name for name in names["diffusers"] if name.startswith(UNET)]
     table = {"lora_unet_" + name.removeprefix(UNET).replace(".", "_"): name for name in unet}
     for ours, theirs in names["diffusers"].items():
-        table |= {theirs.removeprefix("unet."): ours, theirs.replace("text_model.", "", 1): ours}
+        for name in (theirs, theirs.replace("text_model.", "", 1)):
+            table |= {name: ours, name.removeprefix("unet.").removeprefix("text_encoder."): ours}
     for dialect in names.values():
         table |= {theirs: ours for ours, theirs in dialect.items()}
     return table
-
-
-def peft_alphas(path: str | Path, model: nn.Module) -> Callable[[str, int], float]:
-    """(layer, rank) -> alpha by the configuration of PEFT in the metadata; without one, the rank."""
-    try:
-        about = json.loads(metadata_of(path).get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        about = {}
-    names = dialects(model)["diffusers"] if about else {}
-
-    def alpha(name: str, rank: int) -> float:
-        part, _, rest = names.get(name, "").partition(".")
-        patterns = about.get(f"{part}.alpha_pattern") or {}
-        fitting = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?{key}", rest))
-        return float(next(fitting, about.get(f"{part}.lora_alpha", rank)))
-
-    return alpha
 
 
 def write_diffusers(path: str | Path, lora: Lora, model: nn.Module) -> None:

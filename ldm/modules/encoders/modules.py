@@ -69,7 +69,7 @@ class FrozenCLIPEmbedder(nn.Module):
         self.new_tokens = NewTokens(self._text_model.embeddings.token_embedding)
         self._register_state_dict_hook(_to_released_names)
         self._register_load_state_dict_pre_hook(self._from_any_names)
-        if (folder / "model.safetensors").is_file():
+        if (folder / "model.safetensors").is_file() and self.transformer.device.type != "meta":
             weights = read_weights(folder / "model.safetensors")
             self.load_state_dict({f"transformer.{k}": v for k, v in weights.items() if k.startswith("text_model.")})
         self.freeze()
