@@ -10,11 +10,16 @@ from tests.conftest import ROOT
 from tests.test_interchange_scripts import run
 
 torch.set_num_threads(1)
+MINI = ROOT / "configs/sd-mini"
+LORA = {"target": "ldm.tuning.lora.LoRA", "params": {"rank": 2}}
+KEYS = {"target": "ldm.tuning.cross_attention.CrossAttention"}
+WORD = {"target": "ldm.tuning.textual_inversion.TextualInversion", "params": {"words": "<sks>"}}
+NORMS = {"target": "ldm.tuning.norms.Norms"}
 
 
 def test_a_concept_of_the_shipped_config_leaves_as_a_delta_and_as_a_word(tmp_path):
     """Its new token is `ModifierTokens`; the run has `<step>-adapters` and last.ckpt, and no other checkpoint."""
-    model = instantiate_from_config(load_config(ROOT / "configs/sd-mini/custom-diffusion-addtoken.yaml").model)
+    model = instantiate_from_config(load_config(MINI / "custom-diffusion-addtoken.yaml").model)
     (tmp_path / "checkpoints").mkdir()
     files.save(model, tmp_path / "checkpoints/1-adapters")
     torch.save({"state_dict": model.learning()}, tmp_path / "checkpoints/last.ckpt")
@@ -28,3 +33,36 @@ def test_a_concept_of_the_shipped_config_leaves_as_a_delta_and_as_a_word(tmp_pat
     assert torch.equal(word, one.tokens["<new1>"]) and torch.equal(word, two.tokens["<new1>"])
     with pytest.raises(InputError, match="delta_last.ckpt exists"):
         run("get_deltas", "--path", tmp_path)
+
+
+def written(folder, *families, config="inference"):
+    """A folder that holds these families beside the position adapters of a config."""
+    config = load_config(MINI / f"{config}.yaml")
+    config.model.params.tuning = list(families)
+    files.save(instantiate_from_config(config.model), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "families", "to", "message"),
+    [
+        ("attn2o-ffni", [LORA], "kohya", "holds 1 position adapters, which no LoRA file can hold"),
+        ("attn2o-ffni", [KEYS], "delta", "holds 1 position adapters, which no delta can hold"),
+        ("inference", [LORA, WORD, NORMS], "kohya", r"tunes more than LoRA and words \(ldm.tuning.norms.Norms\)"),
+        ("inference", [KEYS, WORD, LORA], "delta", r"tunes more than weights of the cross-attention \(.*lora_A"),
+    ],
+)
+def test_nothing_is_left_out_without_a_word(tmp_path, config, families, to, message):
+    pytest.importorskip("peft", reason="peft, which trains LoRA here, is not installed")
+    folder, output = written(tmp_path / "own", *families, config=config), tmp_path / "x"
+    with pytest.raises(InputError, match=message):
+        run("convert", folder, output, "--to", to, "--config", MINI / "inference.yaml")
+    assert not output.exists()
+
+
+def test_merged_adapters_do_not_lose_the_words_beside_them(tmp_path):
+    folders = [written(tmp_path / name, WORD, config="attn2o-ffni") for name in "ab"]
+    for given in (folders, folders[:1]):
+        with pytest.raises(InputError, match=r"more than position adapters \(.*TextualInversion\), .* --adapter_scale"):
+            run("merge_adapters", *given, "--out", tmp_path / "c")
+    assert not (tmp_path / "c").exists()

@@ -1,4 +1,8 @@
-"""The folders that training writes here (`ldm.tuning.files`), as the neutral forms that formats are written from."""
+"""The folders that training writes here (`ldm.tuning.files`), as the neutral forms that formats are written from.
+
+A folder that holds more than a form has room for is refused: what came out would draw other pictures than the folder.
+Only its words can be taken out alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import read_weights
+from ldm.checkpoints import is_added, read_weights
 from ldm.interchange.custom_diffusion import NEW_TOKENS, SAVED, Delta
 from ldm.interchange.lora import Factors, Lora, weighted_sum
 from ldm.modules.adapter_files import read_config
@@ -21,6 +25,7 @@ from ldm.tuning.textual_inversion import TextualInversion
 from ldm.util import InputError
 
 LORA = "ldm.tuning.lora.LoRA"
+WHOLE = "lora_add --mode upl-ckpt-v2 puts all of it into a model"  # what to do instead
 
 
 def families(path: str | Path) -> list[tuple[str, dict[str, Any], dict[str, Tensor]]]:
@@ -32,11 +37,17 @@ def families(path: str | Path) -> list[tuple[str, dict[str, Any], dict[str, Tens
 
 
 def lora(path: str | Path) -> Lora:
-    """The LoRAs and words of a folder. Raises `InputError` for kinds that are no low-rank sum, and if there is none."""
+    """The LoRAs and words of a folder.
+
+    Raises `InputError` for kinds that are no low-rank sum, for a folder that holds anything else, and if there is none.
+    """
+    _without_adapters(path, "no LoRA file can hold")
     layers: dict[str, Factors] = {}
     for target, params, tensors in families(path):
-        if target != LORA:
+        if _inversion(target, params, tensors):
             continue
+        if target != LORA:
+            raise InputError(f"{path} tunes more than LoRA and words ({target}): no LoRA file can hold it; {WHOLE}")
         family = LoRA(**params)
         if family.kind not in ("lora", "rslora"):
             raise InputError(f"{path}: {family.kind} is no low-rank sum, which is all that LoRA files can hold")
@@ -68,11 +79,17 @@ def folded(path: str | Path, model: nn.Module, strength: float = 1.0) -> dict[st
     from ldm.tuning import files
     from ldm.tuning.lora import merge
 
-    if routes := (read_config(path) or {"adapters": ["unnamed ones"]})["adapters"]:
-        raise InputError(f"{path} holds {len(routes)} position adapters, which cannot be folded into weights")
+    _without_adapters(path, "cannot be folded into weights")
     files.load(model, path, strength)
     merge(model)
     return {name: value for name, value in model.state_dict().items() if not name.startswith(NEW_TOKENS)}
+
+
+def _without_adapters(path: str | Path, why: str) -> None:
+    if routes := (read_config(path) or {"adapters": ["unnamed ones"]})["adapters"]:
+        raise InputError(
+            f"{path} holds {len(routes)} position adapters, which {why}: sample.py takes the folder itself"
+        )
 
 
 def words(path: str | Path) -> dict[str, Tensor]:
@@ -95,13 +112,19 @@ def _inversion(target: str, params: dict[str, Any], tensors: Mapping[str, Tensor
 
 
 def delta(path: str | Path) -> Delta:
-    """The tuned cross-attention of a folder as a Custom Diffusion delta, with its words."""
+    """The tuned cross-attention of a folder as a Custom Diffusion delta, with its words.
+
+    Raises `InputError` for a folder that holds anything else, and if there is none.
+    """
+    _without_adapters(path, "no delta can hold")
     tuned: dict[str, Tensor] = {}
     for entry in families(path):
-        if entry[0] != LORA and not _inversion(*entry):
+        if not _inversion(*entry):
             tuned |= entry[2]
-    if foreign := [name for name in tuned if ".attn2." not in name]:
-        raise InputError(f"{path} tunes more than cross-attention ({foreign[0]}): no delta can hold it")
+    if foreign := [name for name in tuned if ".attn2." not in name or is_added(name)]:
+        raise InputError(
+            f"{path} tunes more than weights of the cross-attention ({foreign[0]}): no delta can hold it; {WHOLE}"
+        )
     if not tuned:
         raise InputError(f"{path} tunes no cross-attention ({', '.join(SAVED)})")
     return Delta(tuned, words(path))

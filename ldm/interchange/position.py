@@ -27,12 +27,20 @@ SAME = ("kind", "din", "dout", "method", "blocks")  # what must agree for a sum
 
 
 def read(path: str | Path) -> Folder:
-    """A folder's description and tensors. Raises `InputError` for one that does not name its routes."""
+    """A folder's description and tensors.
+
+    Raises `InputError` for one that does not name its routes, and for one with other families, which would be lost.
+    """
     config, tensors = read_config(path), read_tensors(path)
     if config is None:
         raise InputError(
             f"{path} was written by the published code and does not name its routes: "
             "load it into a model with its config and save it again"
+        )
+    if others := [family["target"] for family in config.get("families", [])]:
+        raise InputError(
+            f"{path} holds more than position adapters ({', '.join(others)}), which a merged folder would lack: "
+            "sample.py takes several folders as they are, each with its --adapter_scale"
         )
     return config, tensors
 
