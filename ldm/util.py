@@ -137,8 +137,10 @@ def parameters_of(target: Callable) -> tuple[list[str], list[str] | None]:
 def plain(config: Any) -> Any:
     """OmegaConf containers as dicts and lists, everything else unchanged."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationResolutionError
 
-    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    with explain("the config refers to what is not in it", InterpolationResolutionError):
+        return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
 def short(value: Any, limit: int = 80) -> str:
@@ -246,6 +248,8 @@ def forked_rng(device: Any) -> Any:
     """A context that leaves the random numbers of the CPU and, if it is a GPU, of `device` as they were."""
     import torch
 
+    if device.type == "mps":  # has one device, which goes without saying, but not to torch
+        return torch.random.fork_rng(devices=[0], device_type="mps")
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 

@@ -31,7 +31,7 @@ from ldm.models.clip import CLIP  # noqa: E402
 from ldm.train import dreambooth  # noqa: E402
 from ldm.train.callbacks import EpochReport  # noqa: E402
 from ldm.train.options import Parser, count, dreambooth_parser, parse, seed_number  # noqa: E402
-from ldm.util import InputError, load_config, load_model_from_config, run_command  # noqa: E402
+from ldm.util import InputError, load_config, load_model_from_config, plain, run_command  # noqa: E402
 
 PART = ["model.params.train_level=[]", "model.params.unet_config.params.adapter_config=null"]
 # name: (config, overrides, the word that stands for the subject)
@@ -95,6 +95,8 @@ def measure(family: str, subject: Path, clip: CLIP, options: argparse.Namespace)
     config, overrides, word = FAMILIES[family]
     kind = class_word_of(subject)
     made_with = {name: getattr(options, name) for name in ("class_pictures", "overlay", "seed")}
+    told = load_config(f"configs/sd-mini/{config}.yaml")  # captions and guidance of class pictures are the family's own
+    made_with |= {"dreambooth": plain(told.get("dreambooth")), "concepts": dreambooth.has_concepts(told)}
     classes = class_folder(options.logdir, kind, made_with)
     name, learns_words = family.replace(",", "").replace(" ", "-"), word != "sks"
     arguments = [
@@ -106,9 +108,7 @@ def measure(family: str, subject: Path, clip: CLIP, options: argparse.Namespace)
     ]  # fmt: skip
     chosen, trainer_options, changes = parse(dreambooth_parser(""), [str(argument) for argument in arguments])
     run = dreambooth.plan(chosen, trainer_options, changes)
-    stretch_stages(
-        run.config, options.steps / load_config(f"configs/sd-mini/{config}.yaml").lightning.trainer.max_steps
-    )
+    stretch_stages(run.config, options.steps / told.lightning.trainer.max_steps)
     trainer = dreambooth.train(run, chosen)
     (report,) = (callback for callback in trainer.callbacks if isinstance(callback, EpochReport))
     folder = run.checkpoints / f"{options.steps}-adapters"

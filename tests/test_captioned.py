@@ -14,6 +14,7 @@ from ldm.data.build.splits import SUBJECTS, Subject, split_drawings
 from ldm.data.build.subjects import write_subjects
 from ldm.data.build.words import article, class_word, drawing_captions, photo_captions, phrase
 from ldm.data.captioned import COLOURS, CaptionedPictures, draw_backgrounds, uniforms
+from ldm.data.sampling import as_draws
 from ldm.util import InputError
 
 CATS = ["grinning_cat", "crying_cat", "pouting_cat", "kissing_cat", "weary_cat"]
@@ -161,6 +162,13 @@ def test_draws_depend_on_seed_and_number_alone(built):
     ks = range(64)
     assert data.batch(ks)["caption"] != other.batch(ks)["caption"]
     assert -1 <= data.batch(ks)["image"].min() and data.batch(ks)["image"].max() <= 1
+
+
+def test_as_a_training_set_every_epoch_has_draws_of_its_own(built):
+    pictures = CaptionedPictures(built, draws=4)
+    assert as_draws(pictures) is pictures
+    first, second = (pictures.batch(range(4 * epoch, 4 * epoch + 4))["image"] for epoch in (0, 1))
+    assert not torch.equal(first, second)
 
 
 def test_pictures_stay_with_their_captions_and_are_upright(built):

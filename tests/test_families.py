@@ -104,6 +104,16 @@ def test_strength(name, tmp_path):
     assert (outputs[0.5] - outputs[0.0]).abs().max() > 1e-3 and (outputs[0.5] - outputs[1.0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["position", "lora"])
+def test_the_last_strength_holds(name, tmp_path):
+    files.save(shake(model([FAMILIES[name][0]])), tmp_path / "folder")
+    fresh, once = model(), model()
+    for scale in (0.5, 0.25, 1.0, 0.5):
+        files.load(fresh, tmp_path / "folder", scale)
+    files.load(once, tmp_path / "folder", 0.5)
+    assert torch.equal(answer(fresh.eval()), answer(once.eval()))
+
+
 def test_strengths_of_several_add_up_on_the_same_weights(tmp_path):
     entry = family("cross_attention.CrossAttention")
     one, two = shake(model([entry]), seed=1), shake(model([entry]), seed=2)

@@ -153,6 +153,8 @@ def test_get_deltas_keeps_its_source(golden, tmp_path, capsys):
         run("get_deltas", "--path", tmp_path)
     run("get_deltas", "--path", tmp_path / "checkpoints", "--newtoken", 0, "--force")
     assert "embed" not in torch.load(tmp_path / "checkpoints" / names[0], weights_only=True)["state_dict"]
+    with pytest.raises(InputError, match="--newtoken -1: expected how many new words there are, 0 or more"):
+        run("get_deltas", "--path", tmp_path, "--newtoken", -1, "--force")
 
 
 def test_compress(base, tuned, tmp_path, capsys):

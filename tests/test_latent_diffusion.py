@@ -185,6 +185,13 @@ def test_what_learns_is_in_the_optimizer_once():
     assert len(both) == len({id(p) for p in both.values()}) == len(list(model.model.parameters()))
 
 
+def test_the_learning_rate_has_one_place():
+    model = tiny(ADAPTED, train_level=["adapter"])
+    model.optimizer_config, model.learning_rate = {"target": "torch.optim.AdamW", "params": {"lr": 1e-3}}, 1e-4
+    with pytest.raises(InputError, match="set it there"):
+        model.configure_optimizers()
+
+
 def test_unknown_levels_and_families_are_refused():
     with pytest.raises(InputError, match="train_level has 'adaptor'"):
         tiny(train_level=["adaptor"])

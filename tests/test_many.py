@@ -1,11 +1,13 @@
 """Trainings side by side over one base become what they become alone."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.train.many import ManyRuns
 from ldm.util import InputError
 from tests.runs import TINY, differences, find_run, last, pictures, train
 
@@ -120,6 +122,37 @@ def test_class_pictures_are_drawn_once_for_each_folder(work, monkeypatch):
 def test_what_cannot_be_trained_so_is_refused(work, more, message):
     with pytest.raises(InputError, match=message):
         main(*arguments(work, *more))
+
+
+def test_each_is_clipped_by_its_own_norm(work):
+    told = ["model.params.optimizer_config={target: torch.optim.SGD}", "--max_steps", 3, *QUIET]
+    clipped = [*told, "--gradient_clip_val", 1e-4]
+    main(*arguments(work, "-n", "many", *clipped))
+    (folder,) = find_run(work, "many").glob("*_tiny_photos")
+    roots = ["--data_root", work / "photos", "--reg_data_root", work / "class"]
+    whole, alone = (train(work, name, *roots, *more, config=TINY) for name, more in (("w", told), ("a", clipped)))
+    ours, theirs, free = (load_file(f / "checkpoints/3-adapters/adapters.safetensors") for f in (folder, alone, whole))
+    assert max((theirs[name] - free[name]).abs().max() for name in theirs) > 1e-5, "nothing was clipped"
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-9) for name in theirs)
+
+
+def test_every_process_draws_noise_of_its_own():
+    parts = [SimpleNamespace(seed=5), SimpleNamespace(seed=9)]
+    drawn = []
+    for rank in (0, 1):
+        module = SimpleNamespace(parts=parts, global_rank=rank)
+        ManyRuns.setup(module, "fit")
+        for stream in module.streams:
+            with stream.drawing_from(torch.device("cpu")):
+                drawn.append(torch.rand(3).tolist())
+    assert len({tuple(numbers) for numbers in drawn}) == 4
+
+
+def test_different_ways_of_training_are_refused(work):
+    other = work / "other.yaml"
+    other.write_text(f"defaults: {TINY}\ndata: {{params: {{reg: null}}}}\nlightning: {{trainer: {{max_steps: 7}}}}\n")
+    with pytest.raises(InputError, match="pictures and learning rates: class pictures, trainer"):
+        main(*arguments(work), "--base", other)
 
 
 def test_different_models_are_refused(work):

@@ -52,6 +52,16 @@ def test_stopping_at_the_end_of_an_epoch_changes_no_number(tmp_path):
     assert last(parts)["epoch"] == 1
 
 
+@pytest.mark.parametrize("limit", ["3", "0.25"])
+def test_short_epochs_go_on_with_new_draws(tmp_path, limit):
+    """Batches are counted over the run: how many make an epoch decides when it validates, not what it sees."""
+    free = train(tmp_path, "free", "--max_steps", 8)
+    parts = train(tmp_path, "parts", "--max_steps", 4, "--limit_train_batches", limit)
+    resume(parts, "--max_steps", 8)
+    assert last(parts)["epoch"] == 2
+    assert differences(last(free)["state_dict"], last(parts)["state_dict"]) == []
+
+
 def test_a_run_may_be_resumed_by_its_checkpoint_and_with_new_values(tmp_path):
     run = train(tmp_path, "run", "--max_steps", 2)
     before = last(run)["state_dict"]

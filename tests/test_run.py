@@ -1,6 +1,7 @@
 """Training and sampling from end to end, through the two programs as a user calls them."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from tests.runs import (
     main_dream_booth,
     pictures,
     pixels,
+    resume,
     sample,
     tiny_model,
     train,
@@ -162,6 +164,30 @@ def test_the_whole_unet_learns(tmp_path):
     assert latest < 0.8 * first
 
 
+def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    logs = tmp_path / "logs"
+    monkeypatch.setattr("ldm.train.run.new_folder", lambda *_: logs / "same")  # neither has written when both are named
+    for _ in range(2):
+        main_dream_booth(*arguments(tmp_path, "--accelerator", "cpu", "--max_steps", 1))
+    assert {path.parents[1] for path in logs.glob("*/checkpoints/last.ckpt")} == {logs / "same", logs / "same-1"}
+
+
+def test_sections_of_lightning_may_be_empty(tmp_path):
+    empty = [f"lightning.{name}=null" for name in ("trainer", "callbacks", "modelcheckpoint")]
+    assert last(train(tmp_path, "run", "--max_steps", 1, *empty))["global_step"] == 1
+
+
+def test_losses_are_told_whole_however_many_batches_make_a_step(tmp_path, caplog):
+    told = {}
+    for count in (1, 3):
+        caplog.clear()
+        with caplog.at_level("INFO", "ldm"):
+            train(tmp_path, f"run{count}", "--accumulate_grad_batches", count, "--max_epochs", 1, "--max_steps", -1,
+                  "model.base_learning_rate=1e-12")  # fmt: skip
+        told[count] = re.search(r"epoch 0: loss ([\d.]+)", caplog.text)[1]
+    assert told[1] == told[3]
+
+
 def test_without_class_pictures(tmp_path):
     run = train(tmp_path, "run", "data.params.reg=null", "lightning.callbacks.image_logger=null", "--max_steps", 1)
     assert "train/loss_prior" not in events(run).Tags()["scalars"]
@@ -238,8 +264,11 @@ def test_learnt_words_are_added_before_training(tmp_path, caplog):
     words = tmp_path / "words.pt"
     torch.save({"<toy>": torch.randn(128)}, words)
     with caplog.at_level("INFO"):
-        train(tmp_path, "run", "--embedding_manager_ckpt", words, "--init_word", "toy", "--max_steps", 1)
-    assert "learnt words <toy> added" in caplog.text and "--init_word toy has no effect" in caplog.text
+        run = train(tmp_path, "run", "--embedding_manager_ckpt", words, "--init_word", "toy", "--max_steps", 1)
+        assert "learnt words <toy> added" in caplog.text and "--init_word toy has no effect" in caplog.text
+        caplog.clear()
+        resume(run, "--max_steps", 2)
+    assert "learnt words <toy> added" in caplog.text
 
 
 def test_real_photographs(tmp_path, shared):

@@ -77,6 +77,8 @@ class CaptionedPictures(Dataset):
         """Draw k: `image` float32 [h, w, 3] in -1..1, `caption` str."""
         return self.__getitems__([k])[0]
 
+    draw = __getitem__
+
     def __getitems__(self, ks: Sequence[int]) -> list[dict[str, Tensor | str]]:
         """Several draws, put before their backgrounds together."""
         batch = self.batch(ks)

@@ -146,6 +146,8 @@ def extract(
     `freeze_model` tells what was trained; the published code saves keys and values in either case.
     Words are the last rows of the embedding table or, where the checkpoint has them, the vectors beside it.
     """
+    if newtoken < 0:
+        raise InputError(f"--newtoken {newtoken}: expected how many new words there are, 0 or more")
     wanted = re.compile(SAVED[freeze_model])
     tuned = {n: value.clone() for n, value in weights.items() if n.startswith(UNET) and wanted.search(n)}
     if not tuned:

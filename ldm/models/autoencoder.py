@@ -118,7 +118,7 @@ class FirstStage(pl.LightningModule):
         compare = self.comparison(inputs)
         for i, name in enumerate(("aeloss", "discloss")):
             loss, log = compare(i, self.batches_seen, last_layer=self.get_last_layer(), split=split)
-            self.log_dict({f"{split}/{name}": loss, **log}, batch_size=len(inputs))
+            self.log_dict({f"{split}/{name}": loss, **log}, batch_size=len(inputs), sync_dist=True)
 
     def configure_optimizers(self) -> tuple[list, list]:
         """Adam for the autoencoder and Adam for the discriminator. Raises `InputError` without a loss to train with."""

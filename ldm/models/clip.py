@@ -83,7 +83,7 @@ class CLIP(pl.LightningModule):
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Logs `val/loss`."""
-        self.log("val/loss", self.loss(batch), batch_size=len(batch[self.caption_key]))
+        self.log("val/loss", self.loss(batch), batch_size=len(batch[self.caption_key]), sync_dist=True)
 
     @torch.no_grad()
     def on_train_batch_end(self, *_: Any) -> None:

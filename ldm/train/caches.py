@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ldm.checkpoints import fingerprint, read_weights, save_safetensors
 from ldm.data.dreambooth import PersonalizedBase
 from ldm.data.encoded import EncodedDraws
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoded import EncodedPictures, EncodedPrompts
 from ldm.train.datamodule import DataModuleFromConfig
 from ldm.util import InputError
@@ -84,7 +85,10 @@ def pictures(model: Any, dataset: PersonalizedBase, folder: Path | None, device:
     moments = []
     for number in tqdm(range(len(dataset.paths)), desc=f"encoding pictures ({name})"):
         both = [dataset.picture(number, flipped).permute(2, 0, 1)[None].to(device) for flipped in (False, True)]
-        moments.append(torch.cat([first_stage.encode(picture).parameters.cpu() for picture in both]))
+        encoded = [first_stage.encode(picture) for picture in both]
+        if not isinstance(encoded[0], DiagonalGaussianDistribution):
+            raise InputError(f"{type(first_stage).__name__} has no posterior to keep: train with --cache off")
+        moments.append(torch.cat([posterior.parameters.cpu() for posterior in encoded]))
     stacked = torch.stack(moments)
     if file is not None:
         save_safetensors(file, {"moments": stacked})

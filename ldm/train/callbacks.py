@@ -24,7 +24,8 @@ class ImageLogger(pl.Callback):
 
     `prompts`: by default a caption of the subject and one of its class. Each is drawn `max_images // len(prompts)`
     times, a row each. `increase_log_steps` also samples at steps 1, 2, 4, ... below the frequency, as in LDM.
-    A model with `log_images` of its own, as first stages have, shows what that gives for the batch, a row each.
+    A model with `log_images` of its own, as first stages have, shows what that gives for the batch, a row each;
+    `log_images_kwargs` are its arguments, or LDM's words for those of sampling.
     """
 
     def __init__(
@@ -49,7 +50,10 @@ class ImageLogger(pl.Callback):
         self.early = {2**n for n in range(batch_frequency.bit_length())} if increase_log_steps else set()
         self.early |= {1} if log_first_step else set()
         self.prompts, self.seed = list(prompts or []), seed
-        self.settings = generate.Settings(steps=steps, scale=scale)
+        self.kwargs = dict(log_images_kwargs or {})
+        words = {"ddim_steps": "steps", "ddim_eta": "eta", "unconditional_guidance_scale": "scale"}
+        told = {words[name]: value for name, value in self.kwargs.items() if name in words}
+        self.settings = generate.Settings(**{"steps": steps, "scale": scale} | told)
         self.folder = Path("images")  # the run sets its own
         self.drawn_at = 0
 
@@ -91,7 +95,7 @@ class ImageLogger(pl.Callback):
     def of_batch(self, module: pl.LightningModule, batch: Any) -> dict[str, torch.Tensor]:
         """What the model's own `log_images` gives, in [0, 1]. Neither its mode nor the random numbers change."""
         with generate.evaluating(module), forked_rng(module.device):
-            shown = module.log_images(batch)
+            shown = module.log_images(batch, **self.kwargs)
         return {name: ((one[: self.max_images].float() + 1) / 2).clamp(0, 1).cpu() for name, one in shown.items()}
 
 
@@ -113,7 +117,8 @@ class EpochReport(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         if outputs and "loss" in outputs:
-            self.losses.append(outputs["loss"])  # on the device still
+            # On the device still; Lightning has divided it by the number of batches that a step is made of.
+            self.losses.append(outputs["loss"] * trainer.accumulate_grad_batches)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if "val/loss" in trainer.callback_metrics:

@@ -69,8 +69,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return [item["caption"] for item in items if "caption" in item]
 
     def train_dataloader(self) -> DataLoader:
-        train = as_draws(self.datasets["train"], self.seed)
-        return self.batches_of(DreamBoothPairs(train, self.datasets["reg"]) if "reg" in self.datasets else train)
+        train, *reg = (as_draws(self.datasets[name], self.seed) for name in ("train", "reg") if name in self.datasets)
+        return self.batches_of(DreamBoothPairs(train, *reg) if reg else train)
 
     def batches_of(self, draws: Dataset) -> DataLoader:
         """Batches of draws without end, from the one on that comes after those that were drawn before."""
@@ -78,11 +78,19 @@ class DataModuleFromConfig(pl.LightningDataModule):
         batches = ResumableBatches(
             self.batch_size,
             start_batch=self.batches_done,
-            batches_per_epoch=max(1, len(draws) // (self.batch_size * world)),
+            batches_per_epoch=self._limited(max(1, len(draws) // (self.batch_size * world))),
             rank=self.trainer.global_rank,
             world_size=world,
         )
         return self._loader(draws, batch_sampler=batches)
+
+    def _limited(self, batches: int) -> int:
+        """The batches of an epoch under --limit_train_batches, which is done with then.
+
+        Lightning would cut each epoch short, and the sampler, which did not know, would begin the same one again.
+        """
+        limit, self.trainer.limit_train_batches = self.trainer.limit_train_batches, 1.0
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._finite("validation")
@@ -94,10 +102,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         """A dataset from its beginning to its end, in order; nothing where the config has none."""
         if name not in self.datasets:
             return []
-        dataset, world = self.datasets[name], self.trainer.world_size
-        return self._loader(
-            dataset, batch_size=self.batch_size, sampler=range(self.trainer.global_rank, len(dataset), world)
-        )
+        dataset, world, rank = self.datasets[name], self.trainer.world_size, self.trainer.global_rank
+        places = range(rank, len(dataset), world) or [rank % len(dataset)]  # each process needs one to go along
+        return self._loader(dataset, batch_size=self.batch_size, sampler=places)
 
     def _loader(self, dataset: Dataset, **how: Any) -> DataLoader:
         return DataLoader(

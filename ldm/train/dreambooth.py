@@ -45,10 +45,13 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         "cache": options.cache,
         "base_precision": options.base_precision,
         "class_scale": options.class_scale,
+        "words": getattr(options, "embedding_manager_ckpt", None) or None,
         "concepts": concepts.asked(options) or None,
     }
     told = OmegaConf.merge(DEFAULTS, stored, {key: value for key, value in asked.items() if value is not None})
     config = OmegaConf.merge(config, {"dreambooth": told})
+    if OmegaConf.select(config, "data.params.train") is None:
+        raise InputError("the config says not how photographs are shown: data.params.train has no target")
     concepts.fill_in_words(config, options)
     if has_concepts(config):
         concepts.fill_in(config, told)
@@ -135,9 +138,11 @@ def report(run: Run) -> str:
 def train(run: Run, options: argparse.Namespace) -> pl.Trainer:
     """Load the base model, draw the class pictures that are missing, train, test."""
     model = runs.base_model(run)
-    if options.embedding_manager_ckpt:
-        words = model.cond_stage_model.load_embeddings(options.embedding_manager_ckpt)
-        log.info("learnt words %s added to the text encoder", ", ".join(words))
+    if words := run.config.dreambooth.get("words"):
+        if not hasattr(model.cond_stage_model, "load_embeddings"):
+            raise InputError(f"{words}: the text encoder {type(model.cond_stage_model).__name__} learns no words")
+        added = model.cond_stage_model.load_embeddings(words)
+        log.info("learnt words %s added to the text encoder", ", ".join(added))
     if options.num_class_images:
         for folder, caption in class_folders(run.config):
             runs.prepare_class_pictures(run, model, folder, caption, options.num_class_images)

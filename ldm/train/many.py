@@ -31,7 +31,7 @@ from ldm.train import run as runs
 from ldm.train.callbacks import ImageLogger
 from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.options import TRAINER_OPTIONS, dreambooth_parser
-from ldm.train.resume import SaveRun
+from ldm.train.resume import SaveRun, gathered, own_of
 from ldm.train.run import Run
 from ldm.util import (
     InputError,
@@ -61,6 +61,8 @@ class Stream:
         generators = [torch.default_generator]
         if device.type == "cuda":
             generators.append(torch.cuda.default_generators[device.index or 0])
+        if device.type == "mps":
+            generators.append(torch.mps._get_default_mps_generator())
         with forked_rng(device):
             for generator in generators:
                 kind = generator.device.type
@@ -73,20 +75,23 @@ class Stream:
 
 
 class ManyRuns(pl.LightningModule):
-    """K trainings as one module: `model` is the base, `configs` the adapters of each, `rates` their learning rates."""
+    """K trainings as one module: `model` is the base, `configs` the adapters of each of `parts`."""
 
     strict_loading = False
     is_tuned = False  # folders are written for each training, see `SaveMany`
 
-    def __init__(self, model: Any, configs: Sequence[dict], rates: Sequence[float], seeds: Sequence[int]) -> None:
+    def __init__(self, model: Any, configs: Sequence[dict], parts: Sequence[Run]) -> None:
         super().__init__()
-        self.model, self.rates = model, rates
-        self.names = attach_shares(model.model.diffusion_model, configs, seeds)
+        self.model, self.parts = model, parts
+        self.names = attach_shares(model.model.diffusion_model, configs, [part.seed for part in parts])
         model.requires_grad_(False)
         for own in self.own():
             for parameter in own.values():
                 parameter.requires_grad_(True)
-        self.streams = [Stream(seed) for seed in seeds]
+
+    def setup(self, stage: str) -> None:
+        """Other noise in every process, as `runs.fit` has it for one training."""
+        self.streams = [Stream(part.seed + self.global_rank) for part in self.parts]
 
     def own(self) -> list[dict[str, nn.Parameter]]:
         """What each training lets learn, by the names that it would have alone."""
@@ -113,12 +118,21 @@ class ManyRuns(pl.LightningModule):
         return {f"{number}.{name}": p for number, own in enumerate(self.own()) for name, p in own.items()}
 
     def configure_optimizers(self) -> Any:
-        groups = [{"params": list(own.values()), "lr": rate} for own, rate in zip(self.own(), self.rates, strict=True)]
-        return self.model.optimizers_of(groups, self.rates[0])
+        rates = [runs.learning_rate(part, self.trainer.world_size) for part in self.parts]
+        groups = [{"params": list(own.values()), "lr": rate} for own, rate in zip(self.own(), rates, strict=True)]
+        return self.model.optimizers_of(groups, rates[0])
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Each training by itself: the norm of one is no other's."""
+        clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
+        for group in optimizer.param_groups if gradient_clip_val else []:
+            clip(group["params"], gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {name: p.detach() for name, p in self.learning().items()}
-        checkpoint["random_streams"] = [stream.states for stream in self.streams]
+        checkpoint["random_streams"] = gathered(self.trainer, [stream.states for stream in self.streams])
 
     def load_state_dict(self, state: dict[str, Tensor], **_: Any) -> None:
         with torch.no_grad():
@@ -128,7 +142,7 @@ class ManyRuns(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint["state_dict"].keys() != self.learning().keys():
             raise InputError("the checkpoint is of other trainings; resume with the same configs and subjects")
-        for stream, states in zip(self.streams, checkpoint["random_streams"], strict=True):
+        for stream, states in zip(self.streams, own_of(self.trainer, checkpoint["random_streams"]) or [], strict=False):
             stream.states = states
 
 
@@ -217,7 +231,8 @@ def without(config: DictConfig) -> dict[str, Any]:
     common["model"]["params"]["unet_config"]["params"].pop("adapter_config", None)
     common["model"].pop("base_learning_rate", None)
     told = {key: common["dreambooth"].get(key) for key in ("base", "cache", "base_precision")}
-    return {"model": common["model"], "batch_size": common["data"]["params"]["batch_size"], **told}
+    told |= {"batch_size": common["data"]["params"]["batch_size"], "trainer": common["lightning"].get("trainer")}
+    return {"model": common["model"], "class pictures": common["data"]["params"].get("reg") is not None, **told}
 
 
 def without_pictures(config: DictConfig) -> None:
@@ -294,7 +309,10 @@ def train(parts: list[Run], folder: Path, num_class_images: int = 0) -> pl.Train
     for part in parts[1:]:
         if without(part.config) != without(first.config):
             names = f"{part.folder.name} and {first.folder.name}"
-            raise InputError(f"{names} differ in more than adapters, pictures and learning rates")
+            differing = [key for key, value in without(part.config).items() if value != without(first.config)[key]]
+            raise InputError(
+                f"{names} differ in more than adapters, pictures and learning rates: {', '.join(differing)}"
+            )
     shared = copy.deepcopy(first.config)
     OmegaConf.update(shared, ADAPTERS, None, merge=False)
     without_pictures(shared)
@@ -309,8 +327,7 @@ def train(parts: list[Run], folder: Path, num_class_images: int = 0) -> pl.Train
         runs.prepare_class_pictures(part, model, pictures, caption, num_class_images)
     for part in parts:
         runs.write_configs(part)
-    rates = [runs.learning_rate(part, 1) for part in parts]
-    module = ManyRuns(model, configs, rates, [part.seed for part in parts])
+    module = ManyRuns(model, configs, parts)
     data = ManyData([instantiate_from_config(part.config.data) for part in parts])
     every = runs.checkpoint_every(first.config)
     return runs.fit(group, module, data, base=model, saver=SaveMany(parts, group.checkpoints, every))

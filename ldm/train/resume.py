@@ -40,6 +40,7 @@ def random_states() -> dict[str, Any]:
         "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 
@@ -52,6 +53,22 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+    if states.get("mps") is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
+
+
+def gathered(trainer: pl.Trainer, value: Any) -> list[Any]:
+    """The values that all processes have, in their order."""
+    values = [value]
+    if trainer.world_size > 1:
+        values = [None] * trainer.world_size
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def own_of(trainer: pl.Trainer, values: list[Any]) -> Any:
+    """This process's part of what `gathered` gave; None where there were more or fewer processes then."""
+    return values[trainer.global_rank] if len(values) == trainer.world_size else None
 
 
 class RandomStates(pl.Callback):
@@ -64,17 +81,12 @@ class RandomStates(pl.Callback):
         self.pending: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        states: list[Any] = [random_states()]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, random_states())
-        checkpoint["random_states"] = states
+        checkpoint["random_states"] = gathered(trainer, random_states())
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get("random_states", [])
-        if len(states) == trainer.world_size:
-            self.pending = states[trainer.global_rank]
-        else:
+        self.pending = own_of(trainer, states)
+        if self.pending is None:
             log.warning("resuming on %d processes what ran on %d: other random draws", trainer.world_size, len(states))
 
     def on_train_batch_start(self, *_: Any) -> None:

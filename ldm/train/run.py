@@ -104,8 +104,10 @@ def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -
         "lightning.callbacks",
         "lightning.modelcheckpoint",
     ):
-        content = OmegaConf.select(config, section)
-        if content is not None and not OmegaConf.is_dict(content):
+        content = OmegaConf.select(config, section, default={})
+        if content is None and section.startswith("lightning"):
+            OmegaConf.update(config, section, {})  # `callbacks:` with nothing below it
+        elif not (OmegaConf.is_dict(content) or content == {}):
             raise InputError(f"the section {section!r} of the config must be a mapping, got {short(content)}")
     return config
 
@@ -144,6 +146,19 @@ def new_folder(logdir: str, project: str, data: str, name: str, postfix: str) ->
     now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     names = (f"{data}{now}_{name}{postfix}" + (f"-{n}" if n else "") for n in itertools.count())
     return next(path for path in (Path(logdir) / project / name for name in names) if not path.exists())
+
+
+@rank_zero_only
+def claim_folder(run: Run) -> None:
+    """Make the folder of a new run, or one with the next number where another run has made it in the meantime."""
+    planned = run.folder
+    with explain(f"the folder {planned} cannot be written to", OSError):
+        for number in itertools.count():
+            run.folder = planned.with_name(f"{planned.name}-{number}") if number else planned
+            try:
+                return run.folder.mkdir(parents=True)
+            except FileExistsError:
+                continue
 
 
 @rank_zero_only
@@ -189,10 +204,17 @@ def trainer_options(run: Run, automatic: bool = True) -> dict[str, Any]:
         options |= gpu_options(gpus)
     devices = options.get("devices")
     if isinstance(devices, str) and devices.strip("0123456789, -") == "" and devices != "auto":
-        options["devices"] = [int(d) for d in devices.split(",") if d.strip()] if "," in devices else int(devices)
-    if not automatic and (options.get("accumulate_grad_batches") or 1) != 1:
-        log.warning("accumulate_grad_batches has no effect: this model steps its two optimizers itself")
-        del options["accumulate_grad_batches"]
+        with explain(f"--devices {devices}: expected how many, or which, such as 2 or 0,3", ValueError):
+            options["devices"] = [int(d) for d in devices.split(",") if d.strip()] if "," in devices else int(devices)
+    for name, usual in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
+        if not automatic and (options.get(name) or usual) != usual:
+            log.warning("%s has no effect: this model steps its two optimizers itself", name)
+            del options[name]
+    if str(options.get("precision")).endswith("-true") and options["precision"] != "32-true":
+        raise InputError(
+            f"--precision {options['precision']} would round the noise schedule, too: use bf16-mixed or 16-mixed, "
+            "with --base_precision for the frozen weights"
+        )
     if not automatic and options.get("strategy", "auto") in ("auto", "ddp") and several_devices(options):
         options["strategy"] = "ddp_find_unused_parameters_true"  # each of its backward passes is of one half alone
     for kind, named in HALVES.items():
@@ -317,6 +339,8 @@ def train(run: Run, model: pl.LightningModule, test: bool = True) -> pl.Trainer:
     A training that was asked to stop leaves the test set for when it has gone on to its end.
     """
     data = instantiate_from_config(run.config.data)
+    if run.resume is None:
+        claim_folder(run)
     trainer = fit(run, model, data, model, SaveRun(run.checkpoints, checkpoint_every(run.config), run.notes))
     if test and OmegaConf.select(run.config, "data.params.test") is not None and not trainer.should_stop:
         trainer.validate(model, data.test_dataloader())

@@ -29,7 +29,7 @@ LEVELS = {
 class Family(Protocol):
     """One way of tuning a latent diffusion model.
 
-    It may also have `strength(model, scale)`, which lets what it has learnt act `scale` times as much, and
+    It may also have `strength(model, scale)`, which lets what it has learnt act `scale` times as trained, and
     `after_step(model, rate)`, called after each optimizer step in which it learns, with its learning rate.
     """
 

@@ -98,7 +98,7 @@ def _installed(
         chosen = choose({"target": entry["target"], "params": entry["params"]})
         chosen.family.install(model)
     own = _matched(chosen, model, {name: tensors[name] for name in entry["tensors"]}, source)
-    if scale != 1 and hasattr(chosen.family, "strength"):
+    if hasattr(chosen.family, "strength"):
         chosen.family.strength(model, scale)
     return chosen, own
 

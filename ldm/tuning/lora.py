@@ -75,6 +75,7 @@ class LoRA:
             raise InputError(f"LoRA: dropout must be at least 0 and below 1, got {dropout!r}")
         self.kind, self.dropout, self.seed, self.options = kind, dropout, seed, dict(options or {})
         self.name: str | None = None
+        self.scaling: dict[str, float] = {}  # of each layer as trained, before another strength was given
 
     def install(self, model: nn.Module) -> None:
         self.name = _free_name(model)
@@ -96,12 +97,18 @@ class LoRA:
         return named(model, lambda name: own.search(name) is not None)
 
     def strength(self, model: nn.Module, scale: float) -> None:
-        """Multiply the change by `scale`; of `dora`, its low-rank part. Raises `InputError` for rotations."""
+        """The change is `scale` times as trained from now on; of `dora`, its low-rank part.
+
+        Raises `InputError` for rotations.
+        """
         if self.kind in ("oft", "boft"):
+            if scale == 1:
+                return
             raise InputError(f"{self.kind} rotates the weights, and a rotation has no strength but 1; got {scale}")
-        for _, layer in wrapped(model):
+        for name, layer in wrapped(model):
             if self.name in adapters_of(layer):
-                layer.scaling[self.name] *= scale
+                as_trained = self.scaling.setdefault(name, layer.scaling[self.name])
+                layer.scaling[self.name] = as_trained * scale
 
     def _match(self, model: nn.Module) -> dict[tuple[int, float | None], list[str]]:
         """The layers to change, by their rank and alpha, as they are called in the model."""

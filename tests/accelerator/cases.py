@@ -34,7 +34,8 @@ def gradients(name, device):
     model.training_step([batch, batch], 0)  # the first call of a model may look at it
     waits.clear()
     model.training_step([batch, batch], 1).backward()
-    return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}, list(waits)
+    waited = list(waits)
+    return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}, waited
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,7 +1,8 @@
 """An accelerator for machines that have none: a device of torch of its own, whose tensors are CPU tensors in a wrapper.
 
 As on a GPU, tensors of two devices cannot meet in an operation (numbers without dimensions and indices may come from
-the CPU), and the host waits wherever it reads a value: `waits` holds those operations. Registering a device changes
+the CPU), and the host waits wherever it reads a value and wherever a tensor changes the device without
+`non_blocking=True`: `waits` holds those operations. Registering a device changes
 torch for the whole process, so what uses this runs in one of its own (`tests/test_accelerator.py`).
 """
 
@@ -61,7 +62,7 @@ def computed(func, args: tuple, kwargs: dict):
     others = [t for t in tensors if not isinstance(t, Pretended) and t.dim()]
     if here and others and func not in MEET:
         raise RuntimeError(f"{func}: expected one device, but {len(others)} of {len(tensors)} tensors are on the CPU")
-    if here and func in READ:
+    if here and func in READ or crosses(func, args, kwargs):
         waits.append(func)
     values, options = tree_map(lambda leaf: leaf.inner if isinstance(leaf, Pretended) else leaf, (args, kwargs))
     device = options.get("device")
@@ -74,6 +75,16 @@ def computed(func, args: tuple, kwargs: dict):
         return result
     result = tree_map(lambda leaf: Pretended(leaf) if isinstance(leaf, Tensor) else leaf, result)
     return return_and_correct_aliasing(func, args, kwargs, result) if here else result
+
+
+def crosses(func, args: tuple, kwargs: dict) -> bool:
+    """Whether the operation copies between the two devices while the host waits."""
+    if func is aten._to_copy.default:
+        to_here = is_here(kwargs["device"]) if kwargs.get("device") is not None else isinstance(args[0], Pretended)
+        return to_here != isinstance(args[0], Pretended) and not kwargs.get("non_blocking")
+    if func is aten.copy_.default:
+        return isinstance(args[0], Pretended) != isinstance(args[1], Pretended) and not any(args[2:])
+    return False
 
 
 class Operations(TorchDispatchMode):

@@ -53,7 +53,7 @@ def diffusion_loss(
 
     The log has loss_simple, loss_vlb and loss, with `learn_logvar` loss_gamma and logvar too.
     """
-    logvar_t = logvar.to(per_sample.device)[t]
+    logvar_t = logvar[t]
     # A Gaussian likelihood with variance exp(logvar_t); with logvar 0 it is DDPM (arXiv 2006.11239) Eq. 14
     weighted = per_sample / logvar_t.exp() + logvar_t
     # DDPM Eq. 12

@@ -106,7 +106,10 @@ class DDPM(DiffusionProcess, pl.LightningModule):
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
-        self.logvar = nn.Parameter(logvar) if learn_logvar else logvar
+        if learn_logvar:
+            self.logvar = nn.Parameter(logvar)
+        else:
+            self.register_buffer("logvar", logvar, persistent=False)
         self.use_ema = use_ema
         self._install(use_ema, ckpt_path)
 
@@ -257,7 +260,8 @@ class DDPM(DiffusionProcess, pl.LightningModule):
             with scope(), fixed_draws(batch_idx, self.device):
                 [(_, parts)] = self.losses([batch])
             parts = {name + suffix: value for name, value in self._prefixed(parts).items()}
-            self.log_dict(parts, on_step=False, on_epoch=True, batch_size=len(batch[self.first_stage_key]))
+            size = len(batch[self.first_stage_key])
+            self.log_dict(parts, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """A step of the optimizer, which the averages follow before any callback saves them."""
@@ -287,6 +291,8 @@ class DDPM(DiffusionProcess, pl.LightningModule):
 
     def optimizers_of(self, groups: Sequence[Mapping[str, Any]], rate: float) -> Any:
         """The config's optimizer over groups of parameters, and its schedule if it has one, as Lightning takes them."""
+        if "lr" in (self.optimizer_config.get("params") or {}):
+            raise InputError("optimizer_config.params.lr: the learning rate is model.base_learning_rate; set it there")
         optimizer = instantiate_from_config(self.optimizer_config, params=groups, lr=rate)
         if self.scheduler_config is None:
             return optimizer

@@ -25,7 +25,7 @@ class DiagonalGaussianDistribution:
         """mean + std * noise; the noise is drawn on the CPU, so that a seed means the same on every device."""
         # Auto-Encoding Variational Bayes (arXiv 1312.6114) Sec. 3
         noise = torch.randn(self.mean.shape, generator=generator)
-        return self.mean + self.std * noise.to(self.mean)
+        return self.mean + self.std * noise.to(self.mean, non_blocking=True)
 
     def mode(self) -> Tensor:
         """The mean."""

@@ -127,7 +127,7 @@ class FrozenCLIPEmbedder(nn.Module):
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
         """Prompts to hidden states [b, max_length, d]."""
-        ids = self.tokenize(text).to(self.transformer.device)
+        ids = self.tokenize(text).to(self.transformer.device, non_blocking=True)
         return self.transformer(input_ids=ids).last_hidden_state
 
     def encode(self, text: str | Sequence[str]) -> Tensor:
