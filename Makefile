@@ -34,7 +34,8 @@ lint: .venv/test.stamp  ## check the style and mend what can be mended
 	.venv/bin/ruff check --fix .
 
 bench: .venv/bench.stamp  ## measure against peers in the same run
-	for name in load start train_step switches caches sample scaling; do $(PY) benchmarks/$$name.py --repeats 2 || exit 1; done
+	for name in load start train_step caches sample scaling; do $(PY) benchmarks/$$name.py --repeats 2 || exit 1; done
+	$(PY) benchmarks/switches.py --repeats 2 --switches "freed memory kept" "library convolutions"
 	$(PY) benchmarks/train_step.py --precision bf16 --repeats 2
 
 clean:  ## remove the environment and everything that tests and builds leave; logs and outputs stay
