@@ -138,12 +138,11 @@ def untuned(config):
 def add_adapters(model, options: argparse.Namespace) -> None:
     from ldm.interchange import dealt, load_any
     from ldm.interchange.custom_diffusion import split_words
+    from ldm.modules.encoders.tokens import load_words
 
     names = dealt(split_words(options.modifier_token), options.adapter_path)
     if options.embedding_path:  # words as they are called in the file, `*` too, as in LDM
-        if not hasattr(model.cond_stage_model, "load_embeddings"):
-            raise InputError("--embedding_path: this model has no text encoder that could learn words")
-        model.cond_stage_model.load_embeddings(options.embedding_path)
+        load_words(model.cond_stage_model, options.embedding_path, "--embedding_path")
     scales = options.adapter_scale or [1.0]
     scales = scales * len(options.adapter_path) if len(scales) == 1 else scales
     for number, (path, scale, words) in enumerate(zip(options.adapter_path, scales, names, strict=True)):

@@ -86,11 +86,8 @@ def _make(make: Callable[[], Callable[[], Any]], threads: int, memory: Callable[
 
 
 def _once() -> float:
-    start = time.perf_counter()
-    _work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return timed(_work, repeats=1, device=device, warm_up=0)[0]
 
 
 def table(

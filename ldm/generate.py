@@ -68,7 +68,7 @@ def generate(
     """
     if settings.sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {settings.sampler!r}: expected {', '.join(SAMPLERS)}")
-    if not hasattr(model, "get_learned_conditioning") or getattr(model, "cond_stage_model", None) is None:
+    if getattr(model, "cond_stage_model", None) is None:
         raise InputError("this model has no text encoder, so that it cannot draw a prompt")
     device = model.betas.device
     half = settings.half and device.type == "cuda"

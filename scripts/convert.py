@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def convert(source: str, output: Path, options: argparse.Namespace) -> str:
     """Read by what the input is, write what is wanted; a line about it. Raises `InputError` where that cannot be."""
-    from ldm.interchange import DELTAS, KINDS, custom_diffusion, diffusers_model, identify, own, read_lora
+    from ldm.interchange import DELTAS, KINDS, custom_diffusion, diffusers_model, identify, own, read_lora, words_in
     from ldm.interchange import LORAS as READ
     from ldm.interchange.command import params_of, read_model, skeleton, write_checkpoint, write_lora
 
@@ -84,7 +84,10 @@ def convert(source: str, output: Path, options: argparse.Namespace) -> str:
         custom_diffusion.write(output, delta, "ldm" if to == "delta" else "diffusers")
         return f"{output}  {len(delta.weights)} weights, words {', '.join(delta.tokens) or 'none'}"
     if to in ("words", "words-ldm"):
-        return write_words(words_of(source, kind, words), output, to)
+        learnt = words_in(source, kind, words)
+        if not learnt:
+            raise InputError(f"{source} holds no learnt words")
+        return write_words(learnt, output, to)
     if to in ("checkpoint", "diffusers-model") and kind in ("checkpoint", "diffusers-model"):
         weights = read_model(source)
         if to == "checkpoint":
@@ -93,19 +96,6 @@ def convert(source: str, output: Path, options: argparse.Namespace) -> str:
             diffusers_model.write_folder(output, weights, params_of(options.config), source)
         return f"{output}  {len(weights)} tensors"
     raise InputError(f"{source} is {KINDS[kind]}: it cannot become {to}")
-
-
-def words_of(source: str, kind: str, words: list[str]) -> dict:
-    """The learnt words of an input of any kind that can have some. Raises `InputError` if it has none."""
-    from ldm.interchange import DELTAS, cloneofsimo, custom_diffusion, embeddings, own
-
-    readers = {"words": embeddings.read, "adapter": own.words}
-    readers |= {kind: lambda path: custom_diffusion.read(path, words).tokens for kind in DELTAS}
-    readers["cloneofsimo"] = lambda path: cloneofsimo.read_safetensors(path).tokens
-    found = readers[kind](source) if kind in readers else {}
-    if not found:
-        raise InputError(f"{source} holds no learnt words")
-    return found
 
 
 def write_words(words: dict, output: Path, to: str) -> str:

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.checkpoints import load_weights, read_weights, save_safetensors  # noqa: E402
+from ldm.models.clip import CLIP  # noqa: E402
 from ldm.train.options import Parser  # noqa: E402
-from ldm.util import InputError, find_file, instantiate_from_config, load_config, run_command  # noqa: E402
+from ldm.util import InputError, instantiate_from_config, load_config, run_command  # noqa: E402
 
 
 def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def averaged_unet(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def clip_weights(checkpoint: str, folder: str) -> dict[str, Tensor]:
     """Both towers out of a run's checkpoint. Raises `InputError` unless they fit the CLIP of `folder`."""
     weights = below(read_weights(checkpoint), "clip.")
-    load_weights(CLIPModel(CLIPConfig.from_pretrained(find_file(folder))), weights, f"--clip {checkpoint}")
+    load_weights(CLIP(folder).clip, weights, f"--clip {checkpoint}")
     return weights
 
 

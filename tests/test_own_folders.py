@@ -7,7 +7,7 @@ from ldm.interchange import custom_diffusion, embeddings
 from ldm.tuning import files
 from ldm.util import InputError, instantiate_from_config, load_config
 from tests.conftest import ROOT
-from tests.test_interchange_scripts import run
+from tests.interchange_models import run
 
 torch.set_num_threads(1)
 MINI = ROOT / "configs/sd-mini"

@@ -127,22 +127,26 @@ def dealt(words: Sequence[str], paths: Sequence[str | Path]) -> list[list[str]]:
 
     Our folders and files of words keep the names they have. Raises `InputError` for too few and too many.
     """
-    held = [_words_of(path) for path in paths] if words else [[] for _ in paths]
-    own = [word for some in held for word in some]
-    if len(own) != len(words):
+    kinds = [identify(path) if words else "" for path in paths]
+    held = [words_in(path, k) if k in (*DELTAS, *LORAS) else {} for path, k in zip(paths, kinds, strict=True)]
+    theirs = [word for some in held for word in some]
+    if len(theirs) != len(words):
         raise InputError(
-            f"{len(words)} words are named ({'+'.join(words)}), the LoRAs and deltas hold {len(own)}: "
-            f"{'+'.join(own) or 'none'}"
+            f"{len(words)} words are named ({'+'.join(words)}), the LoRAs and deltas hold {len(theirs)}: "
+            f"{'+'.join(theirs) or 'none'}"
         )
     names = iter(words)
     return [list(islice(names, len(some))) for some in held]
 
 
-def _words_of(path: str | Path) -> list[str]:
-    kind = identify(path)
-    if kind in DELTAS:
-        return list(custom_diffusion.read(path).tokens)
-    return list(cloneofsimo.read_safetensors(path).tokens) if kind == "cloneofsimo" else []
+def words_in(path: str | Path, kind: str, names: Sequence[str] = ()) -> Mapping[str, Tensor]:
+    """The learnt words in a file or folder of a kind, with their vectors [v, d]; `names` are for those of a delta."""
+    from ldm.interchange import own
+
+    readers = {"words": embeddings.read, "adapter": own.words}
+    readers |= {delta: lambda path: custom_diffusion.read(path, names).tokens for delta in DELTAS}
+    readers["cloneofsimo"] = lambda path: cloneofsimo.read_safetensors(path).tokens
+    return readers[kind](path) if kind in readers else {}
 
 
 def teach(model: nn.Module, tokens: Mapping[str, Tensor], words: Sequence[str] = ()) -> None:

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.data.pictures import find_pictures
+from ldm.modules.encoders.tokens import load_words
 from ldm.train import concepts
 from ldm.train import run as runs
 from ldm.train.run import Run
@@ -68,7 +69,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
 
 def as_run(config: DictConfig, folder: Path, checkpoint: Path | None = None, debug: bool = False) -> Run:
     """The run of a config that is complete: as planned, or as stored in a run's folder."""
-    told, is_custom = config.dreambooth, has_concepts(config)
+    told, is_custom = OmegaConf.merge(DEFAULTS, config.dreambooth), has_concepts(config)
     train = {} if is_custom else config.data.params.train.get("params", {})
     named = train.get("identifier") or train.get("placeholder_token", "sks")
     return Run(
@@ -78,7 +79,7 @@ def as_run(config: DictConfig, folder: Path, checkpoint: Path | None = None, deb
         resume=checkpoint,
         seed=told.seed,
         scale_lr=told.scale_lr,
-        keep_memory=told.get("keep_memory", True),
+        keep_memory=told.keep_memory,
         debug=debug,
         cache=told.cache,
         base_precision=told.base_precision,
@@ -138,11 +139,9 @@ def report(run: Run) -> str:
 def train(run: Run, options: argparse.Namespace) -> pl.Trainer:
     """Load the base model, draw the class pictures that are missing, train, test."""
     model = runs.base_model(run)
-    if words := run.config.dreambooth.get("words"):
-        if not hasattr(model.cond_stage_model, "load_embeddings"):
-            raise InputError(f"{words}: the text encoder {type(model.cond_stage_model).__name__} learns no words")
-        added = model.cond_stage_model.load_embeddings(words)
-        log.info("learnt words %s added to the text encoder", ", ".join(added))
+    if file := run.config.dreambooth.get("words"):
+        words = load_words(model.cond_stage_model, file, "--embedding_manager_ckpt")
+        log.info("learnt words %s added to the text encoder", ", ".join(words))
     if options.num_class_images:
         for folder, caption in class_folders(run.config):
             runs.prepare_class_pictures(run, model, folder, caption, options.num_class_images)

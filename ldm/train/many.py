@@ -231,8 +231,9 @@ def without(config: DictConfig) -> dict[str, Any]:
     common["model"]["params"]["unet_config"]["params"].pop("adapter_config", None)
     common["model"].pop("base_learning_rate", None)
     told = {key: common["dreambooth"].get(key) for key in ("base", "cache", "base_precision")}
-    told |= {"batch_size": common["data"]["params"]["batch_size"], "trainer": common["lightning"].get("trainer")}
-    return {"model": common["model"], "class pictures": common["data"]["params"].get("reg") is not None, **told}
+    data, trainer = common["data"]["params"], plain(OmegaConf.select(config, "lightning.trainer"))
+    told |= {"batch_size": data["batch_size"], "class pictures": data.get("reg") is not None, "trainer": trainer}
+    return {"model": common["model"], **told}
 
 
 def without_pictures(config: DictConfig) -> None:
@@ -306,10 +307,10 @@ def train(parts: list[Run], folder: Path, num_class_images: int = 0) -> pl.Train
     first = parts[0]
     lacking = class_folders(parts) if num_class_images else []
     configs = [adapters_of(part.config) for part in parts]
+    common = without(first.config)
     for part in parts[1:]:
-        if without(part.config) != without(first.config):
+        if differing := [key for key, value in without(part.config).items() if value != common[key]]:
             names = f"{part.folder.name} and {first.folder.name}"
-            differing = [key for key, value in without(part.config).items() if value != without(first.config)[key]]
             raise InputError(
                 f"{names} differ in more than adapters, pictures and learning rates: {', '.join(differing)}"
             )
@@ -319,8 +320,7 @@ def train(parts: list[Run], folder: Path, num_class_images: int = 0) -> pl.Train
     last = folder / "checkpoints" / "last.ckpt"
     group = Run(
         config=shared, folder=folder, base=first.base, resume=last if last.is_file() else None, seed=first.seed,
-        debug=first.debug, base_precision=first.base_precision, cache=first.cache,
-        keep_memory=first.keep_memory,
+        debug=first.debug, base_precision=first.base_precision, cache=first.cache, keep_memory=first.keep_memory,
     )  # fmt: skip
     model = runs.base_model(group)
     for part, pictures, caption in lacking:

@@ -59,7 +59,7 @@ for message in (
     warnings.filterwarnings("ignore", message)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HALVES = {"fp16": ("16", "16-mixed", "16-true"), "bf16": ("bf16", "bf16-mixed", "bf16-true")}
+HALVES = {"fp16": ("16", "16-mixed"), "bf16": ("bf16", "bf16-mixed")}
 
 
 @dataclass
@@ -104,10 +104,10 @@ def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -
         "lightning.callbacks",
         "lightning.modelcheckpoint",
     ):
-        content = OmegaConf.select(config, section, default={})
+        content = OmegaConf.select(config, section)
         if content is None and section.startswith("lightning"):
-            OmegaConf.update(config, section, {})  # `callbacks:` with nothing below it
-        elif not (OmegaConf.is_dict(content) or content == {}):
+            OmegaConf.update(config, section, {})  # left out, or `callbacks:` with nothing below it
+        elif not OmegaConf.is_dict(content):
             raise InputError(f"the section {section!r} of the config must be a mapping, got {short(content)}")
     return config
 

@@ -57,6 +57,13 @@ class NewTokens(nn.Module):
         return torch.where((self.ids >= self.first_id)[..., None], new, output)
 
 
+def load_words(encoder: nn.Module, path: str | Path, option: str) -> list[str]:
+    """Teach a text encoder the words of a file that `option` named; the words. Raises `InputError`."""
+    if not hasattr(encoder, "load_embeddings"):
+        raise InputError(f"{option}: this model has no text encoder that could learn words")
+    return encoder.load_embeddings(path)
+
+
 def read_embeddings(path: str | Path) -> dict[str, Tensor]:
     """Words and their vectors [v, d] from a textual-inversion file.
 
