@@ -77,6 +77,17 @@ def read_object(path: str | Path) -> Any:
     raise InputError(f"{path} is neither a safetensors nor a torch file (it begins with {head[:8]!r})")
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a `.safetensors` file; {} for others."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file

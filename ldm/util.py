@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -189,7 +190,8 @@ def parse_overrides(overrides: Iterable[str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    items = [item.removeprefix("--") for item in overrides]
+    # YAML 1.1 would read a time, 00:12:00:00, as a number of base 60.
+    items = [re.sub(r"=(\d+(?::\d+)+)$", r'="\1"', item.removeprefix("--")) for item in overrides]
     for item in items:
         if "=" not in item or not item.split("=")[0].replace(".", "").replace("_", "").replace("-", "").isalnum():
             raise InputError(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
-from ldm.train.options import Parser  # noqa: E402
+from ldm.train.options import Parser, count, seed_number  # noqa: E402
 from ldm.util import best_device, find_file, load_config, load_model_from_config, run_command  # noqa: E402
 
 
@@ -24,10 +24,10 @@ def parser() -> Parser:
     p.add_argument("--class_word", required=True)
     p.add_argument("--identifier", default="sks")
     p.add_argument("--template", default="photo of a {}", help="caption; {} stands for the subject or its class")
-    p.add_argument("--columns", type=int, default=6, help="pictures in a row")
-    p.add_argument("--steps", type=int, default=25)
+    p.add_argument("--columns", type=count, default=6, help="pictures in a row")
+    p.add_argument("--steps", type=count, default=25)
     p.add_argument("--scale", type=float, default=5.0, help="guidance scale")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed_number, default=0)
     p.add_argument("--device")
     p.add_argument("--out", required=True, metavar="PNG")
     return p

@@ -74,6 +74,8 @@ def convert(source: str, output: Path, options: argparse.Namespace) -> str:
     if to in LORAS and kind in (*READ, "adapter"):
         model = skeleton(options.config)
         lora = read_lora(source, model, options.order)
+        if not lora.layers and to != LORAS[0]:  # cloneofsimo's files may hold words alone
+            raise InputError(f"{source} holds words and no LoRA; write them with --to words")
         write_lora(output, lora, model, to, options.order or "diffusers")
         lost = (
             f"; its words {', '.join(lora.tokens)} are not in it: --to words" if lora.tokens and to != LORAS[0] else ""

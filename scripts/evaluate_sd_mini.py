@@ -120,7 +120,7 @@ def evaluate_clip(options: Any, clip: CLIP) -> None:
 
 
 def sampled(model: Any, prompts: list[str], options: Any, scale: float, first_seed: int = 0) -> Tensor:
-    settings = Settings(steps=options.steps, scale=scale)
+    settings = Settings(steps=options.steps, eta=options.eta, scale=scale)
     seeds = list(range(first_seed, first_seed + len(prompts)))
     return torch.cat([generate(model, prompts[i : i + 40], seeds[i : i + 40], settings)
                       for i in range(0, len(prompts), 40)])  # fmt: skip
@@ -129,7 +129,7 @@ def sampled(model: Any, prompts: list[str], options: Any, scale: float, first_se
 def evaluate_base(options: Any, model: Any, clip: CLIP, held_out: CaptionedPictures) -> None:
     """Grids of prompts, of guidance scales and of new combinations; CLIP-T against that of real pictures."""
     save_grid(sampled(model, PROMPTS, options, options.scale), 10, options.out / "prompts.jpg")
-    settings = Settings(steps=options.steps, scale=options.scale)
+    settings = Settings(steps=options.steps, eta=options.eta, scale=options.scale)
     known = generate(model, KNOWN, [KNOWN_SEED] * len(KNOWN), settings)
     save_grid(known, 10, options.out / "known.jpg")
     by_scale = [sampled(model, [p for p in SCALE_PROMPTS for _ in range(2)], options, s) for s in SCALES]
@@ -161,7 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clip", default="models/sd-mini/clip")
     parser.add_argument("--out", type=Path, default=Path("docs/sd-mini"))
     parser.add_argument("--scale", type=float, default=5.0, help="guidance of the grids")
-    parser.add_argument("--steps", type=int, default=25, help="steps of DDIM")
+    parser.add_argument("--steps", type=int, default=100, help="steps of DDIM")
+    parser.add_argument("--eta", type=float, default=1.0, help="DDIM's noise: with it later steps mend earlier ones")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
 

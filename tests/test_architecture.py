@@ -15,6 +15,7 @@ FLOORS = {
     "ldm.checkpoints": 0,
     "ldm.modules": 1,
     "ldm.lr_scheduler": 1,
+    "ldm.muon": 1,
     "ldm.tuning": 2,
     "ldm.models": 3,
     "ldm.data": 4,

@@ -201,6 +201,24 @@ def test_shares_decide_how_often_a_kind_is_drawn(built):
         CaptionedPictures(built, shares={"drawing": 1.0})
 
 
+def test_emphasis_decides_how_often_a_class_is_drawn(built):
+    shares = {"drawing": 0.5, "photo": 0.5}
+    plain = CaptionedPictures(built, shares=shares)
+    chosen = next(record["class"] for record in plain.records if record["kind"] == "drawing" and record.get("class"))
+    often = CaptionedPictures(built, shares=shares, emphasis={chosen: 4.0})
+
+    def counts(data):
+        drawn = [data.records[row] for row in data.batch(range(4000))["row"]]
+        drawings = [record for record in drawn if record["kind"] == "drawing"]
+        return sum(record["class"] == chosen for record in drawings) / len(drawings), len(drawings) / len(drawn)
+
+    (before, share), (after, share_after) = counts(plain), counts(often)
+    assert after == pytest.approx(4 * before / (1 + 3 * before), abs=0.04) and after > before
+    assert share == pytest.approx(0.5, abs=0.04) and share_after == pytest.approx(0.5, abs=0.04)
+    with pytest.raises(InputError, match="no picture is of the class unicorn"):
+        CaptionedPictures(built, emphasis={"unicorn": 2.0})
+
+
 def test_uniforms_are_uniform_and_counted():
     u = uniforms(7, torch.arange(4000), 16)
     assert torch.equal(uniforms(7, torch.tensor([123]), 16)[0], u[123])

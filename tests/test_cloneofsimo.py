@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from ldm.checkpoints import read_metadata
 from ldm.interchange import cloneofsimo as cs
 from ldm.interchange.layers import find_layers
 from ldm.interchange.lora import Factors, clamped, delta, distilled, from_delta, reduced, selected, weighted_sum
+from ldm.modules.encoders.tokens import read_embeddings
 from ldm.util import InputError
 from tests.helpers import assert_close_to
 
@@ -195,7 +197,7 @@ def test_writing_gives_the_published_files(folder, tmp_path, name):
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[key], ours[key]) and theirs[key].dtype == ours[key].dtype for key in theirs)
     about = facts(folder, "files")[f"{name}.safetensors"]["metadata"]
-    own = cs.metadata_of(tmp_path / "x.safetensors")
+    own = read_metadata(tmp_path / "x.safetensors")
     assert about.keys() == own.keys()
     assert all(sorted(json.loads(about[p])) == sorted(json.loads(own[p])) for p in cs.PARTS)
     assert all(about[key] == own[key] for key in about if key not in cs.PARTS)
@@ -215,6 +217,14 @@ def test_words_of_several_vectors(tmp_path):
     cs.write_safetensors(tmp_path / "x.safetensors", cs.Published({}, {}, words))
     found = cs.read_safetensors(tmp_path / "x.safetensors").tokens
     assert found.keys() == words.keys() and all(torch.equal(found[word], words[word]) for word in words)
+
+
+def test_words_beside_factors_are_read_as_words_alone(tmp_path):
+    factors = {"unet": [Factors(torch.randn(2, 4), torch.randn(4, 2))]}
+    words = {"<a>": torch.randn(3, 4)}
+    cs.write_safetensors(tmp_path / "x.safetensors", cs.Published(factors, {"unet": ["CrossAttention"]}, words))
+    found = read_embeddings(tmp_path / "x.safetensors")
+    assert found.keys() == {"<a>"} and torch.equal(found["<a>"], words["<a>"])
 
 
 def check_same(ours, path):

@@ -9,7 +9,7 @@ from PIL import Image
 
 import sample
 from ldm.modules.diffusionmodules import model, openaimodel
-from ldm.train.compiled import Compiled, compile_module, upsample
+from ldm.train.compiled import ChannelsLast, Compiled, compile_module, upsample
 from ldm.util import InputError
 from tests import tuned_models
 from tests.runs import TINY, last, train
@@ -26,8 +26,9 @@ def test_upsampling_by_repetition_is_the_same(module):
 
 
 def test_an_unknown_part_is_named():
-    with pytest.raises(InputError, match="no such module"):
-        Compiled(["decoder"]).setup(None, torch.nn.Linear(1, 1), "fit")
+    for callback in (Compiled(["decoder"]), ChannelsLast(["decoder"])):
+        with pytest.raises(InputError, match="callback (Compiled|ChannelsLast): Linear has no module 'decoder'"):
+            callback.setup(None, torch.nn.Linear(1, 1), "fit")
 
 
 def test_an_unknown_mode_is_named():
@@ -86,3 +87,17 @@ def test_sampling_with_a_compiled_unet(tmp_path, backend):
         np.asarray(Image.open(tmp_path / name / "samples/00000.png"), int) for name in ("plain", "compiled")
     )
     assert backend.modes == ["default"] and abs(first - second).max() <= 1
+
+
+def test_channels_last_changes_the_layout_and_nothing_else(tmp_path, monkeypatch):
+    held = []
+    change = ChannelsLast.change
+    monkeypatch.setattr(ChannelsLast, "change", lambda self, part: (change(self, part), held.append(part)))
+    last_callback = "lightning.callbacks.last={target: ldm.train.compiled.ChannelsLast, params: {modules: [model]}}"
+    plain, changed = (train(tmp_path, name, "--max_steps", 4, *more) for name, more in
+                      {"plain": [], "changed": [last_callback]}.items())  # fmt: skip
+    (unet,) = held
+    kernels = [weight for weight in unet.parameters() if weight.dim() == 4 and weight.shape[2] > 1]
+    assert kernels and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+    for name, value in last(plain)["state_dict"].items():
+        torch.testing.assert_close(last(changed)["state_dict"][name], value)

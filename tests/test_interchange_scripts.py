@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.checkpoints import read_weights
-from ldm.interchange import custom_diffusion, embeddings, load_any, lora_keys, read_lora
+from ldm.interchange import cloneofsimo, custom_diffusion, embeddings, load_any, lora_keys, read_lora
 from ldm.interchange.lora import delta
 from ldm.interchange.names import UNET
 from ldm.util import InputError
@@ -251,6 +251,15 @@ def test_a_concept_that_was_trained_here_leaves_as_a_delta(base, tmp_path, capsy
     run("inspect_adapter", tmp_path / "own")
     out = capsys.readouterr().out
     assert "CrossAttention {}: 32 tensors" in out and "<new1>: 1 x 24" in out
+
+
+def test_a_word_that_is_no_name_for_a_file(tmp_path):
+    words = {"<a/b>": torch.randn(1, 24), "<a_b>": torch.randn(1, 24)}
+    cloneofsimo.write_safetensors(tmp_path / "words.safetensors", cloneofsimo.Published({}, {}, words))
+    run("convert", tmp_path / "words.safetensors", tmp_path / "out", "--to", "words")
+    files = sorted((tmp_path / "out").iterdir())
+    assert len(files) == 2 and {path.name for path in tmp_path.iterdir()} == {"words.safetensors", "out"}
+    assert set().union(*(embeddings.read(file) for file in files)) == set(words)
 
 
 def test_convert_by_the_published_modes(base, tuned, tmp_path):

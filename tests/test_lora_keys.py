@@ -260,6 +260,11 @@ def test_refusals(model, lora, tmp_path):
     save_file(stray, tmp_path / "x")  # a file out of one of our folders, whose alphas are in the JSON beside it
     with pytest.raises(InputError, match="1 unknown keys, e.g. model.diffusion_model.input_blocks.1.1.proj_in"):
         lora_keys.read(tmp_path / "x", model)
+    save_file(
+        {stem + "lora_A.weight": torch.zeros(0, 320), stem + "lora_B.weight": torch.zeros(320, 0)}, tmp_path / "x"
+    )
+    with pytest.raises(InputError, match=r"attn1.to_q has rank 0, which changes nothing; the file is damaged"):
+        lora_keys.read(tmp_path / "x", model)
     save_file({stem + "hada_w1_a": torch.zeros(2, 320)}, tmp_path / "x")
     with pytest.raises(InputError, match="hada_w1_a"):
         lora_keys.read(tmp_path / "x", model)

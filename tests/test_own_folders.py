@@ -49,6 +49,7 @@ def written(folder, *families, config="inference"):
         ("attn2o-ffni", [LORA], "kohya", "holds 1 position adapters, which no LoRA file can hold"),
         ("attn2o-ffni", [KEYS], "delta", "holds 1 position adapters, which no delta can hold"),
         ("inference", [LORA, WORD, NORMS], "kohya", r"tunes more than LoRA and words \(ldm.tuning.norms.Norms\)"),
+        ("inference", [WORD], "kohya", "holds words and no LoRA; write them with --to words"),
         ("inference", [KEYS, WORD, LORA], "delta", r"tunes more than weights of the cross-attention \(.*lora_A"),
     ],
 )

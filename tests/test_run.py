@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoints import read_weights, save_torch
-from ldm.util import InputError, load_config
+from ldm.util import InputError, load_config, parse_overrides
 from tests.conftest import ROOT
 from tests.runs import (
     TINY,
@@ -127,6 +128,17 @@ def test_several_configs_later_ones_win(tmp_path):
     config = load_config(run / "configs" / "project.yaml")
     assert last(run)["global_step"] == 2
     assert (config.model.base_learning_rate, config.model.params.reg_weight) == (0.5, 0.5)
+
+
+def test_a_time_is_no_number_of_base_60():
+    from ldm.train.options import dreambooth_parser, parse
+
+    words = ["--max_time", "00:12:00:00", "lightning.trainer.max_time=1:02:03:04", "model.params.reg_weight=0.5"]
+    _, options, overrides = parse(dreambooth_parser(""), words)
+    assert options["max_time"] == "00:12:00:00"
+    assert OmegaConf.to_container(parse_overrides(overrides)) == {
+        "lightning": {"trainer": {"max_time": "1:02:03:04"}}, "model": {"params": {"reg_weight": 0.5}},
+    }  # fmt: skip
 
 
 def test_a_run_begun_from_the_config_of_another_keeps_its_words_unless_told_otherwise(tmp_path, trained):

@@ -43,8 +43,9 @@ class CaptionedPictures(Dataset):
 
     path: the tar; split: one name or several; size: h and w in pixels; seed and draw number decide everything random;
     draws: the length of the dataset (default: the number of pictures); shares: by kind, the part of all draws that
-    shows it, e.g. {"drawing": 0.6, "photo": 0.4} (default: by the pictures' weights alone).
-    Raises `InputError` if the file is absent or broken, or has no picture of that split or kind.
+    shows it, e.g. {"drawing": 0.6, "photo": 0.4} (default: by the pictures' weights alone); emphasis: by class, how
+    many times as often as by its weight a picture comes among its kind, e.g. {"animal": 3} (default: 1).
+    Raises `InputError` if the file is absent or broken, or has no picture of that split, kind or class.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class CaptionedPictures(Dataset):
         seed: int = 0,
         draws: int | None = None,
         shares: Mapping[str, float] | None = None,
+        emphasis: Mapping[str, float] | None = None,
     ):
         wanted = {split} if isinstance(split, str) else set(split)
         self.records, pictures = [], []
@@ -68,7 +70,7 @@ class CaptionedPictures(Dataset):
         self.captions = [record["captions"] for record in self.records]
         self._caption_counts = torch.tensor([len(captions) for captions in self.captions])
         self._opaque = torch.tensor([record.get("kind") == "photo" for record in self.records])
-        self._cumulative = torch.cumsum(row_weights(self.records, shares), 0)
+        self._cumulative = torch.cumsum(row_weights(self.records, shares, emphasis or {}), 0)
 
     def __len__(self) -> int:
         return self.draws
@@ -137,9 +139,15 @@ def decode(encoded: bytes, size: int, what: str) -> np.ndarray:
     return np.asarray(image)
 
 
-def row_weights(records: Sequence[Mapping], shares: Mapping[str, float] | None) -> Tensor:
-    """How often each record is drawn, float64 [n]: its own weight, scaled so that each kind gets its share."""
-    weights = torch.tensor([record.get("weight", 1.0) for record in records], dtype=torch.float64)
+def row_weights(
+    records: Sequence[Mapping], shares: Mapping[str, float] | None, emphasis: Mapping[str, float]
+) -> Tensor:
+    """How often each record is drawn, float64 [n]: its weight times its class's, scaled to the share of its kind."""
+    if unknown := set(emphasis) - {record.get("class") for record in records}:
+        raise InputError(f"emphasis: no picture is of the class {', '.join(sorted(unknown))}")
+    weights = torch.tensor(
+        [record.get("weight", 1.0) * emphasis.get(record.get("class"), 1.0) for record in records], dtype=torch.float64
+    )
     if shares is None:
         return weights
     kinds = [record.get("kind") for record in records]

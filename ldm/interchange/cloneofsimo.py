@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import read_object, save_safetensors, save_torch
+from ldm.checkpoints import read_metadata, read_object, save_safetensors, save_torch
 from ldm.interchange import layers
 from ldm.interchange.lora import Factors, Lora, first_of, fitted, folded
+from ldm.modules.encoders.tokens import EMBEDDED, grouped
 from ldm.util import InputError
 
 log = logging.getLogger(__name__)
@@ -48,26 +49,15 @@ class Published:
 # --- files
 
 
-def metadata_of(path: str | Path) -> dict[str, str]:
-    """The metadata of a `.safetensors` file; {} for others."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}
-
-
 def is_published(path: str | Path) -> bool:
     """Whether a `.safetensors` file is one of these."""
-    return any(part in metadata_of(path) for part in PARTS)
+    return any(part in read_metadata(path) for part in PARTS)
 
 
 def read_safetensors(path: str | Path) -> Published:
     """Read a `.safetensors` file. Raises `InputError` where its metadata and its tensors disagree."""
-    tensors, about = read_object(path), metadata_of(path)
-    tokens = {name: tensors.pop(name) for name, kind in about.items() if kind == "<embed>" and name in tensors}
+    tensors, about = read_object(path), read_metadata(path)
+    tokens = {name: tensors.pop(name) for name, kind in about.items() if kind == EMBEDDED and name in tensors}
     factors: dict[str, list[Factors]] = {}
     try:
         for part in PARTS:
@@ -86,15 +76,6 @@ def read_safetensors(path: str | Path) -> Published:
     return Published(factors, classes, grouped(tokens), about.get("order"))
 
 
-def grouped(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Words with their vectors [v, d], by name; `<s>_1`, `<s>_2`, ... are further vectors of `<s>`, as in diffusers."""
-    words: dict[str, list[Tensor]] = {}
-    for name in sorted(tokens, key=lambda name: (len(name), name)):
-        stem, _, number = name.rpartition("_")
-        words.setdefault(stem if number.isdigit() and stem in words else name, []).append(tokens[name].float())
-    return {word: torch.cat([v.reshape(-1, v.shape[-1]) for v in words[word]]) for word in sorted(words)}
-
-
 def write_safetensors(path: str | Path, content: Published) -> None:
     """Write a `.safetensors` file: factors in fp16 with the scale inside `up`, words in fp32."""
     tensors: dict[str, Tensor] = {}
@@ -108,7 +89,7 @@ def write_safetensors(path: str | Path, content: Published) -> None:
     for word, vectors in content.tokens.items():
         for i, vector in enumerate(vectors):  # one vector has one name; further ones as in diffusers
             name = f"{word}_{i}" if i else word
-            tensors[name], about[name] = vector.float(), "<embed>"
+            tensors[name], about[name] = vector.float(), EMBEDDED
     save_safetensors(path, tensors, about)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from ldm.checkpoints import read_object, save_safetensors, save_torch
-from ldm.interchange import cloneofsimo
 from ldm.modules.encoders.tokens import read_embeddings
 from ldm.util import InputError
 
@@ -27,14 +27,8 @@ def looks_like(content: Any) -> bool:
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """Words with their vectors [v, d]. A word called `*` or `emb_params` inside takes the file's own name, `<name>`.
-
-    In a file of cloneofsimo, which may hold words alone, each vector has a name: `<s>`, `<s>_1`, ...
-    """
-    found = read_embeddings(path)
-    if "<embed>" in cloneofsimo.metadata_of(path).values():
-        found = cloneofsimo.grouped(found)
-    content = read_object(path)
+    """Words with their vectors [v, d]. A word called `*` or `emb_params` inside takes the file's own name, `<name>`."""
+    found, content = read_embeddings(path), read_object(path)
     name = content.get("name") if isinstance(content.get("name"), str) else Path(path).stem
     own = name if name.startswith("<") else f"<{name}>"
     return {own if word in (WEB_UI, "emb_params") else word: vectors for word, vectors in found.items()}
@@ -46,7 +40,11 @@ def write_diffusers(path: str | Path, words: Mapping[str, Tensor]) -> list[Path]
     Several words go into a folder, `path`, one file each. Returns the files.
     """
     path = Path(path)
-    files = {path: words} if len(words) == 1 else {path / f"{w.strip('<>')}.safetensors": {w: words[w]} for w in words}
+    names = [re.sub(r"[^\w-]+", "_", word.strip("<>")) for word in words]  # a word may be no name for a file: `<a/b>`
+    if len(set(names)) < len(names):
+        names = [f"{number}-{name}" for number, name in enumerate(names)]
+    several = {path / f"{name}.safetensors": {word: words[word]} for name, word in zip(names, words, strict=True)}
+    files = {path: words} if len(words) == 1 else several
     for file, content in files.items():
         save_safetensors(file, {w: v[0] if len(v) == 1 else v for w, v in content.items()}, {"format": "pt"})
     return list(files)

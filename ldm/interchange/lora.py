@@ -79,6 +79,8 @@ def fitted(factors: Factors, weight: Sequence[int], name: str, source: str) -> F
     """Factors in the shapes that a weight asks for. Raises `InputError` where they belong to another base model."""
     down, up, scale = factors
     inputs = torch.Size(weight[1:]).numel()
+    if not len(down):
+        raise InputError(f"{source}: {name} has rank 0, which changes nothing; the file is damaged")
     if up.flatten(1).shape[1] != len(down):
         raise InputError(
             f"{source}: {name} has rank {len(down)} in its down and {up.flatten(1).shape[1]} in its up factor"

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import read_weights, save_safetensors
-from ldm.interchange.cloneofsimo import metadata_of
+from ldm.checkpoints import read_metadata, read_weights, save_safetensors
 from ldm.interchange.layers import dialects
 from ldm.interchange.lora import Factors, Lora, fitted, folded
 from ldm.interchange.names import UNET
@@ -77,6 +76,8 @@ def read_factors(path: str | Path) -> dict[str, Factors]:
         configurations = _configurations(path)
         for layer, roles in found.items():
             down, up, alpha = roles["down"], roles["up"], roles.get("alpha")
+            if not len(down):
+                raise InputError(f"{path}: {layer} has rank 0, which changes nothing; the file is damaged")
             scale = _scale(plain_name(layer), len(down), configurations) if alpha is None else float(alpha) / len(down)
             factors[layer] = Factors(down, up, scale)
     except (ValueError, TypeError, AttributeError, re.error) as error:
@@ -97,7 +98,7 @@ def _configurations(file: Path) -> dict[str, dict[str, Any]]:
     if file.name in PEFT and beside.is_file():
         return {"": json.loads(beside.read_text())}
     found: dict[str, dict[str, Any]] = {}
-    for key, value in json.loads(metadata_of(file).get("lora_adapter_metadata", "{}")).items():
+    for key, value in json.loads(read_metadata(file).get("lora_adapter_metadata", "{}")).items():
         part, dot, name = key.partition(".")
         found.setdefault(part + dot, {})[name] = value
     return found

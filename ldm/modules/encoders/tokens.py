@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoints import read_object
+from ldm.checkpoints import read_metadata, read_object
 from ldm.util import InputError, short
+
+EMBEDDED = "<embed>"  # how the metadata of cloneofsimo's files mark the tensors that are words
 
 
 class NewTokens(nn.Module):
@@ -67,10 +69,12 @@ def load_words(encoder: nn.Module, path: str | Path, option: str) -> list[str]:
 def read_embeddings(path: str | Path) -> dict[str, Tensor]:
     """Words and their vectors [v, d] from a textual-inversion file.
 
-    Knows the LDM layout (`string_to_param`, arXiv 2208.01618) and a plain mapping from words to vectors (diffusers).
-    Raises `InputError`.
+    Knows the LDM layout (`string_to_param`, arXiv 2208.01618), a plain mapping from words to vectors (diffusers), and
+    the words in a file of cloneofsimo's lora. Raises `InputError`.
     """
-    content = read_object(path)
+    content, about = read_object(path), read_metadata(path)
+    if EMBEDDED in about.values():
+        return grouped({name: content[name] for name, kind in about.items() if kind == EMBEDDED and name in content})
     found: Any = content.get("string_to_param", content) if isinstance(content, Mapping) else None
     found = getattr(found, "_parameters", found)
     if (
@@ -80,3 +84,12 @@ def read_embeddings(path: str | Path) -> dict[str, Tensor]:
     ):
         raise InputError(f"{path} holds no token embeddings: expected words with vectors, got {short(content)}")
     return {word: value.detach().float().reshape(-1, value.shape[-1]) for word, value in found.items()}
+
+
+def grouped(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Words with their vectors [v, d], by name; `<s>_1`, `<s>_2`, ... are further vectors of `<s>`, as in diffusers."""
+    words: dict[str, list[Tensor]] = {}
+    for name in sorted(tokens, key=lambda name: (len(name), name)):
+        stem, _, number = name.rpartition("_")
+        words.setdefault(stem if number.isdigit() and stem in words else name, []).append(tokens[name].float())
+    return {word: torch.cat([v.reshape(-1, v.shape[-1]) for v in words[word]]) for word in sorted(words)}
