@@ -8,11 +8,13 @@ Nothing is left half-written: files and folders are written beside their place a
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import logging
 import os
 import pickle
+import platform
 import re
 import shutil
 import tempfile
@@ -154,8 +156,8 @@ def _inert_globals() -> list[Any]:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a path beside `path` to write a file or a folder to; renames it into place when the block succeeds.
 
-    Whatever happens, a file `path` holds either its old content or the whole new one. A folder is replaced in two
-    steps; a process that is killed between them leaves both in the hidden folder beside it.
+    Whatever happens, `path` holds either its old content or the whole new one. But where the system cannot exchange two
+    folders (Linux can), one takes two steps; a process killed between them leaves both in the hidden folder beside.
     Raises `InputError` where a file would take the place of a folder.
     """
     path = Path(path)
@@ -165,15 +167,24 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         yield holder / path.name
         _flush(holder / path.name)
-        if path.is_dir():  # a folder cannot be replaced in one step: move the old one aside first
+        if path.is_dir():
             if not (holder / path.name).is_dir():
                 raise InputError(f"{path} is a folder: expected the name of a file to write")
+            if _exchanged(holder / path.name, path):
+                return  # what was at `path` goes with the holder
             os.replace(path, old)
         os.replace(holder / path.name, path)
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def _exchanged(one: Path, two: Path) -> bool:
+    """Exchange two paths in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if platform.system() == "Linux" else None
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return renameat2 is not None and not renameat2(here, os.fsencode(one), here, os.fsencode(two), exchange)
 
 
 def _flush(path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import platform
 import sys
 import zipfile
 from contextlib import contextmanager
@@ -257,13 +258,28 @@ def test_a_failure_leaves_the_old_content(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["folder", "old"])
-def test_folders_are_replaced(tmp_path, name):
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_folders_are_replaced(tmp_path, monkeypatch, name, can_exchange):
+    if not can_exchange:
+        monkeypatch.setattr(platform, "system", lambda: "another")
     for content in ("first", "second"):
         with atomic_write(tmp_path / name) as beside:
             beside.mkdir()
             (beside / content).write_text(content)
     assert [p.name for p in (tmp_path / name).iterdir()] == ["second"]
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="only Linux exchanges folders here")
+def test_a_folder_is_exchanged_in_one_step(tmp_path, monkeypatch):
+    """So that nobody, and no process that is killed, ever sees the place empty."""
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(os, "replace", lambda *paths: pytest.fail("a second step"))
+    with atomic_write(tmp_path / "folder") as beside:
+        beside.mkdir()
+        (beside / "new").touch()
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
@@ -286,6 +302,7 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monke
             raise OSError("no space")
         replace(source, target)
 
+    monkeypatch.setattr(platform, "system", lambda: "another")  # one that takes two steps
     monkeypatch.setattr(os, "replace", second_fails)
     with pytest.raises(OSError, match="no space"), atomic_write(tmp_path / "folder") as beside:
         beside.mkdir()
