@@ -7,6 +7,7 @@ from ldm.data.dreambooth import PersonalizedBase
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.train import caches
+from ldm.util import InputError
 from tests.runs import differences, last, pictures, train
 
 
@@ -102,3 +103,12 @@ def test_a_damaged_file_is_rebuilt(kept):
     file.write_bytes(file.read_bytes()[:100])
     assert torch.equal(encode(), first)
     assert torch.equal(encode(), first) and file.stat().st_size > 100
+
+
+def test_a_first_stage_without_a_posterior_is_refused(kept):
+    """Such as a VQ model, which gives latents themselves."""
+    encode, folder, first_stage = kept
+    first_stage.encode = lambda x: x
+    with pytest.raises(InputError, match="AutoencoderKL has no posterior to keep: train with --cache off"):
+        encode()
+    assert not folder.exists()

@@ -195,3 +195,10 @@ def test_refused_image_to_image(model):
             sampler.decode(torch.zeros(1, *SHAPE), None, t, verbose=False)
     with pytest.raises(InputError, match="unknown ddim_discretize"):
         sampler.make_schedule(20, ddim_discretize="cubic")
+
+
+def test_a_model_without_text_refuses_prompts():
+    from ldm.generate import Settings, generate
+
+    with pytest.raises(InputError, match="this model has no text encoder, so that it cannot draw a prompt"):
+        generate(SimpleNamespace(cond_stage_model=None), ["a cat"], [0], Settings())
