@@ -39,18 +39,19 @@ DRAWN = (
 PROMPTS = [f"an emoji of {thing}, {STYLES[i % len(STYLES)]} style" for i, thing in enumerate(DRAWN)]
 PROMPTS += [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in PHOTOS]
 KNOWN_DRAWN = (
-    "a neutral face, flat", "a slightly smiling face, fluent", "a frowning face, noto", "a pouting face, twemoji",
-    "a face with open mouth, twemoji", "a red heart, modern", "an orange heart, fluent", "a red square, modern",
-    "a blue circle, flat", "a yellow circle, twemoji", "a blue square, noto", "an orange square, twemoji",
-    "a strawberry, flat", "a cat face, modern", "a dog face, flat", "a panda, noto", "a tiger face, twemoji",
-    "a tiger face, noto", "a bear, noto", "a monkey face, twemoji", "a woman, flat", "a woman, twemoji",
-    "a man, modern", "a man, noto", "a boy, noto", "an old man, fluent", "a princess, noto",
-    "a police officer, twemoji", "a construction worker, noto", "a raised hand, noto", "a raised hand, flat",
-    "a raised fist, openmoji", "a clock showing three o'clock, modern", "a clock showing nine o'clock, noto",
+    "a crying face, twemoji", "a kissing face, fluent", "a frowning face, flat", "a face with medical mask, modern",
+    "a fearful face, fluent", "a neutral face, flat", "a red heart, modern", "a green heart, noto",
+    "an orange heart, fluent", "a black heart, modern", "a blue circle, flat", "a yellow circle, openmoji",
+    "a blue square, noto", "an orange square, twemoji", "a full moon, modern", "a snowflake, twemoji", "a panda, noto",
+    "a tiger face, twemoji", "a monkey face, fluent", "a bear, flat", "a cow face, fluent", "a koala, flat",
+    "a fox, modern", "a hamster, noto", "a boy, noto", "a man with a beard, modern", "a police officer, twemoji",
+    "a woman with dark skin, fluent", "a thumbs up, flat", "a clock showing nine o'clock, noto",
+    "a green apple, noto", "a strawberry, flat", "the flag of germany, twemoji", "the flag of sweden, fluent",
+    "a car, modern",
 )  # fmt: skip
-KNOWN_PHOTOS = ("an airplane", "a car", "a deer", "a horse", "a ship", "a truck")
+KNOWN_PHOTOS = ("an airplane", "a car", "a horse", "a ship", "a truck")
 KNOWN = [f"an emoji of {thing} style" for thing in KNOWN_DRAWN] + [f"a photo of {thing}" for thing in KNOWN_PHOTOS]
-KNOWN_SEED = 2
+KNOWN_SEED = 1000  # none of the seeds from which the prompts were chosen
 SCALES = (1.0, 3.0, 5.0, 7.5)
 SCALE_PROMPTS = (
     "an emoji of a cat face, noto style", "an emoji of a red apple, fluent style",
@@ -129,9 +130,7 @@ def sampled(model: Any, prompts: list[str], options: Any, scale: float, first_se
 def evaluate_base(options: Any, model: Any, clip: CLIP, held_out: CaptionedPictures) -> None:
     """Grids of prompts, of guidance scales and of new combinations; CLIP-T against that of real pictures."""
     save_grid(sampled(model, PROMPTS, options, options.scale), 10, options.out / "prompts.jpg")
-    settings = Settings(steps=options.steps, eta=options.eta, scale=options.scale)
-    known = generate(model, KNOWN, [KNOWN_SEED] * len(KNOWN), settings)
-    save_grid(known, 10, options.out / "known.jpg")
+    save_grid(sampled(model, KNOWN, options, options.scale, KNOWN_SEED), 10, options.out / "known.jpg")
     by_scale = [sampled(model, [p for p in SCALE_PROMPTS for _ in range(2)], options, s) for s in SCALES]
     save_grid(torch.cat(by_scale), 2 * len(SCALE_PROMPTS), options.out / "guidance.jpg")
     new = sampled(model, [p for p in NEW for _ in range(4)], options, options.scale)
