@@ -42,11 +42,11 @@ KNOWN_DRAWN = (
     "a crying face, twemoji", "a kissing face, fluent", "a frowning face, flat", "a face with medical mask, modern",
     "a fearful face, fluent", "a neutral face, flat", "a red heart, modern", "a green heart, noto",
     "an orange heart, fluent", "a black heart, modern", "a blue circle, flat", "a yellow circle, openmoji",
-    "a blue square, noto", "an orange square, twemoji", "a full moon, modern", "a snowflake, twemoji", "a panda, noto",
-    "a tiger face, twemoji", "a monkey face, fluent", "a bear, flat", "a cow face, fluent", "a koala, flat",
+    "a blue square, noto", "an orange square, twemoji", "a full moon, modern", "a cross mark, twemoji", "a panda, noto",
+    "a tiger face, twemoji", "a monkey face, fluent", "an old man, fluent", "a pouting face, twemoji", "a koala, flat",
     "a fox, modern", "a hamster, noto", "a boy, noto", "a man with a beard, modern", "a police officer, twemoji",
-    "a woman with dark skin, fluent", "a thumbs up, flat", "a clock showing nine o'clock, noto",
-    "a green apple, noto", "a strawberry, flat", "the flag of germany, twemoji", "the flag of sweden, fluent",
+    "a woman with dark skin, fluent", "a purple square, fluent", "a clock showing nine o'clock, noto",
+    "a green apple, noto", "a yellow heart, flat", "a house, twemoji", "the flag of sweden, fluent",
     "a car, modern",
 )  # fmt: skip
 KNOWN_PHOTOS = ("an airplane", "a car", "a horse", "a ship", "a truck")
