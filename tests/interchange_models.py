@@ -8,7 +8,6 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.checkpoints import fill_zeros, save_safetensors
-from ldm.interchange import custom_diffusion
 from ldm.util import instantiate_from_config, load_config
 from tests.conftest import ROOT
 
@@ -57,25 +56,6 @@ def unet_output(model, seed=1):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 4, 8, 8, generator=generator)
     return model.model.diffusion_model(x, torch.tensor([321]), model.get_learned_conditioning([PROMPT]))
-
-
-def saved_base(folder):
-    """A small model as a checkpoint, with its config: both paths and the model."""
-    config = small_config(folder / "clip")
-    OmegaConf.save(config, folder / "config.yaml")
-    model = small_model(config)
-    return save(model, folder / "model.safetensors"), folder / "config.yaml", model
-
-
-def random_delta(model):
-    """A delta of Custom Diffusion beside a model, with the word `<new1>`."""
-    generator = torch.Generator().manual_seed(3)
-    weights = {
-        name: value + 0.1 * torch.randn(value.shape, generator=generator)
-        for name, value in model.state_dict().items()
-        if custom_diffusion.COMPRESSED.search(name)
-    }
-    return custom_diffusion.Delta(weights, {"<new1>": torch.randn(1, 24, generator=generator)})
 
 
 def run(name, *args):

@@ -75,16 +75,19 @@ def shaped(down: Tensor, up: Tensor, weight: Sequence[int], scale: float = 1.0) 
     return Factors(down.reshape(len(down), *weight[1:]), up.reshape(*up.shape[:2], *ones), scale)
 
 
+def rank_of(down: Tensor, name: str, source: str) -> int:
+    """The rank of a layer's down factor [r, ...]. Raises `InputError` for rank 0."""
+    if not len(down):
+        raise InputError(f"{source}: {name} has rank 0, which changes nothing; the file is damaged")
+    return len(down)
+
+
 def fitted(factors: Factors, weight: Sequence[int], name: str, source: str) -> Factors:
     """Factors in the shapes that a weight asks for. Raises `InputError` where they belong to another base model."""
     down, up, scale = factors
-    inputs = torch.Size(weight[1:]).numel()
-    if not len(down):
-        raise InputError(f"{source}: {name} has rank 0, which changes nothing; the file is damaged")
-    if up.flatten(1).shape[1] != len(down):
-        raise InputError(
-            f"{source}: {name} has rank {len(down)} in its down and {up.flatten(1).shape[1]} in its up factor"
-        )
+    inputs, rank = torch.Size(weight[1:]).numel(), rank_of(down, name, source)
+    if up.flatten(1).shape[1] != rank:
+        raise InputError(f"{source}: {name} has rank {rank} in its down and {up.flatten(1).shape[1]} in its up factor")
     if down.flatten(1).shape[1] != inputs or len(up) != weight[0]:
         raise InputError(
             f"{source} was made for another base model: {name} changes a weight of "

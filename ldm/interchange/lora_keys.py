@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import read_metadata, read_weights, save_safetensors
 from ldm.interchange.layers import dialects
-from ldm.interchange.lora import Factors, Lora, fitted, folded
+from ldm.interchange.lora import Factors, Lora, fitted, folded, rank_of
 from ldm.interchange.names import UNET
 from ldm.util import InputError
 
@@ -76,9 +76,8 @@ def read_factors(path: str | Path) -> dict[str, Factors]:
         configurations = _configurations(path)
         for layer, roles in found.items():
             down, up, alpha = roles["down"], roles["up"], roles.get("alpha")
-            if not len(down):
-                raise InputError(f"{path}: {layer} has rank 0, which changes nothing; the file is damaged")
-            scale = _scale(plain_name(layer), len(down), configurations) if alpha is None else float(alpha) / len(down)
+            rank = rank_of(down, layer, str(path))
+            scale = _scale(plain_name(layer), rank, configurations) if alpha is None else float(alpha) / rank
             factors[layer] = Factors(down, up, scale)
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise InputError(f"{path}: PEFT's configuration is damaged ({error!r})") from None

@@ -18,7 +18,7 @@ from ldm.util import InputError
 from tests import interchange_models
 from tests.conftest import ROOT
 from tests.helpers import assert_close_to
-from tests.interchange_models import random_delta, run, saved_base
+from tests.interchange_models import run
 from tests.test_lora_keys import random_lora, same
 from tests.test_position_sums import saved as saved_adapter
 
@@ -33,21 +33,6 @@ SCRIPTS = [
     "convert",
     "merge_adapters",
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return saved_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def lora(base):
-    return random_lora(base[2], ["attn1", "attn2", "ff.net.0", "self_attn"], rank=2)
-
-
-@pytest.fixture
-def tuned(base):
-    return random_delta(base[2])
 
 
 def published(golden, script):
