@@ -6,8 +6,8 @@ python main_dream_booth.py --base configs/sd-inject-dreambooth/attn2o-ffni.yaml 
 
 from __future__ import annotations
 
+from ldm.cli import run_command
 from ldm.train.options import dreambooth_parser, parse
-from ldm.util import run_command
 
 
 def main(argv: list[str] | None = None) -> None:

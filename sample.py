@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm.train.options import Parser, add_compile, seed_number
+from ldm.cli import Parser, add_compile, seed_number
 from ldm.util import InputError, load_model_from_config, run_command  # noqa: F401 (users import the loader from here)
 
 
@@ -64,8 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     prompts = read_prompts(options)
 
     from ldm import generate
+    from ldm.config import find_file, load_config
+    from ldm.devices import best_device
     from ldm.train.compiled import compile_module
-    from ldm.util import best_device, find_file, load_config
 
     model = load_model_from_config(untuned(load_config(find_file(options.config))), options.ckpt, verbose=True)
     model.to(best_device(options.device))

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from common import parser, table, timed
 
-from ldm.checkpoints import skip_init
+from ldm.config import find_file, instantiate_from_config, load_config
+from ldm.models.building import skip_init
 from ldm.modules.adapter_files import half_base
 from ldm.modules.encoded import EncodedPictures, EncodedPrompts
-from ldm.util import find_file, instantiate_from_config, load_config
 
 CONFIG = "configs/sd-inject-dreambooth/attn2o-ffni.yaml"
 

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from common import parser, table, timed
 
-from ldm.checkpoints import read_weights, save_safetensors, save_torch, skip_init
-from ldm.util import find_file, instantiate_from_config, load_config, load_model_from_config
+from ldm.checkpoints import read_weights, save_safetensors, save_torch
+from ldm.config import find_file, instantiate_from_config, load_config
+from ldm.models.building import skip_init
+from ldm.util import load_model_from_config
 
 CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 

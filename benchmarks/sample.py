@@ -14,9 +14,9 @@ import torch
 from common import can_compute, parser, table, timed
 from train_step import fill
 
-from ldm.checkpoints import skip_init
+from ldm.config import find_file, instantiate_from_config, load_config
+from ldm.models.building import skip_init
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.util import find_file, instantiate_from_config, load_config
 
 CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 

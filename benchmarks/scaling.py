@@ -16,10 +16,10 @@ from collections.abc import Callable
 import torch
 from common import machine, parser, timed
 
+from ldm.config import find_file, load_config, plain
 from ldm.modules.adapters import read_adapter_config
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.shares import attach_shares
-from ldm.util import find_file, load_config, plain
 
 CONFIG = "configs/sd-mini/attn2o-ffni.yaml"
 ROUTES = ("attn2o-ffni", "attn1i-transo", "ffni-transo", "attn1o-attn2i", "attn2i-ffni", "ffno-transo", "attn1i-ffni")

@@ -20,11 +20,11 @@ import torch
 from common import can_compute, in_turns, parser, table
 from torch.nn import functional as F
 
-from ldm.checkpoints import skip_init
+from ldm.config import find_file, load_config, plain
+from ldm.models.building import skip_init
 from ldm.modules.adapter_files import adapter_tensors, half_base
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.train.memory import keep_freed_memory
-from ldm.util import find_file, load_config, plain
 
 CONFIG = "configs/sd-inject-dreambooth/attn2o-ffni.yaml"
 

@@ -1,8 +1,7 @@
 """Floor 0: every read and write of weights.
 
 Weights are untrusted: pickles are read with `weights_only=True`, nothing else is ever unpickled. Files are
-memory-mapped and models are built without initialising what is then overwritten, so that loading costs about what
-reading costs.
+memory-mapped.
 Nothing is left half-written: files and folders are written beside their place and renamed.
 """
 
@@ -19,17 +18,15 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from ldm.util import InputError, find_file, first_line, instantiate_from_config, short
+from ldm.errors import InputError, first_line, short
 
 log = logging.getLogger(__name__)
 
@@ -219,76 +216,7 @@ def save_json(path: str | Path, content: Any) -> None:
         beside.write_text(json.dumps(content, indent=2) + "\n")
 
 
-# --- building models and filling them -------------------------------------------------------------------------------
-
-
-class skip_init(TorchFunctionMode):
-    """Within this context modules are built with uninitialised parameters: the caller overwrites every one of them.
-
-    `load_weights` does, and calls `reset_parameters` for those that it was allowed to miss.
-    """
-
-    INITS = ("torch.nn.init", "transformers.initialization")  # transformers puts its functions in the place of torch's
-    FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) in self.INITS:
-            return (kwargs or {}).get("tensor", args[0] if args else None)
-        if func in self.FILLS and isinstance(args[0], nn.Parameter):
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-def load_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], source: str, may_lack: Callable[[str], bool] = lambda name: False
-) -> None:
-    """Put `weights` into a model, without copying where the dtype is the model's.
-
-    Names that the model does not have (EMA copies, bookkeeping) are left out. Buffers may be absent: the model has
-    computed its own, or does so when its `weights_loaded(names of what is absent)` is called at the end. Parameters may
-    be absent if `may_lack(name)`; their modules are then initialised by `reset_parameters`.
-    Raises `InputError`, with the first few names, if other parameters are absent or shapes differ.
-    """
-    parameters = dict(model.named_parameters())
-    dtypes = {name: value.dtype for name, value in (*parameters.items(), *model.named_buffers())}
-    try:
-        result = model.load_state_dict(weights, strict=False, assign=True)
-    except RuntimeError as error:
-        wrong = re.findall(
-            r"size mismatch for ([^:]+): .*?shape (?:torch\.Size\()?(\[.*?\]).*?model is (?:torch\.Size\()?(\[.*?\])",
-            str(error),
-        )
-        if not wrong:
-            raise
-        name, theirs, ours = wrong[0]
-        raise InputError(
-            f"{source} does not fit this config: {name} has shape {theirs}, the model wants {ours} "
-            f"({len(wrong)} such); use the config that the checkpoint was made with"
-        ) from None
-    lacking = [name for name in result.missing_keys if name in parameters]
-    unexpected = [name for name in lacking if not may_lack(name)]
-    if unexpected:
-        raise InputError(
-            f"{source} lacks {len(unexpected)} of {len(parameters)} weights ({', '.join(unexpected[:3])}, ...); "
-            "expected a checkpoint of the model in this config"
-        )
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if value.dtype != dtypes[name]:
-            value.data = value.data.to(dtypes[name])
-    reset(model, {name for name in lacking if is_adapter(name) or not is_added(name)})
-    if hasattr(model, "weights_loaded"):
-        model.weights_loaded(set(result.missing_keys))
-
-
-def reset(model: nn.Module, names: set[str]) -> None:
-    """Initialise the named parameters, by the outermost module that has `reset_parameters` and owns only such ones."""
-    left = set(names)
-    for prefix, module in model.named_modules():
-        owned = {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()}
-        if owned & left and owned <= names and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-            left -= owned
-    assert not left, f"no module can initialise {sorted(left)}"
+# --- what a name says, and a digest of weights -----------------------------------------------------------------------
 
 
 def is_adapter(name: str) -> bool:
@@ -299,72 +227,6 @@ def is_adapter(name: str) -> bool:
 def is_added(name: str) -> bool:
     """Whether a state-dict name is of something that tuning put beside the base: adapters, LoRA, new tokens."""
     return is_adapter(name) or re.search(r"(^|\.)((lora|hada|lokr|oft|boft)_\w+|new_tokens)\.", name) is not None
-
-
-BASE_IS_COMING: ContextVar[bool] = ContextVar("BASE_IS_COMING", default=False)
-
-
-@contextmanager
-def base_is_coming() -> Iterator[None]:
-    """Within this context models are built without their tuning, which starts from weights that are loaded afterwards.
-
-    Whoever has loaded them calls `model.tune()`.
-    """
-    token = BASE_IS_COMING.set(True)
-    try:
-        yield
-    finally:
-        BASE_IS_COMING.reset(token)
-
-
-def build_model(config: Mapping, ckpt: str | Path | None, random_seed: int | None = None) -> nn.Module:
-    """The model of a config with the weights of a checkpoint, or with seeded random ones where `ckpt` is None.
-
-    `config` is a whole config (its `model` is built). What its tuning adds starts fresh. Raises `InputError`.
-    """
-    if "model" not in config:
-        raise InputError(f"the config has no 'model' section; its keys are {list(config)}")
-    if ckpt is None:
-        with torch.random.fork_rng(devices=[]), base_is_coming():
-            torch.manual_seed(random_seed or 0)
-            model = instantiate_from_config(config["model"])
-            fill_zeros(model)
-        reset(model, set(filter(is_adapter, dict(model.named_parameters()))))
-    else:
-        weights = read_weights(ckpt)
-        with skip_init(), base_is_coming():
-            model = instantiate_from_config(config["model"])
-        load_weights(model, weights, source=str(ckpt), may_lack=is_added)
-    if hasattr(model, "tune"):
-        model.tune()
-    return model
-
-
-def fill_zeros(model: nn.Module) -> None:
-    """Give a random base what training would: layers that start at zero block every gradient; draw N(0, 1/fan_in)."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and not is_adapter(name) and not parameter.detach().any():
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-
-
-def choose_checkpoint(config: Mapping, given: str | None) -> tuple[str | None, int | None]:
-    """Which checkpoint to start from: the one given, else the config's `checkpoint: {path, random_seed}`.
-
-    Returns (path, None), or (None, seed) where the config's own file is absent and it allows a random base.
-    Raises `InputError` where there is neither.
-    """
-    if given:
-        return given, None
-    own = config.get("checkpoint") or {}
-    if own.get("path") and find_file(own["path"]).is_file():
-        return str(find_file(own["path"])), None
-    absent = f"{own['path']} does not exist" if own.get("path") else "the config names no checkpoint"
-    if own.get("random_seed") is not None:
-        log.warning("%s: starting from random base weights (seed %s)", absent, own["random_seed"])
-        return None, int(own["random_seed"])
-    raise InputError(
-        f"{absent}: name a .ckpt or .safetensors file with --actual_resume (training) or --ckpt (sampling)"
-    )
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

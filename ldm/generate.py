@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from ldm.checkpoints import atomic_write
 from ldm.data.class_images import missing_class_images
+from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.text_once import text_once
-from ldm.util import InputError
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 
-from ldm.util import InputError
+from ldm.errors import InputError
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
-from ldm.train.options import Parser, count, seed_number  # noqa: E402
-from ldm.util import best_device, find_file, load_config, load_model_from_config, run_command  # noqa: E402
+from ldm.cli import (  # noqa: E402
+    Parser,
+    count,
+    run_command,  # noqa: E402
+    seed_number,
+)
+from ldm.config import find_file, load_config  # noqa: E402
+from ldm.devices import best_device  # noqa: E402
+from ldm.util import load_model_from_config  # noqa: E402
 
 
 def parser() -> Parser:

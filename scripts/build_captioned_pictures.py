@@ -17,13 +17,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.checkpoints import atomic_write  # noqa: E402
+from ldm.cli import (
+    Parser,  # noqa: E402
+    run_command,  # noqa: E402
+)
 from ldm.data.build.archive import write_records  # noqa: E402
 from ldm.data.build.assemble import all_drawings, drawing_records, photo_records  # noqa: E402
 from ldm.data.build.packages import PACKAGES, fetch  # noqa: E402
 from ldm.data.build.splits import split_drawings  # noqa: E402
 from ldm.data.build.subjects import write_subjects  # noqa: E402
-from ldm.train.options import Parser  # noqa: E402
-from ldm.util import run_command  # noqa: E402
 
 log = logging.getLogger("build_captioned_pictures")
 

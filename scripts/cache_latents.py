@@ -15,9 +15,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.cli import (
+    Parser,  # noqa: E402
+    run_command,  # noqa: E402
+)
+from ldm.config import find_file, instantiate_from_config, load_config  # noqa: E402
 from ldm.data.latents import save_latents  # noqa: E402
-from ldm.train.options import Parser  # noqa: E402
-from ldm.util import best_device, find_file, instantiate_from_config, load_config, run_command  # noqa: E402
+from ldm.devices import best_device  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,7 +21,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.checkpoints import atomic_write  # noqa: E402
+from ldm.cli import (  # noqa: E402
+    Parser,
+    count,
+    run_command,  # noqa: E402
+    seed_number,
+)
+from ldm.config import load_config, plain  # noqa: E402
 from ldm.data.pictures import find_pictures, read_picture, to_tensor  # noqa: E402
+from ldm.errors import InputError  # noqa: E402
 from ldm.evaluate.kept import class_folder, kept  # noqa: E402
 from ldm.evaluate.metrics import agreement, cosines, mean_and_error, similarity_to  # noqa: E402
 from ldm.evaluate.subjects import class_word_of  # noqa: E402
@@ -30,8 +38,8 @@ from ldm.interchange import load_any  # noqa: E402
 from ldm.models.clip import CLIP  # noqa: E402
 from ldm.train import dreambooth  # noqa: E402
 from ldm.train.callbacks import EpochReport  # noqa: E402
-from ldm.train.options import Parser, count, dreambooth_parser, parse, seed_number  # noqa: E402
-from ldm.util import InputError, load_config, load_model_from_config, plain, run_command  # noqa: E402
+from ldm.train.options import dreambooth_parser, parse  # noqa: E402
+from ldm.util import load_model_from_config  # noqa: E402
 
 PART = ["model.params.train_level=[]", "model.params.unet_config.params.adapter_config=null"]
 # name: (config, overrides, the word that stands for the subject)

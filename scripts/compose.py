@@ -13,8 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
-from ldm.train.options import Parser  # noqa: E402
-from ldm.util import InputError, run_command  # noqa: E402
+from ldm.cli import (
+    Parser,  # noqa: E402
+    run_command,  # noqa: E402
+)
+from ldm.errors import InputError  # noqa: E402
 
 MOST = 200  # captions read of each file
 
@@ -55,11 +58,12 @@ def read_lines(path: str) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
 
-    from ldm.checkpoints import load_weights, skip_init
+    from ldm.config import instantiate_from_config
+    from ldm.devices import best_device
     from ldm.interchange import custom_diffusion
     from ldm.interchange.command import params_of, read_model, to_be_written
     from ldm.interchange.compose import compose
-    from ldm.util import best_device, instantiate_from_config
+    from ldm.models.building import load_weights, skip_init
 
     paths, categories = options.paths.split("+"), options.categories.split("+")
     folder = "_".join(categories).replace(" ", "-")

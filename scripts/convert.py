@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
-from ldm.util import InputError, run_command  # noqa: E402
+from ldm.cli import run_command  # noqa: E402
+from ldm.errors import InputError  # noqa: E402
 
 LORAS = ("cloneofsimo", "cloneofsimo-pt", "diffusers", "kohya")
 TARGETS = (*LORAS, "delta", "delta-diffusers", "words", "words-ldm", "checkpoint", "diffusers-model")
@@ -28,9 +29,9 @@ MODES = ("diffuser-to-webui", "compvis-to-webui", "compvis-to-diffuser", "diffus
 
 
 def parser() -> argparse.ArgumentParser:
+    from ldm.cli import Parser
     from ldm.interchange.command import add_common
     from ldm.interchange.layers import ORDERS
-    from ldm.train.options import Parser
 
     p = Parser(description=__doc__)
     p.add_argument("paths", nargs="*", metavar="INPUT OUTPUT")

@@ -18,6 +18,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.cli import (  # noqa: E402
+    Parser,
+    count,
+    run_command,  # noqa: E402
+    seed_number,
+)
+from ldm.config import find_file, load_config, plain  # noqa: E402
 from ldm.data.dreambooth import PersonalizedBase  # noqa: E402
 from ldm.evaluate.figures import save_grid  # noqa: E402
 from ldm.evaluate.kept import class_folder, kept  # noqa: E402
@@ -26,8 +33,8 @@ from ldm.evaluate.subjects import class_word_of  # noqa: E402
 from ldm.generate import Settings, generate  # noqa: E402
 from ldm.models.clip import CLIP  # noqa: E402
 from ldm.train import dreambooth  # noqa: E402
-from ldm.train.options import Parser, count, dreambooth_parser, parse, seed_number  # noqa: E402
-from ldm.util import find_file, load_config, load_model_from_config, plain, run_command  # noqa: E402
+from ldm.train.options import dreambooth_parser, parse  # noqa: E402
+from ldm.util import load_model_from_config  # noqa: E402
 
 
 def trained(subject: Path, word: str, options: argparse.Namespace) -> Path:

@@ -18,13 +18,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.cli import (
+    Parser,  # noqa: E402
+    run_command,  # noqa: E402
+)
+from ldm.config import load_config  # noqa: E402
 from ldm.data.captioned import CaptionedPictures  # noqa: E402
 from ldm.evaluate.figures import save_grid  # noqa: E402
 from ldm.evaluate.metrics import agreement, mean_and_error, pairwise_similarity, psnr, retrieval  # noqa: E402
 from ldm.generate import Settings, generate  # noqa: E402
 from ldm.models.clip import CLIP  # noqa: E402
-from ldm.train.options import Parser  # noqa: E402
-from ldm.util import load_config, load_model_from_config, run_command  # noqa: E402
+from ldm.util import load_model_from_config  # noqa: E402
 
 STYLES = ("noto", "twemoji", "fluent", "flat", "modern", "openmoji")
 PHOTOS = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -10,8 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
-from ldm.train.options import Parser  # noqa: E402
-from ldm.util import run_command  # noqa: E402
+from ldm.cli import (
+    Parser,  # noqa: E402
+    run_command,  # noqa: E402
+)
 
 
 def parser() -> Parser:

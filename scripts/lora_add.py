@@ -22,15 +22,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
-from ldm.util import InputError, run_command  # noqa: E402
+from ldm.cli import run_command  # noqa: E402
+from ldm.errors import InputError  # noqa: E402
 
 MODES = ("lpl", "ljl", "sum", "upl", "upl-ckpt-v2")
 PATHS = ("path_1", "path_2", "output_path")
 
 
 def parser() -> argparse.ArgumentParser:
+    from ldm.cli import Parser, boolean
     from ldm.interchange.command import add_common
-    from ldm.train.options import Parser, boolean
 
     p = Parser(description=__doc__)
     p.add_argument("paths", nargs="*", metavar="PATH_1 PATH_2 OUTPUT_PATH")

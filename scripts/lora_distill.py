@@ -13,14 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
-from ldm.util import InputError, run_command  # noqa: E402
+from ldm.cli import run_command  # noqa: E402
+from ldm.errors import InputError  # noqa: E402
 
 MODELS = ("target_model", "base_model")
 
 
 def parser() -> argparse.ArgumentParser:
+    from ldm.cli import Parser
     from ldm.interchange.command import add_common
-    from ldm.train.options import Parser
 
     p = Parser(description=__doc__)
     p.add_argument("models", nargs="*", metavar="TARGET_MODEL BASE_MODEL", help="checkpoints or diffusers folders")
@@ -40,10 +41,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    from ldm.devices import best_device
     from ldm.interchange import cloneofsimo, layers
     from ldm.interchange.command import dashes, in_order, read_model, skeleton, to_be_written, write_lora
     from ldm.interchange.lora import Lora, distilled
-    from ldm.util import best_device
 
     options = parser().parse_args(dashes(sys.argv[1:] if argv is None else argv))
     paths = in_order(options.models, {name: getattr(options, name) for name in MODELS}, " ".join(MODELS))

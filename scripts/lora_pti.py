@@ -17,7 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
-from ldm.util import InputError, run_command  # noqa: E402
+from ldm.cli import run_command  # noqa: E402
+from ldm.errors import InputError  # noqa: E402
 
 PATHS = ("instance_data_dir", "pretrained_model_name_or_path", "output_dir")
 TEMPLATES = {
@@ -45,7 +46,7 @@ IGNORED = ("color_jitter", "sample_batch_size", "cached_latents", "mask_temperat
 
 
 def parser() -> argparse.ArgumentParser:
-    from ldm.train.options import Parser, boolean, seed_number
+    from ldm.cli import Parser, boolean, seed_number
 
     p = Parser(description=__doc__, allow_abbrev=False)
     p.add_argument("--instance_data_dir", required=True, help="photographs of the subject")

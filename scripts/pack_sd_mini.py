@@ -16,10 +16,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.checkpoints import load_weights, read_weights, save_safetensors  # noqa: E402
+from ldm.checkpoints import read_weights, save_safetensors  # noqa: E402
+from ldm.cli import (
+    Parser,  # noqa: E402
+    run_command,  # noqa: E402
+)
+from ldm.config import instantiate_from_config, load_config  # noqa: E402
+from ldm.errors import InputError  # noqa: E402
+from ldm.models.building import load_weights  # noqa: E402
 from ldm.models.clip import CLIP  # noqa: E402
-from ldm.train.options import Parser  # noqa: E402
-from ldm.util import InputError, instantiate_from_config, load_config, run_command  # noqa: E402
 
 
 def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

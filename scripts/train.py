@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
+from ldm.cli import run_command  # noqa: E402
 from ldm.train.options import parse, parser  # noqa: E402
-from ldm.util import run_command  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,9 +21,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.checkpoints import atomic_write  # noqa: E402
+from ldm.cli import (
+    Parser,  # noqa: E402
+    run_command,  # noqa: E402
+)
 from ldm.data.captioned import background_words  # noqa: E402
-from ldm.train.options import Parser  # noqa: E402
-from ldm.util import InputError, run_command  # noqa: E402
+from ldm.errors import InputError  # noqa: E402
 
 log = logging.getLogger("train_tokenizer")
 

@@ -7,8 +7,9 @@ import sys
 import torch
 from omegaconf import OmegaConf
 
-from ldm.checkpoints import fill_zeros, save_safetensors
-from ldm.util import instantiate_from_config, load_config
+from ldm.checkpoints import save_safetensors
+from ldm.config import instantiate_from_config, load_config
+from ldm.models.building import fill_zeros
 from tests.conftest import ROOT
 
 PROMPT = "a photo of a cat in the jungle"

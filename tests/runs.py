@@ -111,7 +111,8 @@ def pixels(path: Path) -> torch.Tensor:
 
 def tiny_model(*overrides: str) -> SimpleNamespace:
     """The model of the tiny config on its seeded random base."""
-    from ldm.util import load_config, load_model_from_config
+    from ldm.config import load_config
+    from ldm.util import load_model_from_config
 
     return load_model_from_config(load_config(TINY, overrides))
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ldm.util import find_file
+from ldm.config import find_file
 from tests.conftest import ROOT
 
 

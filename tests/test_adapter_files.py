@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ldm.checkpoints import save_torch
+from ldm.errors import InputError
 from ldm.modules.adapter_files import adapter_tensors, describe
 from ldm.modules.adapters import tapped_blocks
-from ldm.util import InputError
 from tests.test_adapters import both, conv, mlp, run, unet
 
 

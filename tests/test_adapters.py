@@ -6,11 +6,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.checkpoints import is_adapter
+from ldm.errors import InputError
 from ldm.modules.adapter_files import adapter_tensors, describe
 from ldm.modules.adapters import BottleneckConv, BottleneckMLP, attach_adapters, read_adapter_config, tapped_blocks
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
-from ldm.util import InputError
 
 UNET = {
     "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "attention_resolutions": [1],

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoints import skip_init
+from ldm.errors import InputError
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.building import skip_init
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
-from ldm.util import InputError
 from tests.helpers import assert_close_to
 
 NO_LOSS = {"target": "torch.nn.Identity"}

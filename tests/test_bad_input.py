@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from ldm.checkpoints import read_weights, save_torch
-from ldm.util import InputError, instantiate_from_config, load_config
+from ldm.config import instantiate_from_config, load_config
+from ldm.errors import InputError
 from tests.runs import TINY, command, main_dream_booth, pictures, tiny_model
 
 UNET = "model.params.unet_config"

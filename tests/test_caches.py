@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ldm.data.dreambooth import PersonalizedBase
+from ldm.errors import InputError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.train import caches
-from ldm.util import InputError
 from tests.runs import differences, last, pictures, train
 
 

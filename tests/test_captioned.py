@@ -15,7 +15,7 @@ from ldm.data.build.subjects import write_subjects
 from ldm.data.build.words import article, class_word, drawing_captions, photo_captions, phrase
 from ldm.data.captioned import COLOURS, CaptionedPictures, draw_backgrounds, uniforms
 from ldm.data.sampling import as_draws
-from ldm.util import InputError
+from ldm.errors import InputError
 
 CATS = ["grinning_cat", "crying_cat", "pouting_cat", "kissing_cat", "weary_cat"]
 THINGS = ["robot", "house", "pizza", "green_apple", "kite", "anchor", "violin", "balloon", "bus", "cactus"]

@@ -16,18 +16,16 @@ from torch import nn
 
 from ldm.checkpoints import (
     atomic_write,
-    build_model,
-    choose_checkpoint,
     fingerprint,
     is_adapter,
-    load_weights,
     read_object,
     read_weights,
     save_safetensors,
     save_torch,
-    skip_init,
 )
-from ldm.util import InputError, load_config
+from ldm.config import load_config
+from ldm.errors import InputError
+from ldm.models.building import build_model, choose_checkpoint, load_weights, skip_init
 from tests.runs import TINY, tiny_model
 
 

@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 
+from ldm.config import find_file
 from ldm.data.captioned import compose
+from ldm.errors import InputError
 from ldm.models.clip import CLIP, contrastive_loss
-from ldm.util import InputError, find_file
 from tests.helpers import assert_close_to
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ldm.checkpoints import read_metadata
+from ldm.errors import InputError
 from ldm.interchange import cloneofsimo as cs
 from ldm.interchange.layers import find_layers
 from ldm.interchange.lora import Factors, clamped, delta, distilled, from_delta, reduced, selected, weighted_sum
 from ldm.modules.encoders.tokens import read_embeddings
-from ldm.util import InputError
 from tests.helpers import assert_close_to
 
 torch.set_num_threads(1)

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 import sample
+from ldm.errors import InputError
 from ldm.modules.diffusionmodules import model, openaimodel
 from ldm.train.compiled import ChannelsLast, Compiled, compile_module, upsample
-from ldm.util import InputError
 from tests import tuned_models
 from tests.runs import TINY, last, train
 

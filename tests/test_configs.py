@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from ldm.util import ALIASES, get_obj_from_str, load_config
+from ldm.config import ALIASES, get_obj_from_str, load_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ALL = sorted(CONFIGS.rglob("*.yaml"))

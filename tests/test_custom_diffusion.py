@@ -7,11 +7,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from ldm.checkpoints import skip_init
+from ldm.config import instantiate_from_config, load_config
 from ldm.data.custom import LARGE, OBJECT_TEMPLATES, SMALL, MaskBase, read_concepts
+from ldm.errors import InputError
+from ldm.models.building import skip_init
 from ldm.models.diffusion.ddpm import LatentDiffusion, mask_of
 from ldm.train.datamodule import DataModuleFromConfig
-from ldm.util import InputError, instantiate_from_config, load_config
 from tests import runs
 from tests.conftest import ROOT
 from tests.helpers import assert_close_to

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.errors import InputError
 from ldm.interchange import custom_diffusion as cd
 from ldm.interchange.compose import compose, solve
 from ldm.interchange.custom_diffusion import LowRank
-from ldm.util import InputError
 from tests import interchange_models
 from tests.helpers import assert_close_to
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from ldm.config import load_config
+from ldm.errors import InputError
 from ldm.interchange import diffusers_model, names
-from ldm.util import InputError, load_config
 from tests import interchange_models
 from tests.conftest import ROOT
 from tests.helpers import assert_close_to

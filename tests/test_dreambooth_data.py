@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ldm.config import instantiate_from_config
 from ldm.data import dreambooth
 from ldm.data.dreambooth import DreamBoothPairs, PersonalizedBase
 from ldm.data.pictures import find_pictures, read_picture, to_tensor
 from ldm.data.sampling import ResumableBatches
-from ldm.util import InputError, instantiate_from_config
+from ldm.errors import InputError
 from tests.helpers import assert_close_to
 
 

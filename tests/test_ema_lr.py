@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ldm.lr_scheduler
+from ldm.errors import InputError
 from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler, LambdaWarmUpCosineScheduler2
 from ldm.modules.ema import LitEma
-from ldm.util import InputError
 from tests.helpers import assert_close_to
 
 

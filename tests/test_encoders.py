@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.errors import InputError
 from ldm.modules.encoders.modules import BERTEmbedder, ClassEmbedder, FrozenCLIPEmbedder
-from ldm.util import InputError
 
 
 def test_bert_names_are_those_of_the_released_text_to_image_model():

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from ldm.errors import InputError
 from ldm.evaluate.kept import class_folder, kept
 from ldm.evaluate.subjects import class_word_of
-from ldm.util import InputError
 from scripts import compare_families, evaluate_dreambooth
 from tests.runs import TINY, pictures
 

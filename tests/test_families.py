@@ -9,9 +9,10 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.checkpoints import read_weights
+from ldm.config import load_config
+from ldm.errors import InputError
 from ldm.tuning import choose, families, files
 from ldm.tuning.full import ByName
-from ldm.util import InputError, load_config
 from tests import runs
 from tests.conftest import ROOT
 from tests.helpers import assert_close_to

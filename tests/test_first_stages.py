@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from ldm.config import instantiate_from_config
+from ldm.errors import InputError
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel, VQModelInterface
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.adversarial import hinge_d_loss, vanilla_d_loss
 from ldm.modules.losses.vqperceptual import measure_perplexity
 from ldm.train.callbacks import ImageLogger
-from ldm.util import InputError, instantiate_from_config
 from tests.helpers import assert_close_to
 
 needs_taming = pytest.mark.skipif(

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ldm.checkpoints import load_weights, skip_init
+from ldm.config import instantiate_from_config, load_config
+from ldm.errors import InputError
+from ldm.models.building import load_weights, skip_init
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import InputError, instantiate_from_config, load_config
 from tests.conftest import ROOT
 from tests.helpers import assert_close_to
 

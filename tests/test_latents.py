@@ -7,10 +7,11 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from ldm.checkpoints import save_torch
+from ldm.config import instantiate_from_config, load_config
 from ldm.data.build.archive import write_records
 from ldm.data.latents import CachedLatents, save_latents
 from ldm.data.sampling import as_draws
-from ldm.util import InputError, instantiate_from_config, load_config
+from ldm.errors import InputError
 from scripts import cache_latents
 
 

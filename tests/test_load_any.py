@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import sample
+from ldm.errors import InputError
 from ldm.interchange import cloneofsimo, custom_diffusion, dealt, embeddings, identify, load_any, lora_keys, own
 from ldm.interchange.lora import Lora, delta
 from ldm.interchange.names import UNET
 from ldm.tuning import choose, files
-from ldm.util import InputError
 from tests import interchange_models
 from tests.helpers import assert_close_to
 from tests.test_lora_keys import random_lora, same

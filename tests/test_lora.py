@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ldm.errors import InputError
 from ldm.tuning import files
 from ldm.tuning.lora import KINDS, TEXT_ATTENTION, UNET_ATTENTION, LoRA, merge, wrapped
-from ldm.util import InputError
 from tests.helpers import assert_close_to
 from tests.tuned_models import UNET, answer, base_weights, batch, family, model, shake
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldm.config import load_config
+from ldm.errors import InputError
 from ldm.interchange import apply, cloneofsimo, diffusers_model, identify, layers, lora_keys, read_lora
 from ldm.interchange.inspection import describe
 from ldm.interchange.lora import Factors, Lora, delta, fitted
 from ldm.interchange.names import TEXT, UNET
-from ldm.util import InputError, load_config
 from tests import interchange_models
 from tests.conftest import ROOT
 from tests.helpers import assert_close_to

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
+from ldm.config import instantiate_from_config
+from ldm.errors import InputError
 from ldm.interchange import cloneofsimo
 from ldm.interchange.command import skeleton
 from ldm.interchange.lora import delta
-from ldm.util import InputError, instantiate_from_config
 from tests.conftest import ROOT
 from tests.runs import TINY, pictures
 
@@ -30,11 +31,12 @@ def arguments(tmp_path, *more):
     if not config.exists():
         from omegaconf import OmegaConf
 
-        from ldm.checkpoints import build_model, save_safetensors
+        from ldm.checkpoints import save_safetensors
+        from ldm.models.building import build_model
 
         plain = {"defaults": str(TINY), "model": {"params": {"unet_config": {"params": {"adapter_config": None}}}}}
         OmegaConf.save(OmegaConf.create(plain), config)
-        from ldm.util import load_config
+        from ldm.config import load_config
 
         save_safetensors(base, build_model(load_config(config), None, 0).state_dict())
     photos = pictures(tmp_path / "photos", 2)

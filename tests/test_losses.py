@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.errors import InputError
 from ldm.models.diffusion.losses import diffusion_loss, dreambooth_loss, min_snr_weight, simple_loss
 from ldm.models.diffusion.schedule import ddpm_buffers
 from ldm.modules.diffusionmodules.schedules import make_beta_schedule
-from ldm.util import InputError
 from tests.helpers import assert_close_to
 
 BUFFERS = ddpm_buffers(make_beta_schedule("linear", 1000, linear_start=0.00085, linear_end=0.012))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.errors import InputError
 from ldm.train.many import ManyRuns
-from ldm.util import InputError
 from tests.runs import TINY, differences, find_run, last, pictures, train
 
 CPU = ["--accelerator", "cpu"]

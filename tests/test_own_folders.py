@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from ldm.config import instantiate_from_config, load_config
+from ldm.errors import InputError
 from ldm.interchange import custom_diffusion, embeddings
 from ldm.tuning import files
-from ldm.util import InputError, instantiate_from_config, load_config
 from tests.conftest import ROOT
 from tests.interchange_models import run
 

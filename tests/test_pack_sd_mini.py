@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-from ldm.util import InputError, find_file
+from ldm.config import find_file
+from ldm.errors import InputError
 from scripts.pack_sd_mini import averaged_unet, main
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm.data.class_images import missing_class_images
 from ldm.data.pictures import INTERPOLATIONS, find_pictures, fit_square, read_picture, to_tensor
-from ldm.util import InputError
+from ldm.errors import InputError
 from tests.helpers import assert_close_to
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

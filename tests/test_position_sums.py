@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from ldm.errors import InputError
 from ldm.interchange import position
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.util import InputError
 from tests.helpers import assert_close_to
 
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.util import instantiate_from_config, load_config, plain
+from ldm.config import instantiate_from_config, load_config, plain
 from tests.conftest import ROOT
 
 LATENT = sorted((ROOT / "configs/latent-diffusion").glob("*.yaml"))

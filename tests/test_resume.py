@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ldm.checkpoints import read_object
+from ldm.errors import InputError
 from ldm.train.resume import SaveRun
-from ldm.util import InputError
 from tests.runs import arguments, command, differences, find_run, last, resume, start, train
 
 # The tiny config has 4 photographs, shown 3 times: 12 batches in an epoch.

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoints import read_weights, save_torch
-from ldm.util import InputError, load_config, parse_overrides
+from ldm.config import load_config, parse_overrides
+from ldm.errors import InputError
 from tests.conftest import ROOT
 from tests.runs import (
     TINY,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler, ddim
 from ldm.models.diffusion.sampling import Step, keep_known
-from ldm.util import InputError
 from tests.analytic import SAMPLERS, SHAPE, Model, exact_denoiser
 from tests.helpers import assert_close_to
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.guidance import guided
 from ldm.models.diffusion.sampling import draw
-from ldm.util import InputError
 from tests.analytic import SAMPLERS, SHAPE, Model, exact_denoiser
 from tests.helpers import assert_close_to
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.errors import InputError
 from ldm.models.diffusion.schedule import ddpm_buffers
 from ldm.modules.diffusionmodules.schedules import (
     make_beta_schedule,
@@ -15,7 +16,6 @@ from ldm.modules.diffusionmodules.schedules import (
     make_ddim_timesteps,
 )
 from ldm.modules.diffusionmodules.util import timestep_embedding
-from ldm.util import InputError
 from tests.helpers import assert_close_to
 
 TOLERANCE = 1e-6

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from ldm.checkpoints import read_weights
+from ldm.config import find_file, load_config
 from ldm.data.captioned import COLOURS, compose, decode
 from ldm.evaluate.metrics import psnr
 from ldm.generate import Settings, generate
 from ldm.models.clip import CLIP
-from ldm.util import find_file, load_config, load_model_from_config
+from ldm.util import load_model_from_config
 
 FOLDER = find_file("models/sd-mini")
 SUBJECTS = find_file("examples/subjects")

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from ldm.config import find_file
 from ldm.models.clip import CLIP
-from ldm.util import find_file
 from scripts.evaluate_dreambooth import measure, parser
 
 SUBJECT = find_file("examples/subjects") / "noto_woman"

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ldm.checkpoints import save_torch
+from ldm.errors import InputError
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokens import read_embeddings
-from ldm.util import InputError
 from tests.conftest import ROOT
 
 MINI = ROOT / "models/sd-mini/clip"

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from ldm.errors import InputError
 from ldm.tuning.cross_attention import ModifierTokens
 from ldm.tuning.textual_inversion import released_table, word_ids
-from ldm.util import InputError
 from tests.tuned_models import base_weights, family, model, train
 
 TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"

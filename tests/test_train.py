@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldm.util import InputError
+from ldm.errors import InputError
 from scripts.train import main
 from tests.conftest import ROOT
 from tests.runs import TINY, events, find_run, pictures

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm.checkpoints import skip_init
+from ldm.models.building import skip_init
 from ldm.modules.adapter_files import adapter_tensors
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from tests.helpers import assert_close_to

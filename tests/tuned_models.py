@@ -5,7 +5,8 @@ from functools import cache
 
 import torch
 
-from ldm.checkpoints import build_model, save_safetensors
+from ldm.checkpoints import save_safetensors
+from ldm.models.building import build_model
 from tests.conftest import ROOT
 
 UNET = {

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.util import InputError, explain
+from ldm.errors import InputError, explain
 
 log = logging.getLogger(__name__)
 

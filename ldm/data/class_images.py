@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ldm.data.pictures import is_picture
-from ldm.util import InputError
+from ldm.errors import InputError
 
 
 def missing_class_images(folder: str | Path, n: int) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.pictures import INTERPOLATIONS, find_pictures, fit_square, normalize, read_picture
-from ldm.util import InputError, short
+from ldm.errors import InputError, short
 
 Item = dict[str, Any]
 

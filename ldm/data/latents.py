@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ldm.checkpoints import read_weights, save_safetensors
 from ldm.data.captioned import uniforms
-from ldm.util import InputError, explain
+from ldm.errors import InputError, explain
 
 
 class CachedLatents(Dataset):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm.util import InputError, first_line, short
+from ldm.errors import InputError, first_line, short
 
 log = logging.getLogger(__name__)
 

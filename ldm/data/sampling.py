@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ldm.util import InputError
+from ldm.errors import InputError
 
 
 class ResumableBatches(Sampler[list[int]]):

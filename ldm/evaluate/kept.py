@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import save_json
-from ldm.util import explain
+from ldm.errors import explain
 
 
 def kept(file: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ldm.util import explain
+from ldm.errors import explain
 
 
 def class_word_of(subject: Path) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ldm.checkpoints import is_adapter, read_object
+from ldm.errors import InputError, short
 from ldm.interchange import apply, cloneofsimo, custom_diffusion, diffusers_model, embeddings, lora_keys
 from ldm.interchange.lora import Lora
-from ldm.util import InputError, short
 
 KINDS = {
     "adapter": "a folder that training wrote here: position adapters and/or other families",

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import InputError
 from ldm.interchange import lora as loras
 from ldm.interchange.lora import Lora
-from ldm.util import InputError
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import read_metadata, read_object, save_safetensors, save_torch
+from ldm.errors import InputError
 from ldm.interchange import layers
 from ldm.interchange.lora import Factors, Lora, first_of, fitted, folded
 from ldm.modules.encoders.tokens import EMBEDDED, grouped
-from ldm.util import InputError
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.checkpoints import is_adapter, load_weights, read_weights, save_safetensors, save_torch, skip_init
+from ldm.checkpoints import is_adapter, read_weights, save_safetensors, save_torch
+from ldm.config import find_file, instantiate_from_config, load_config
+from ldm.errors import InputError
 from ldm.interchange import cloneofsimo, diffusers_model, layers, lora_keys
 from ldm.interchange.lora import Lora
-from ldm.util import InputError, find_file, instantiate_from_config, load_config
+from ldm.models.building import load_weights, skip_init
 
 BASE = "configs/stable-diffusion/v1-inference.yaml"
 

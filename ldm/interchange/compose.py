@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.errors import InputError
 from ldm.interchange.custom_diffusion import COMPRESSED, Delta, whole
-from ldm.util import InputError
 
 
 def solve(weight: Tensor, regular: Tensor, target: Tensor, values: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints import read_object, save_torch
+from ldm.errors import InputError, short
 from ldm.interchange.names import (
     TEXT,
     UNET,
@@ -26,7 +27,6 @@ from ldm.interchange.names import (
     translate_all,
     unet_table,
 )
-from ldm.util import InputError, short
 
 EMBEDDINGS = TEXT + "text_model.embeddings.token_embedding.weight"
 NEW_TOKENS = "cond_stage_model.new_tokens.vectors."

@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ldm.checkpoints import atomic_write, is_added, read_weights, save_json, save_safetensors
+from ldm.config import find_file, plain
+from ldm.errors import InputError
 from ldm.interchange import layers
 from ldm.interchange.names import (
     TEXT,
@@ -25,7 +27,6 @@ from ldm.interchange.names import (
     vae_table,
 )
 from ldm.modules.encoders.modules import CLIP_VIT_L_14
-from ldm.util import InputError, find_file, plain
 
 log = logging.getLogger(__name__)
 

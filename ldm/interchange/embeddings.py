@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ldm.checkpoints import read_object, save_safetensors, save_torch
+from ldm.errors import InputError
 from ldm.modules.encoders.tokens import read_embeddings
-from ldm.util import InputError
 
 WEB_UI = "*"  # what LDM's files and web UIs call the word inside; the word itself is then the name of the file
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ldm.checkpoints import is_adapter
+from ldm.config import instantiate_from_config
 from ldm.interchange.names import TEXT, UNET, layout_of, translate, unet_table
-from ldm.util import instantiate_from_config
 
 KINDS = (nn.Linear, nn.Conv2d)
 # Classes here whose counterpart in diffusers, which published files name, is called otherwise.

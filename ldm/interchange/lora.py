@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.util import InputError
+from ldm.errors import InputError
 
 
 class Factors(NamedTuple):

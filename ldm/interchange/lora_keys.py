@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import read_metadata, read_weights, save_safetensors
+from ldm.errors import InputError
 from ldm.interchange.layers import dialects
 from ldm.interchange.lora import Factors, Lora, fitted, folded, rank_of
 from ldm.interchange.names import UNET
-from ldm.util import InputError
 
 # Ends of keys: of PEFT and recent diffusers, of kohya, of earlier diffusers' text encoder, layers and processors.
 ROLES = {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import is_added, read_weights
+from ldm.errors import InputError
 from ldm.interchange.custom_diffusion import NEW_TOKENS, SAVED, Delta
 from ldm.interchange.lora import Factors, Lora, weighted_sum
 from ldm.modules.adapter_files import read_config
@@ -22,7 +23,6 @@ from ldm.tuning import choose
 from ldm.tuning.files import TUNED
 from ldm.tuning.lora import LoRA
 from ldm.tuning.textual_inversion import TextualInversion
-from ldm.util import InputError
 
 LORA = "ldm.tuning.lora.LoRA"
 WHOLE = "lora_add --mode upl-ckpt-v2 puts all of it into a model"  # what to do instead

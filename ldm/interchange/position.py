@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints import atomic_write, save_json, save_safetensors
+from ldm.errors import InputError
 from ldm.modules.adapter_files import CONFIG, TENSORS, read_config, read_tensors
 from ldm.modules.adapters import KINDS
-from ldm.util import InputError
 
 Folder = tuple[dict[str, Any], dict[str, Tensor]]  # adapter_config.json and the tensors
 FIRST = {"transformer_adp_config": "adapter_inout", "resblock_adp_config": "adapter"}

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.checkpoints import load_weights, read_weights
+from ldm.checkpoints import read_weights
+from ldm.config import instantiate_from_config
+from ldm.errors import InputError, explain
+from ldm.models.building import load_weights
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.losses.adversarial import from_taming
-from ldm.util import InputError, explain, instantiate_from_config
 
 
 class FirstStage(pl.LightningModule):

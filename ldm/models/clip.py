@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.checkpoints import atomic_write, load_weights, read_weights
-from ldm.util import InputError, find_file, instantiate_from_config
+from ldm.checkpoints import atomic_write, read_weights
+from ldm.config import find_file, instantiate_from_config
+from ldm.errors import InputError
+from ldm.models.building import load_weights
 
 
 class CLIP(pl.LightningModule):

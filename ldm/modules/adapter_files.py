@@ -12,18 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import (
-    atomic_write,
-    fingerprint,
-    is_adapter,
-    is_added,
-    read_weights,
-    save_json,
-    save_safetensors,
-)
+from ldm.checkpoints import atomic_write, fingerprint, is_adapter, is_added, read_weights, save_json, save_safetensors
+from ldm.errors import InputError
 from ldm.modules.adapters import ENTRY, FORMS, KINDS, check_entry, tapped_blocks
 from ldm.modules.taps import Route, TappedBlock
-from ldm.util import InputError
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.config import plain
+from ldm.errors import InputError, short
 from ldm.modules.taps import TappedBlock
-from ldm.util import InputError, plain, short
 
 # `method` in the YAML. The published code calls ReLU `default`.
 ACTIVATIONS = {"relu": F.relu, "sig": F.sigmoid, "silu": F.silu, "ident": lambda x: x, "default": F.relu}

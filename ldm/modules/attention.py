@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.errors import InputError
 from ldm.modules.diffusionmodules.convolution import Conv2d
 from ldm.modules.diffusionmodules.util import checkpoint, zero_module
 from ldm.modules.taps import TappedBlock
-from ldm.util import InputError
 
 
 class CrossAttention(nn.Module):

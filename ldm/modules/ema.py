@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable
 import torch
 from torch import Tensor, nn
 
-from ldm.util import InputError
+from ldm.errors import InputError
 
 
 class LitEma(nn.Module):

@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from ldm.util import InputError
+from ldm.errors import InputError
 
 Tap = Callable[[str, Tensor], Tensor]
 

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from ldm.checkpoints import fingerprint, read_weights, save_safetensors
 from ldm.data.dreambooth import PersonalizedBase
 from ldm.data.encoded import EncodedDraws
+from ldm.errors import InputError
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoded import EncodedPictures, EncodedPrompts
 from ldm.train.datamodule import DataModuleFromConfig
-from ldm.util import InputError
 
 log = logging.getLogger(__name__)
 

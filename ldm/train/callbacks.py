@@ -14,7 +14,8 @@ import pytorch_lightning as pl
 import torch
 
 from ldm import generate
-from ldm.util import InputError, forked_rng
+from ldm.devices import forked_rng
+from ldm.errors import InputError
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from ldm.cli import COMPILE_MODES
+from ldm.errors import InputError
 from ldm.modules.diffusionmodules import model, openaimodel
-from ldm.train.options import COMPILE_MODES
-from ldm.util import InputError
 
 
 class ChannelsLast(pl.Callback):

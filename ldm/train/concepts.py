@@ -9,8 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config import get_obj_from_str, parameters_of
 from ldm.data.custom import CONCEPT, read_concepts
-from ldm.util import InputError, get_obj_from_str, parameters_of
+from ldm.errors import InputError
 
 log = logging.getLogger(__name__)
 

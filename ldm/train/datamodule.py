@@ -10,10 +10,11 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.config import instantiate_from_config
 from ldm.data.custom import Concepts
 from ldm.data.dreambooth import DreamBoothPairs
 from ldm.data.sampling import ResumableBatches, as_draws
-from ldm.util import InputError, instantiate_from_config
+from ldm.errors import InputError
 
 
 class DataModuleFromConfig(pl.LightningDataModule):

@@ -10,12 +10,13 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config import get_obj_from_str, parameters_of
 from ldm.data.pictures import find_pictures
+from ldm.errors import InputError
 from ldm.modules.encoders.tokens import load_words
 from ldm.train import concepts
 from ldm.train import run as runs
 from ldm.train.run import Run
-from ldm.util import InputError, get_obj_from_str, parameters_of
 
 log = logging.getLogger(__name__)
 

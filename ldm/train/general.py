@@ -9,10 +9,11 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import OmegaConf
 
+from ldm.config import instantiate_from_config
+from ldm.errors import InputError
 from ldm.train import run as runs
 from ldm.train.concepts import takes
 from ldm.train.run import Run
-from ldm.util import InputError, instantiate_from_config
 
 DEFAULTS = {"seed": 23, "scale_lr": False, "keep_memory": True}
 

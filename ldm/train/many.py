@@ -19,7 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.config import get_obj_from_str, instantiate_from_config, load_config, parse_overrides, plain
 from ldm.data.dreambooth import DreamBoothPairs
+from ldm.devices import forked_rng
+from ldm.errors import InputError
 from ldm.models.diffusion.losses import dreambooth_loss
 from ldm.modules import adapter_files
 from ldm.modules.adapters import read_adapter_config
@@ -33,15 +36,6 @@ from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.options import TRAINER_OPTIONS, dreambooth_parser
 from ldm.train.resume import SaveRun, gathered, own_of
 from ldm.train.run import Run
-from ldm.util import (
-    InputError,
-    forked_rng,
-    get_obj_from_str,
-    instantiate_from_config,
-    load_config,
-    parse_overrides,
-    plain,
-)
 
 BLOCKS = {"transformer_adp_config": BasicTransformerBlock, "resblock_adp_config": ResBlock}
 ADAPTERS = "model.params.unet_config.params.adapter_config"

@@ -5,50 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ldm.util import InputError, parse_overrides, plain
-
-TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
-
-
-def boolean(text: str) -> bool:
-    """argparse type for `True`, `no`, `1`, ..."""
-    if text.lower() not in (*TRUE, *FALSE):
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return text.lower() in TRUE
-
-
-def seed_number(text: str) -> int:
-    """argparse type for a seed that torch, numpy and Lightning all take."""
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2**32 - 1}, got {text!r}")
-    return int(text)
-
-
-def count(text: str) -> int:
-    """argparse type for how many, at least one."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that shows descriptions as they are written, and whose complaints are one line."""
-
-    def __init__(self, *args: Any, formatter_class: Any = argparse.RawDescriptionHelpFormatter, **options: Any) -> None:
-        super().__init__(*args, formatter_class=formatter_class, **options)
-
-    def error(self, message: str) -> None:
-        raise InputError(f"{message}; see --help")
-
-
-# torch.compile's: with `reduce-overhead` a GPU replays CUDA graphs instead of being told kernel by kernel.
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-
-
-def add_compile(group: argparse._ArgumentGroup) -> None:
-    """The option `--compile [MODE]`."""
-    group.add_argument("--compile", nargs="?", const="default", choices=COMPILE_MODES,
-                       help="torch.compile the UNet; with reduce-overhead a GPU replays CUDA graphs")  # fmt: skip
+from ldm.cli import Parser, add_compile, boolean, seed_number
+from ldm.config import parse_overrides, plain
+from ldm.errors import InputError
 
 
 def parser(description: str, several: bool = False) -> Parser:

@@ -16,8 +16,8 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ldm.checkpoints import read_object, save_torch
+from ldm.errors import InputError
 from ldm.tuning import files
-from ldm.util import InputError
 
 log = logging.getLogger(__name__)
 

@@ -23,26 +23,19 @@ from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from ldm.checkpoints import atomic_write, build_model, choose_checkpoint, is_added
+from ldm.checkpoints import atomic_write, is_added
+from ldm.config import find_file, instantiate_from_config, load_config, parse_overrides, plain
 from ldm.data.class_images import missing_class_images
+from ldm.devices import best_device
+from ldm.errors import InputError, explain, short
 from ldm.generate import Settings, fill_class_folder
+from ldm.models.building import build_model, choose_checkpoint
 from ldm.modules.adapter_files import half_base
 from ldm.train import caches
 from ldm.train.callbacks import EpochReport, ImageLogger
 from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.memory import keep_freed_memory
 from ldm.train.resume import RandomStates, SafeCheckpointIO, SaveRun
-from ldm.util import (
-    InputError,
-    best_device,
-    explain,
-    find_file,
-    instantiate_from_config,
-    load_config,
-    parse_overrides,
-    plain,
-    short,
-)
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ldm.util import InputError, get_obj_from_str, instantiate_from_config, plain, short
+from ldm.config import get_obj_from_str, instantiate_from_config, plain
+from ldm.errors import InputError, short
 
 # `train_level` of the published YAML files, as shorthand.
 LEVELS = {

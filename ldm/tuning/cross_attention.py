@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from ldm.errors import InputError
 from ldm.tuning.full import ByName
 from ldm.tuning.textual_inversion import TextualInversion, word_ids
-from ldm.util import InputError
 
 # `freeze_model` of the published YAML names what is *not* frozen.
 PARTS = {"crossattn-kv": r"\.attn2\.to_[kv]\.weight$", "crossattn": r"\.attn2\."}

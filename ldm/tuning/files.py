@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import atomic_write, is_adapter, is_added, read_weights, save_json, save_safetensors
+from ldm.errors import InputError
 from ldm.modules import adapter_files
 from ldm.tuning import Chosen, choose, shares
-from ldm.util import InputError
 
 TUNED = "tuned.safetensors"
 UNET = "model.diffusion_model."

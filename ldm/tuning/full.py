@@ -7,8 +7,8 @@ import re
 from torch import nn
 
 from ldm.checkpoints import is_adapter, is_added
+from ldm.errors import InputError
 from ldm.tuning import named
-from ldm.util import InputError
 
 
 class ByName:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import InputError
 from ldm.tuning import named
-from ldm.util import InputError
 
 # kind: peft's configuration, and our words for rank, alpha and dropout in its words (None: it has no such thing).
 KINDS: dict[str, tuple[str, tuple[str, str | None, str], dict[str, Any]]] = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.util import InputError, short
+from ldm.errors import InputError, short
 
 
 class TextualInversion:

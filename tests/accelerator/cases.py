@@ -9,10 +9,11 @@ from tests.accelerator.pretended import DEVICE, NAME, pretended, waits  # first:
 
 import main_dream_booth  # isort: skip
 from ldm import generate
+from ldm.config import find_file, load_config
 from ldm.interchange import load_any
 from ldm.train import run as runs
 from ldm.tuning import files
-from ldm.util import find_file, load_config, load_model_from_config
+from ldm.util import load_model_from_config
 from tests.helpers import assert_close_to
 
 FAMILIES = ("attn2o-ffni", "resi-reso", "lora-dora", "textual-inversion-pivotal", "custom-diffusion-finetune")

@@ -11,10 +11,10 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.checkpoints import read_weights
+from ldm.errors import InputError
 from ldm.interchange import cloneofsimo, custom_diffusion, embeddings, load_any, lora_keys, read_lora
 from ldm.interchange.lora import delta
 from ldm.interchange.names import UNET
-from ldm.util import InputError
 from tests import interchange_models
 from tests.conftest import ROOT
 from tests.helpers import assert_close_to

@@ -6,10 +6,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from ldm.checkpoints import read_weights
+from ldm.errors import InputError
 from ldm.interchange import cloneofsimo, custom_diffusion, diffusers_model, embeddings, lora_keys, read_lora
 from ldm.interchange.lora import Lora, delta, weighted_sum
 from ldm.interchange.names import UNET
-from ldm.util import InputError
 from tests import interchange_models
 from tests.helpers import assert_close_to
 from tests.interchange_models import run

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.build.emoji import Emoji, plain_code
-from ldm.util import InputError
+from ldm.errors import InputError
 
 
 @dataclass(frozen=True)

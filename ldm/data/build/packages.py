@@ -8,7 +8,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.util import InputError, first_line
+from ldm.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ldm.config import plain
+from ldm.errors import InputError
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import InputError, plain
 
 
 class CustomDiffusion(LatentDiffusion):

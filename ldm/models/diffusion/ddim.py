@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.errors import InputError
 from ldm.models.diffusion.guidance import Denoise
 from ldm.models.diffusion.sampling import Blend, Draw, Generators, LatentSampler, Progress, Step, draw, unchanged
-from ldm.util import InputError
 
 
 def ddim(

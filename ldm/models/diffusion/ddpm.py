@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import BASE_IS_COMING
+from ldm.config import instantiate_from_config
+from ldm.errors import InputError
+from ldm.models.building import BASE_IS_COMING
 from ldm.models.diffusion.pixels import DDPM, DiffusionWrapper, mask_of  # noqa: F401 (LDM has them here)
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.tuning import Chosen, families, freeze_rest, shares, trainable
-from ldm.util import InputError, instantiate_from_config
 
 
 class LatentDiffusion(DDPM):

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.errors import InputError
 from ldm.models.diffusion.guidance import Denoise
 from ldm.models.diffusion.sampling import Blend, Draw, LatentSampler, Progress, unchanged
-from ldm.util import InputError
 
 
 class Level(NamedTuple):

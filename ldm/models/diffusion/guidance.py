@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.util import InputError
+from ldm.errors import InputError
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.util import InputError
+from ldm.errors import InputError
 
 
 def simple_loss(

@@ -11,12 +11,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.checkpoints import is_added, load_weights, read_weights
+from ldm.checkpoints import is_added, read_weights
+from ldm.config import instantiate_from_config
+from ldm.devices import forked_rng
+from ldm.errors import InputError
+from ldm.models.building import load_weights
 from ldm.models.diffusion.guidance import batched
 from ldm.models.diffusion.losses import diffusion_loss, dreambooth_loss, min_snr_weight, simple_loss
 from ldm.models.diffusion.process import DiffusionProcess
 from ldm.modules.ema import LitEma
-from ldm.util import InputError, forked_rng, instantiate_from_config
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.errors import InputError
 from ldm.models.diffusion.guidance import Denoise
 from ldm.models.diffusion.sampling import Blend, Draw, LatentSampler, Progress, Step, unchanged
-from ldm.util import InputError
 
 
 def plms(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.errors import InputError
 from ldm.models.diffusion.guidance import Denoise, guided
 from ldm.modules.diffusionmodules.schedules import make_ddim_sampling_parameters, make_ddim_timesteps
-from ldm.util import InputError
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.util import InputError
+from ldm.errors import InputError
 
 
 def ddpm_buffers(betas: np.ndarray, v_posterior: float = 0.0, parameterization: str = "eps") -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.util import InputError
+from ldm.errors import InputError
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.errors import InputError
 from ldm.modules import adapter_files
 from ldm.modules.adapters import attach_adapters, tapped_blocks
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.convolution import Conv2d
 from ldm.modules.diffusionmodules.util import checkpoint, normalization, timestep_embedding, zero_module
 from ldm.modules.taps import TappedBlock
-from ldm.util import InputError
 
 
 class Upsample(nn.Module):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.util import InputError
+from ldm.errors import InputError
 
 
 def make_beta_schedule(

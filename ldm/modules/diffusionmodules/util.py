@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from ldm.errors import InputError
 from ldm.modules.diffusionmodules.schedules import (  # noqa: F401
     make_beta_schedule,
     make_ddim_sampling_parameters,
     make_ddim_timesteps,
 )
-from ldm.util import InputError
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: int = 10000, repeat_only: bool = False) -> Tensor:

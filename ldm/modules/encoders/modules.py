@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import read_weights
+from ldm.config import find_file
+from ldm.errors import InputError
 from ldm.modules.encoders.bert import BERTEmbedder  # noqa: F401 (YAML files name it here)
 from ldm.modules.encoders.tokenizers import load_tokenizer
 from ldm.modules.encoders.tokens import NewTokens, read_embeddings
-from ldm.util import InputError, find_file
 
 # Architecture of openai/clip-vit-large-patch14, the text encoder of Stable Diffusion v1 (arXiv 2103.00020, table 20).
 CLIP_VIT_L_14 = {

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.util import InputError, find_file
+from ldm.config import find_file
+from ldm.errors import InputError
 
 log = logging.getLogger(__name__)
 

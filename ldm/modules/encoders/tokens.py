@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoints import read_metadata, read_object
-from ldm.util import InputError, short
+from ldm.errors import InputError, short
 
 EMBEDDED = "<embed>"  # how the metadata of cloneofsimo's files mark the tensors that are words
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.util import InputError, instantiate_from_config
+from ldm.config import instantiate_from_config
+from ldm.errors import InputError
 
 log = logging.getLogger(__name__)
 

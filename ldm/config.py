@@ -1,0 +1,182 @@
+"""Floor 0: YAML configs with `defaults:` and overrides, dotted targets and their aliases."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import InputError, explain, first_line, short
+
+# Targets which the configs of the published repositories name, and what they mean here.
+# In the originals these are copies of the class on the right, in files of their own.
+ALIASES = {
+    "ldm.models.diffusion.ddpm_dream.LatentDiffusion": "ldm.models.diffusion.ddpm.LatentDiffusion",
+    "ldm.models.diffusion.ddpm_dream.DDPM": "ldm.models.diffusion.ddpm.DDPM",
+    "ldm.modules.diffusionmodules.openaimodel_inject.UNetModel_inject": "ldm.modules.diffusionmodules.openaimodel.UNetModel",  # noqa: E501
+    "ldm.modules.diffusionmodules.openaimodel_inject.UNetModel": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+    "ldm.data.personalized_dream.PersonalizedBase": "ldm.data.dreambooth.PersonalizedBase",
+    "ldm.data.personalized.PersonalizedBase": "ldm.data.dreambooth.PersonalizedBase",
+    "main_dream_booth.DataModuleFromConfig": "ldm.train.datamodule.DataModuleFromConfig",
+    "main_dream_booth.ImageLogger": "ldm.train.callbacks.ImageLogger",
+    "main.DataModuleFromConfig": "ldm.train.datamodule.DataModuleFromConfig",
+    "main.ImageLogger": "ldm.train.callbacks.ImageLogger",
+    "src.model.CustomDiffusion": "ldm.models.diffusion.custom.CustomDiffusion",
+    "src.custom_modules.FrozenCLIPEmbedderWrapper": "ldm.modules.encoders.modules.FrozenCLIPEmbedderWrapper",
+    "src.finetune_data.MaskBase": "ldm.data.custom.MaskBase",
+    "train.DataModuleFromConfig": "ldm.train.datamodule.DataModuleFromConfig",
+    "train.ImageLogger": "ldm.train.callbacks.ImageLogger",
+    "ldm.modules.losses.LPIPSWithDiscriminator": "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator",
+}
+
+
+def get_obj_from_str(string: str, reload: bool = False) -> Any:
+    """Import the object with a dotted name, after looking it up in `ALIASES`.
+
+    Raises `InputError` if the module or the name in it does not exist.
+    """
+    target = ALIASES.get(string, string)
+    module_name, _, name = target.rpartition(".")
+    if not module_name:
+        raise InputError(f"target {string!r} is not a dotted name: expected package.module.Class")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # Only a missing part of the target itself is the user's mistake; a missing dependency is told as such.
+        if error.name and (module_name + ".").startswith(error.name + "."):
+            raise InputError(
+                f"target {string!r}: there is no module {error.name!r}; check the spelling in the config"
+            ) from None
+        raise InputError(f"target {string!r} needs the package {error.name!r}, which is not installed") from error
+    if reload:
+        module = importlib.reload(module)
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        raise InputError(
+            f"target {string!r}: module {module_name!r} has no {name!r}; check the spelling in the config"
+        ) from None
+
+
+def instantiate_from_config(config: Mapping | str | None, **extra: Any) -> Any:
+    """Build `{target: dotted.name, params: {...}}`; `extra` is added to the parameters.
+
+    LDM's markers `__is_first_stage__` and `__is_unconditional__` give None.
+    Raises `InputError` for a missing target and for parameters that the target does not take.
+    """
+    if config in ("__is_first_stage__", "__is_unconditional__"):
+        return None
+    if not isinstance(config, Mapping) or "target" not in config:
+        raise InputError(f"expected a config with the key 'target', got {short(config)}")
+    target, params = get_obj_from_str(str(config["target"])), plain(config.get("params") or {})
+    if not isinstance(params, Mapping):
+        raise InputError(f"params of {config['target']} must be a mapping, got {short(params)}")
+    params = {**params, **extra}
+    required, known = parameters_of(target)
+    if known is not None:
+        if unknown := [name for name in params if name not in known]:
+            raise InputError(f"params of {config['target']}: unknown {', '.join(unknown)}; it takes {', '.join(known)}")
+        if lacking := [name for name in required if name not in params]:
+            raise InputError(f"params of {config['target']}: {', '.join(lacking)} missing")
+    with explain(f"params of {config['target']}", TypeError, ValueError):
+        return target(**params)
+
+
+def parameters_of(target: Callable) -> tuple[list[str], list[str] | None]:
+    """The names of a callable's required parameters, and of all (None: any).
+
+    A class that passes `**more` on to its parent takes the parent's parameters too.
+    """
+    required, known = [], []
+    for cls in inspect.getmro(target) if inspect.isclass(target) else (target,):
+        if inspect.isclass(cls) and "__init__" not in vars(cls):
+            continue
+        try:
+            parameters = inspect.signature(cls).parameters.values()
+        except ValueError:  # a builtin without a signature
+            return [], None
+        by_name = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        required += [p.name for p in by_name if p.default is p.empty and p.name not in known]
+        known += [p.name for p in by_name if p.name not in known]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return required, known
+    return [], None
+
+
+def plain(config: Any) -> Any:
+    """OmegaConf containers as dicts and lists, everything else unchanged."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationResolutionError
+
+    with explain("the config refers to what is not in it", InterpolationResolutionError):
+        return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Any:
+    """Read a YAML config, the files named by its `defaults:` first, then `a.b.c=value` overrides.
+
+    `defaults:` is one path or a list of paths, relative to the file that names them (as in Hydra); later ones win over
+    earlier ones and the file itself over all of them. Lists are replaced, mappings are merged.
+
+    Raises `InputError` for a missing or malformed file, a circle of defaults and a malformed override.
+    """
+    from omegaconf import OmegaConf
+
+    config = _load_with_defaults(Path(path), seen=())
+    return OmegaConf.merge(config, parse_overrides(overrides))
+
+
+def find_file(path: str | Path) -> Path:
+    """A relative path as seen from here or, where that does not exist, from the checkout that this package lies in."""
+    path = Path(path).expanduser()
+    shipped = Path(__file__).resolve().parent.parent / path
+    return shipped if not path.exists() and shipped.exists() else path
+
+
+def parse_overrides(overrides: Iterable[str]) -> Any:
+    """`["model.params.reg_weight=0.5"]` as an OmegaConf tree. A leading `--` is accepted. Raises `InputError`."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    # YAML 1.1 would read a time, 00:12:00:00, as a number of base 60.
+    items = [re.sub(r"=(\d+(?::\d+)+)$", r'="\1"', item.removeprefix("--")) for item in overrides]
+    for item in items:
+        if "=" not in item or not item.split("=")[0].replace(".", "").replace("_", "").replace("-", "").isalnum():
+            raise InputError(
+                f"cannot read {item!r}: expected an override such as model.params.reg_weight=0.5 or an option of --help"
+            )
+    try:
+        return OmegaConf.from_dotlist(items)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(f"cannot read the overrides {items}: {first_line(error)}") from None
+
+
+def _load_with_defaults(path: Path, seen: tuple[Path, ...]) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = path.resolve()
+    if path in seen:
+        raise InputError(f"config {path}: its defaults form a circle: {' -> '.join(p.name for p in (*seen, path))}")
+    if not path.is_file():
+        named = f" (named in the defaults of {seen[-1]})" if seen else ""
+        raise InputError(f"config {path} does not exist{named}; the shipped ones are under configs/")
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise InputError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(config):
+        raise InputError(
+            f"config {path} must be a mapping with keys such as model and data, got {short(plain(config))}"
+        )
+    defaults = config.pop("defaults", [])
+    names = [defaults] if isinstance(defaults, str) else plain(defaults)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"config {path}: defaults must be a relative path or a list of them, got {short(names)}")
+    bases = [_load_with_defaults(path.parent / name, (*seen, path)) for name in names]
+    return OmegaConf.merge(*bases, config)

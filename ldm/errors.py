@@ -1,0 +1,39 @@
+"""Floor 0: what a user did wrong, told in one line."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+
+class InputError(ValueError):
+    """Bad input from the user: its message is one line (what was wrong, what was expected, what to do).
+
+    Commands print it without a traceback and exit with code 2, see `run_command`. One that a data-loading process
+    passes on arrives with its traceback around it, whose last line it is.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(str(message).strip().split(f"{__name__}.InputError: ")[-1])
+
+
+def short(value: Any, limit: int = 80) -> str:
+    """repr, cut to fit into a one-line message."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, for wrapping it into a one-line `InputError`."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def explain(prefix: str, *kinds: type[BaseException]):
+    """Turn exceptions of the given kinds into an `InputError` whose line starts with `prefix`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        raise InputError(f"{prefix}: {first_line(error)}") from error
