@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm.cli import Parser, add_compile, seed_number
+from ldm.cli import Parser, add_allow_family, add_compile, seed_number
 from ldm.util import InputError, load_model_from_config, run_command  # noqa: F401 (users import the loader from here)
 
 
@@ -25,6 +25,7 @@ def parser() -> Parser:
     model.add_argument("--laion400m", action="store_true", help="use the LAION-400M text-to-image model")
     model.add_argument("--adapter_path", action="append", default=[], metavar="PATH",
                        help="what was tuned: our folder, a LoRA of any format, a delta, words; repeatable")  # fmt: skip
+    add_allow_family(model)
     model.add_argument("--delta_ckpt", dest="adapter_path", action="append", metavar="FILE",
                        help="the same, in Custom Diffusion's words")  # fmt: skip
     model.add_argument(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from ldm import trust
 from ldm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise InputError(f"{message}; see --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        known, rest = super().parse_known_args(args, namespace)
+        trust.allowed_families = list(getattr(known, "allow_family", []))  # by this command line and no earlier one
+        return known, rest
+
+
+def add_allow_family(group: argparse._ActionsContainer) -> None:
+    """The option `--allow_family` of every program that reads folders of adapters, see `ldm.trust`."""
+    group.add_argument("--allow_family", action="append", default=[], metavar="my.module.Family",
+                       help="import this family of tuning if a folder asks for it; repeatable")  # fmt: skip
 
 
 # torch.compile's: with `reduce-overhead` a GPU replays CUDA graphs instead of being told kernel by kernel.

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 
 from ldm.cli import (  # noqa: E402
     Parser,
+    add_allow_family,
     count,
     run_command,  # noqa: E402
     seed_number,
@@ -27,6 +28,7 @@ def parser() -> Parser:
     p.add_argument("--config", required=True)
     p.add_argument("--ckpt", help="checkpoint of the base model; by default the one that the config names")
     p.add_argument("--adapter_path", required=True, metavar="DIR")
+    add_allow_family(p)
     p.add_argument("--data_root", required=True, metavar="DIR", help="photographs of the subject")
     p.add_argument("--class_word", required=True)
     p.add_argument("--identifier", default="sks")
@@ -47,28 +49,28 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.data.pictures import find_pictures, read_picture, to_tensor
     from ldm.evaluate.figures import labelled_rows
     from ldm.generate import Settings, generate
+    from ldm.interchange import load_any
 
     photographs = find_pictures(options.data_root)[: options.columns]
     model = load_model_from_config(load_config(find_file(options.config)), options.ckpt)
     model.to(best_device(options.device))
-    unet = model.model.diffusion_model
-    unet.load_adapter_from_dir(options.adapter_path)
     subject = options.template.replace("{}", f"{options.identifier} {options.class_word}")
     plain = options.template.replace("{}", options.class_word)
     seeds = range(options.seed, options.seed + options.columns)
     settings = Settings(steps=options.steps, scale=options.scale)
 
-    def drawn(prompt: str, with_adapter: bool) -> list:
-        unet.adapters_enable(with_adapter)
-        return list(generate(model, [prompt] * options.columns, seeds, settings))
+    def drawn() -> list[list]:
+        return [list(generate(model, [prompt] * options.columns, seeds, settings)) for prompt in (subject, plain)]
 
-    rows = {
-        "the subject": [(to_tensor(read_picture(path), 128) + 1) / 2 for path in photographs],
-        f"before: {subject}": drawn(subject, False),
-        f"after: {subject}": drawn(subject, True),
-        f"before: {plain}": drawn(plain, False),
-        f"after: {plain}": drawn(plain, True),
-    }
+    unet = model.model.diffusion_model
+    unet.adapters_enable(False)  # those of the config, which have learnt nothing
+    before = drawn()
+    unet.adapters_enable(True)
+    load_any(model, options.adapter_path)
+    after = drawn()
+    rows = {"the subject": [(to_tensor(read_picture(path), 128) + 1) / 2 for path in photographs]}
+    for prompt, base, tuned in zip((subject, plain), before, after, strict=True):
+        rows |= {f"before: {prompt}": base, f"after: {prompt}": tuned}
     with atomic_write(options.out) as beside:
         labelled_rows(rows).save(beside, format="PNG")
     print(options.out)

@@ -10,15 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
 
-from ldm.cli import (
-    Parser,  # noqa: E402
-    run_command,  # noqa: E402
-)
+from ldm.cli import Parser, add_allow_family, run_command  # noqa: E402
 
 
 def parser() -> Parser:
     p = Parser(description=__doc__)
     p.add_argument("paths", nargs="+", metavar="PATH")
+    add_allow_family(p)
     p.add_argument("--json", action="store_true", help="one JSON object per file")
     return p
 

@@ -53,7 +53,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(saved, monkeypatch):
     model, folder = saved
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with monkeypatch.context() as broken:
-        broken.setattr("ldm.modules.adapter_files.save_json", lambda *_: 1 / 0)
+        broken.setattr("ldm.modules.folders.save_json", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             unet(both(mlp())).save_adapter_to_dir(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -36,13 +36,14 @@ def test_the_example(tmp_path, monkeypatch):
     assert len(held) == 2 * 4 and all(name.endswith("parametrizations.weight.0.factor") for name in held)
     assert set(held) == set(runs.last(run)["state_dict"])
     assert all((value != 1).any() for value in held.values())
+    allow = ["--allow_family", "ia3.IA3"]
     prompt = ["--prompt", "photo of a sks dog", "--n_iter", 1]
     sampling = tmp_path / "sampling.yaml"
     OmegaConf.save(
         {"defaults": str(runs.TINY), "model": {"params": {"unet_config": {"params": {"adapter_config": None}}}}},
         sampling,
     )
-    (tuned,) = runs.sample(tmp_path / "tuned", *prompt, "--adapter_path", folder, config=sampling)
+    (tuned,) = runs.sample(tmp_path / "tuned", *prompt, "--adapter_path", folder, *allow, config=sampling)
     (base,) = runs.sample(tmp_path / "base", *prompt, config=sampling)
     assert not torch.equal(runs.pixels(tuned), runs.pixels(base))
 

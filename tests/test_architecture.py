@@ -15,6 +15,7 @@ FLOORS = {
     "ldm.config": 0,
     "ldm.devices": 0,
     "ldm.cli": 0,
+    "ldm.trust": 0,
     "ldm.checkpoints": 0,
     "ldm.modules": 1,
     "ldm.lr_scheduler": 1,

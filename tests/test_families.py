@@ -1,5 +1,6 @@
 """Every family of tuning: what learns and what does not, folders that rebuild it, strengths, refusals."""
 
+import importlib
 import json
 import re
 from collections import Counter
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 from ldm.checkpoints import read_weights
 from ldm.config import load_config
 from ldm.errors import InputError
-from ldm.tuning import choose, families, files
+from ldm.tuning import choose, families, files, table
 from ldm.tuning.full import ByName
 from tests import runs
 from tests.conftest import ROOT
@@ -192,14 +193,6 @@ def test_a_refused_folder_leaves_the_answers_as_they_were(tmp_path):
         assert torch.equal(answer(fresh.eval(), words_for("")), answer(model(), words_for("")))
 
 
-def test_a_folder_cannot_call_what_is_not_a_family(tmp_path):
-    files.save(shake(model([LORA])), tmp_path / "folder")
-    config = tmp_path / "folder" / "adapter_config.json"
-    config.write_text(config.read_text().replace("ldm.tuning.lora.LoRA", "subprocess.Popen"))
-    with pytest.raises(InputError, match="'subprocess.Popen' is not a family"):
-        files.load(model(), tmp_path / "folder")
-
-
 # --- learning rates and stages
 
 
@@ -232,7 +225,9 @@ def test_outside_its_steps_a_family_has_no_gradient(step, resting, monkeypatch):
     [
         ({"target": "ldm.tuning.nothing.Here"}, "there is no module 'ldm.tuning.nothing'"),
         ({"target": "torch.nn.Linear"}, "'torch.nn.Linear' is not a family"),
-        ({"params": {}}, "expected entries with target"),
+        ({"params": {}}, "expected entries with family or target"),
+        (LORA | {"family": "lora"}, "expected entries with family or target"),
+        ({"family": "lroa"}, "there is no family 'lroa'; expected position, lora"),
         (LORA | {"lr": 1}, "has the unknown key lr"),
         (LORA | {"learning_rate": 0}, "learning_rate of ldm.tuning.lora.LoRA must be a positive number"),
         (LORA | {"steps": [3, 2]}, r"steps of ldm.tuning.lora.LoRA must be \[first, end\]"),
@@ -248,6 +243,23 @@ def test_entries_that_are_refused(entry, message):
 def test_a_pattern_that_matches_nothing_is_refused():
     with pytest.raises(InputError, match="no weight of this model has a name that matches 'nowhere'"):
         model([family("full.ByName", pattern="nowhere")])
+
+
+def test_a_family_may_be_called_by_its_name():
+    one = choose({"family": "lora", "params": {"rank": 3}, "learning_rate": 1e-3})
+    assert (one.target, one.params, one.learning_rate) == ("ldm.tuning.lora.LoRA", {"rank": 3}, 1e-3)
+
+
+def test_every_family_here_is_a_row_of_the_table():
+    found = set()
+    for path in (ROOT / "ldm/tuning").glob("*.py"):
+        module = importlib.import_module(f"ldm.tuning.{path.stem}" if path.stem != "__init__" else "ldm.tuning")
+        found |= {
+            f"{kind.__module__}.{name}"
+            for name, kind in vars(module).items()
+            if isinstance(kind, type) and hasattr(kind, "install") and hasattr(kind, "trainable")
+        }
+    assert found - {"ldm.tuning.Family"} == set(table.FAMILIES.values())
 
 
 def test_train_level_is_shorthand():

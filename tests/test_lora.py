@@ -170,7 +170,8 @@ def test_checkpointing_gives_the_same_gradients():
             r"no linear or convolution layer matches '\*.attn3.\*'; its layers have names such as",
         ),
         ({"dropout": 1}, "dropout must be at least 0 and below 1"),
-        ({"options": {"nonsense": 1}}, "peft refuses: .*nonsense"),
+        ({"options": {"nonsense": 1}}, "options: unknown 'nonsense'; expected some of"),
+        ({"options": {"megatron_config": {"a": 1}, "megatron_core": "evil"}}, "options: unknown 'megatron_config'"),
     ],
 )
 def test_refusals(params, message):

@@ -65,6 +65,6 @@ def test_nothing_is_left_out_without_a_word(tmp_path, config, families, to, mess
 def test_merged_adapters_do_not_lose_the_words_beside_them(tmp_path):
     folders = [written(tmp_path / name, WORD, config="attn2o-ffni") for name in "ab"]
     for given in (folders, folders[:1]):
-        with pytest.raises(InputError, match=r"more than position adapters \(.*TextualInversion\), .* --adapter_scale"):
+        with pytest.raises(InputError, match=r"more than position adapters \(textual-inversion\), .* --adapter_scale"):
             run("merge_adapters", *given, "--out", tmp_path / "c")
     assert not (tmp_path / "c").exists()

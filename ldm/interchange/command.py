@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm.checkpoints import is_adapter, read_weights, save_safetensors, save_torch
+from ldm.cli import add_allow_family
 from ldm.config import find_file, instantiate_from_config, load_config
 from ldm.errors import InputError
 from ldm.interchange import cloneofsimo, diffusers_model, layers, lora_keys
@@ -20,9 +21,10 @@ BASE = "configs/stable-diffusion/v1-inference.yaml"
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """`--config`, the model that files belong to, and `--force`."""
+    """`--config`, the model that files belong to, `--force`, and `--allow_family`."""
     parser.add_argument("--config", default=BASE, help=f"config of the base model (default {BASE})")
     parser.add_argument("--force", action="store_true", help="overwrite what exists")
+    add_allow_family(parser)
 
 
 def to_be_written(path: str | Path, force: bool, kind: str = "") -> Path:

@@ -14,7 +14,7 @@ from ldm.interchange import lora_keys as keys
 from ldm.interchange.custom_diffusion import LowRank
 from ldm.interchange.lora import Lora, delta
 from ldm.interchange.names import UNET
-from ldm.modules import adapter_files
+from ldm.modules.folders import read_folder
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -93,12 +93,10 @@ def _model(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 def _adapter(path: Path) -> dict[str, Any]:
     from ldm.interchange import own
 
-    config = adapter_files.read_config(path)
+    held = read_folder(path)
+    config, tensors = held.config, held.adapters
     if config is None:
-        tensors = adapter_files.read_tensors(path)
         return {"routes": "not named (written by the published code)", "tensors": len(tensors), **_sizes(tensors)}
-    has_adapters = (path / adapter_files.TENSORS).is_file()
-    tensors = adapter_files.read_tensors(path) if has_adapters else {}
     routes = [
         f"{e['din']}-{e['dout']} in {len(e['blocks'])} blocks, mid_dim {e.get('mid_dim', '?')}, "
         f"{e.get('method', '?')}, scale {e['scale']:g}"

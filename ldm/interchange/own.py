@@ -14,26 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import is_added, read_weights
+from ldm.checkpoints import is_added
 from ldm.errors import InputError
 from ldm.interchange.custom_diffusion import NEW_TOKENS, SAVED, Delta
 from ldm.interchange.lora import Factors, Lora, weighted_sum
-from ldm.modules.adapter_files import read_config
-from ldm.tuning import choose
-from ldm.tuning.files import TUNED
+from ldm.modules.folders import read_config, read_folder
+from ldm.tuning import choose, table
 from ldm.tuning.lora import LoRA
 from ldm.tuning.textual_inversion import TextualInversion
 
-LORA = "ldm.tuning.lora.LoRA"
+LORA = table.FAMILIES["lora"]
 WHOLE = "lora_add --mode upl-ckpt-v2 puts all of it into a model"  # what to do instead
 
 
 def families(path: str | Path) -> list[tuple[str, dict[str, Any], dict[str, Tensor]]]:
-    """(target, parameters, tensors) of each family in a folder, position adapters left out."""
-    config = read_config(path) or {}
-    entries = config.get("families", [])
-    tensors = read_weights(Path(path) / TUNED) if entries else {}
-    return [(e["target"], e.get("params") or {}, {name: tensors[name] for name in e["tensors"]}) for e in entries]
+    """(target, parameters, tensors) of each family in a folder, position adapters left out.
+
+    Raises `InputError` for a family that is not ours and not allowed, see `ldm.tuning.table`.
+    """
+    held = read_folder(path)
+    return [
+        (table.target_in(e, str(path)), e["params"] or {}, {name: held.tuned[name] for name in e["tensors"]})
+        for e in held.families
+    ]
 
 
 def lora(path: str | Path) -> Lora:
@@ -104,7 +107,7 @@ def words(path: str | Path) -> dict[str, Tensor]:
 
 
 def _inversion(target: str, params: dict[str, Any], tensors: Mapping[str, Tensor]) -> TextualInversion | None:
-    """The family of an entry if it is one of learnt words, such as Custom Diffusion's; no other one is imported."""
+    """The family of an entry if it is one of learnt words, such as Custom Diffusion's; no other one is built."""
     if not all(name.startswith(NEW_TOKENS) for name in tensors):
         return None
     family = choose({"target": target, "params": params}).family

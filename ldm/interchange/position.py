@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import atomic_write, save_json, save_safetensors
 from ldm.errors import InputError
-from ldm.modules.adapter_files import CONFIG, TENSORS, read_config, read_tensors
+from ldm.modules.adapter_files import told_families
 from ldm.modules.adapters import KINDS
+from ldm.modules.folders import read_folder, write_folder
 
 Folder = tuple[dict[str, Any], dict[str, Tensor]]  # adapter_config.json and the tensors
 FIRST = {"transformer_adp_config": "adapter_inout", "resblock_adp_config": "adapter"}
@@ -31,18 +31,18 @@ def read(path: str | Path) -> Folder:
 
     Raises `InputError` for one that does not name its routes, and for one with other families, which would be lost.
     """
-    config, tensors = read_config(path), read_tensors(path)
-    if config is None:
+    folder = read_folder(path)
+    if folder.config is None:
         raise InputError(
             f"{path} was written by the published code and does not name its routes: "
             "load it into a model with its config and save it again"
         )
-    if others := [family["target"] for family in config.get("families", [])]:
+    if folder.families:
         raise InputError(
-            f"{path} holds more than position adapters ({', '.join(others)}), which a merged folder would lack: "
-            "sample.py takes several folders as they are, each with its --adapter_scale"
+            f"{path} holds more than position adapters ({', '.join(told_families(folder))}), which a merged folder "
+            "would lack: sample.py takes several folders as they are, each with its --adapter_scale"
         )
-    return config, tensors
+    return folder.config, folder.adapters
 
 
 def scaled(folder: Folder, strength: float) -> Folder:
@@ -127,8 +127,4 @@ def _described(folders: Sequence[Folder], entries: list[dict[str, Any]]) -> dict
 
 def write(path: str | Path, folder: Folder) -> None:
     """Write a folder that `load_adapter_from_dir` reads, atomically."""
-    config, tensors = folder
-    with atomic_write(path) as beside:
-        beside.mkdir()
-        save_safetensors(beside / TENSORS, tensors)
-        save_json(beside / CONFIG, config)
+    write_folder(path, *folder)

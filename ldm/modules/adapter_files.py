@@ -1,8 +1,7 @@
-"""Position adapters as a folder, `adapters.safetensors` and `adapter_config.json`; published `.pt` folders too."""
+"""Position adapters of a UNet into a folder (`ldm.modules.folders`) and back; published `.pt` folders too."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Container, Mapping
 from importlib import metadata
@@ -12,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import atomic_write, fingerprint, is_adapter, is_added, read_weights, save_json, save_safetensors
+from ldm.checkpoints import fingerprint, is_adapter, is_added
 from ldm.errors import InputError
 from ldm.modules.adapters import ENTRY, FORMS, KINDS, check_entry, tapped_blocks
+from ldm.modules.folders import Folder, read_folder, write_folder
 from ldm.modules.taps import Route, TappedBlock
 
 log = logging.getLogger(__name__)
 
-TENSORS, CONFIG = "adapters.safetensors", "adapter_config.json"
 COMPARED = ("kind", "din", "dout", "mid_dim", "method")  # what must agree between a folder and a model
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "position-adapters-ldm")
 
@@ -78,15 +77,7 @@ def save(model: nn.Module, path: str | Path, notes: Mapping[str, Any]) -> None:
     entries = describe(model)
     if not entries:
         raise InputError("this model has no adapters to save; give it an adapter_config")
-    write(path, adapter_tensors(model), about(model, entries, notes))
-
-
-def write(path: str | Path, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
-    """Write a folder of adapters from its tensors and what its JSON tells, atomically."""
-    with atomic_write(path) as beside:
-        beside.mkdir()
-        save_safetensors(beside / TENSORS, tensors)
-        save_json(beside / CONFIG, told)
+    write_folder(path, about(model, entries, notes), adapter_tensors(model))
 
 
 def about(
@@ -109,50 +100,31 @@ def _version(package: str) -> str | None:
         return None
 
 
-def read_config(path: str | Path) -> dict[str, Any] | None:
-    """The `adapter_config.json` of a folder; None for a folder of the published code, which has none."""
-    file = Path(path) / CONFIG
-    if not file.is_file():
-        return None
-    try:
-        config = json.loads(file.read_text())
-        for entry in config["adapters"]:
-            entry["kind"], entry["name"], entry["din"], entry["dout"], entry["blocks"], float(entry["scale"])
-        for family in config.get("families", []):
-            family["target"], family["params"], list(family["tensors"])
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is damaged ({error!r}); expected what save_adapter_to_dir writes") from None
-    return config
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The adapter tensors of a folder by their names in the UNet, from either format. Raises `InputError`."""
-    path = Path(path)
-    if not path.is_dir():
-        raise InputError(
-            f"adapter folder {path} does not exist; expected one that training wrote, such as checkpoints/500-adapters"
-        )
-    if (path / TENSORS).is_file():
-        return read_weights(path / TENSORS)
-    files = sorted(path.glob("*.pt"))
-    if not files:
-        raise InputError(f"adapter folder {path} holds neither {TENSORS} nor the .pt files of the published code")
-    tensors: dict[str, Tensor] = {}
-    for (
-        file
-    ) in files:  # a transformer adapter is there twice, as `<name>.pt` and `<name>.adp.pt`, with the same full names
-        tensors |= {f"{file.stem}.{key}": value for key, value in read_weights(file).items()}
-    return tensors
-
-
 def load(model: nn.Module, path: str | Path, scale: float = 1.0, add: bool = False) -> None:
     """Put the adapters of a folder into a UNet; all of them or, with an `InputError`, none.
 
     A model without adapters takes those of the folder. One that has some must have the same, unless `add`: then those
     of the folder are attached beside them. A folder of the published code does not say what its routes are, so the
-    model must have them. `scale` multiplies the scale of each route.
+    model must have them. `scale` multiplies the scale of each route. A folder in which other families have learnt too
+    is refused: it is for a whole model, `ldm.tuning.files.load`.
     """
-    config, tensors = read_config(path), read_tensors(path)
+    folder = read_folder(path)
+    if folder.families:
+        raise InputError(
+            f"{path} holds more than position adapters ({', '.join(told_families(folder))}), which a UNet alone cannot "
+            "take: give it to sample.py --adapter_path or ldm.tuning.files.load, which load all of it"
+        )
+    put(model, folder, scale, add)
+
+
+def told_families(folder: Folder) -> list[str]:
+    """What the families of a folder are called in it."""
+    return [str(entry.get("family", entry.get("target"))) for entry in folder.families]
+
+
+def put(model: nn.Module, folder: Folder, scale: float = 1.0, add: bool = False) -> None:
+    """`load` with a folder that has been read, whatever else it holds."""
+    path, config, tensors = folder.path, folder.config, folder.adapters
     present = describe(model)
     if config is None and (add or not present):
         raise InputError(
@@ -215,10 +187,6 @@ def _attach_and_fill(
                 attached.append((block, name))
                 old, new = f"{prefix}.{entry['name']}.", f"{prefix}.{name}."
                 renamed |= {new + key.removeprefix(old): value for key, value in tensors.items() if key.startswith(old)}
-        if len(renamed) != len(tensors):
-            raise InputError(
-                f"{source}: {len(tensors) - len(renamed)} of its tensors belong to no adapter of its {CONFIG}"
-            )
         _fill(model, renamed, source, only={name for _, name in attached})
     except Exception:
         for block, name in attached:

@@ -28,6 +28,7 @@ from ldm.modules import adapter_files
 from ldm.modules.adapters import read_adapter_config
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
+from ldm.modules.folders import write_folder
 from ldm.modules.shares import attach_shares
 from ldm.train import dreambooth
 from ldm.train import run as runs
@@ -192,7 +193,7 @@ class SaveMany(SaveRun):
 
     def _write(self, part: Run, unet: nn.Module, own: dict[str, nn.Parameter]) -> None:
         told = adapter_files.about(unet, entries_of(adapters_of(part.config), own), {"step": self.step, **part.notes})
-        adapter_files.write(part.checkpoints / f"{self.step}-adapters", own, told)
+        write_folder(part.checkpoints / f"{self.step}-adapters", told, own)
 
 
 def entries_of(config: dict[str, list[dict]], own: dict[str, Any]) -> list[dict[str, Any]]:

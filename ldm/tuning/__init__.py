@@ -1,11 +1,13 @@
 """Floor 2: what learns, in one answer.
 
-A family of parameter-efficient tuning is one file here, chosen by its dotted `target` in YAML. It answers two
-questions: `install(model)` attaches what it needs, `trainable(model)` names what learns. The second answer freezes the
-rest, fills the optimizer, is saved, is loaded and is counted.
+A family of parameter-efficient tuning is one file here and a row of `ldm.tuning.table`. YAML chooses it by name,
+`family: lora`, or by its dotted `target`, as it does a user's own family. It answers two questions: `install(model)`
+attaches what it needs, `trainable(model)` names what learns. The second answer freezes the rest, fills the optimizer,
+is saved, is loaded and is counted.
 
-An entry of `tuning:` is `{target, params, learning_rate, steps}`. The last two are optional and mean the same for every
-family: a learning rate of its own, and `[first, end]`, the steps in which it learns (end excluded, null: no end).
+An entry of `tuning:` is `{family or target, params, learning_rate, steps}`. The last two are optional and mean the same
+for every family: a learning rate of its own, and `[first, end]`, the steps in which it learns (end excluded, null: no
+end).
 """
 
 from __future__ import annotations
@@ -18,13 +20,10 @@ from torch import nn
 
 from ldm.config import get_obj_from_str, instantiate_from_config, plain
 from ldm.errors import InputError, short
+from ldm.tuning import table
 
 # `train_level` of the published YAML files, as shorthand.
-LEVELS = {
-    "adapter": "ldm.tuning.position.PositionAdapters",
-    "unet": "ldm.tuning.full.UNet",
-    "embeder": "ldm.tuning.full.ConditionStage",
-}
+LEVELS = {"adapter": "position", "unet": "unet", "embeder": "text-encoder"}
 
 
 class Family(Protocol):
@@ -68,15 +67,21 @@ def families(train_level: str | Sequence[str] | None, tuning: Mapping | Sequence
             raise InputError(f"train_level has {level!r}: expected {', '.join(LEVELS)}, or tuning: [{{target: ...}}]")
     tuning = plain(tuning)
     entries = [tuning] if isinstance(tuning, Mapping) else list(tuning or [])
-    return [choose({"target": LEVELS[level]}) for level in levels] + [choose(entry) for entry in entries]
+    return [choose({"family": LEVELS[level]}) for level in levels] + [choose(entry) for entry in entries]
 
 
 def choose(entry: Any) -> Chosen:
-    """The family of one entry of `tuning:`. Raises `InputError`."""
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("target"), str):
-        raise InputError(f"tuning: expected entries with target, params, learning_rate, steps, got {short(entry)}")
-    target, params = entry["target"], entry.get("params") or {}
-    if unknown := entry.keys() - {"target", "params", "learning_rate", "steps"}:
+    """The family of one entry of `tuning:`, in a config of the user's own: its `target` is imported.
+
+    Raises `InputError`.
+    """
+    if not isinstance(entry, Mapping) or ("family" in entry) == isinstance(entry.get("target"), str):
+        raise InputError(
+            f"tuning: expected entries with family or target, params, learning_rate, steps, got {short(entry)}"
+        )
+    target = table.named(entry["family"]) if "family" in entry else entry["target"]
+    params = entry.get("params") or {}
+    if unknown := entry.keys() - {"family", "target", "params", "learning_rate", "steps"}:
         raise InputError(f"tuning: {short(target)} has the unknown key {', '.join(sorted(unknown))}")
     kind = get_obj_from_str(target)
     if not (hasattr(kind, "install") and hasattr(kind, "trainable")):

@@ -1,7 +1,8 @@
 """Everything that learnt in one folder, and that folder onto a fresh base model.
 
-`adapter_config.json` names the families with their parameters and tensors. Position adapters lie in
-`adapters.safetensors` as `ldm.modules.adapter_files` has them, the tensors of all others in `tuned.safetensors`.
+`adapter_config.json` names the families (`ldm.tuning.table`) with their parameters and tensors. Position adapters lie
+in `adapters.safetensors` as `ldm.modules.adapter_files` has them, the tensors of all others in `tuned.safetensors`
+(`ldm.modules.folders`).
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import atomic_write, is_adapter, is_added, read_weights, save_json, save_safetensors
+from ldm.checkpoints import is_adapter, is_added
 from ldm.errors import InputError
 from ldm.modules import adapter_files
-from ldm.tuning import Chosen, choose, shares
+from ldm.modules.folders import TUNED, read_folder, write_folder  # noqa: F401 (TUNED is imported from here)
+from ldm.tuning import Chosen, choose, shares, table
 
-TUNED = "tuned.safetensors"
 UNET = "model.diffusion_model."
 
 
 def save(model: nn.Module, folder: str | Path, notes: Mapping[str, Any] | None = None) -> None:
     """Write what the families of a model have learnt, atomically. `notes` (step, class word, ...) go into the JSON.
 
-    Raises `InputError` if the model is not tuned.
+    Raises `InputError` if the model is not tuned, and for values that are not finite; an older folder there then stays.
     """
     unet = model.model.diffusion_model
     adapters = adapter_files.describe(unet)
@@ -34,20 +35,16 @@ def save(model: nn.Module, folder: str | Path, notes: Mapping[str, Any] | None =
     for chosen, own in zip(model.families, shares(model, model.families), strict=True):
         own = {name: value for name, value in own.items() if not is_adapter(name)}
         if own and model.is_tuned:
-            entries.append({"target": chosen.target, "params": chosen.params, "tensors": list(own)})
+            name = {"family": table.name_of(chosen.target), "target": chosen.target}  # the target is for older readers
+            entries.append({**name, "params": chosen.params, "tensors": list(own)})
             tensors |= own
     if not adapters and not entries:
         raise InputError("nothing was tuned in this model: give it an adapter_config, a train_level or tuning")
     changed = {name.removeprefix(UNET) for name in tensors}
     about = adapter_files.about(unet, adapters, dict(notes or {}), changed)
-    with atomic_write(folder) as beside:
-        beside.mkdir()
-        if adapters:
-            save_safetensors(beside / adapter_files.TENSORS, adapter_files.adapter_tensors(unet))
-        if entries:
-            save_safetensors(beside / TUNED, tensors)
-            about["families"] = entries
-        save_json(beside / adapter_files.CONFIG, about)
+    if entries:
+        about["families"] = entries
+    write_folder(folder, about, adapter_files.adapter_tensors(unet) if adapters else {}, tensors)
 
 
 def load(model: nn.Module, folder: str | Path, scale: float = 1.0, add: bool = False) -> None:
@@ -56,23 +53,20 @@ def load(model: nn.Module, folder: str | Path, scale: float = 1.0, add: bool = F
     `scale` is its strength: it multiplies the scale of position adapters and of LoRA; base weights that were tuned go
     that share of their way; words have none. A family that the model has already, with the same parameters, is filled
     in, unless `add`: then those of the folder come beside it. Raises `InputError` if the folder does not fit the model,
-    which then answers as before.
+    which then answers as before, and for a family that is not ours and not allowed, before anything is imported.
     """
-    folder = Path(folder)
-    config = adapter_files.read_config(folder)
-    unet = model.model.diffusion_model
-    entries = config.get("families", []) if config else []
-    tensors = read_weights(folder / TUNED) if entries else {}
-    if missing := [name for entry in entries for name in entry["tensors"] if name not in tensors]:
-        raise InputError(f"{folder} is damaged: {TUNED} lacks {missing[0]}")
+    held = read_folder(folder)
+    own = [one.target for one in model.families]
+    entries = [{**entry, "target": table.target_in(entry, str(folder), own)} for entry in held.families]
+    unet, tensors = model.model.diffusion_model, held.tuned
     if entries and not model.is_tuned:
         settle(model)
     base = set(model.state_dict())
     added = [_installed(model, entry, tensors, scale, add, str(folder)) for entry in entries]  # changes no answer yet
-    if config is None or config["adapters"]:
-        unet.load_adapter_from_dir(folder, scale, add)
+    if held.config is None or held.config["adapters"]:
+        adapter_files.put(unet, held, scale, add)
     else:
-        adapter_files.check_base(unet, config, str(folder))
+        adapter_files.check_base(unet, held.config, str(folder))
     for entry, (chosen, own) in zip(entries, added, strict=True):
         _fill(model, own, [tensors[name] for name in entry["tensors"]], base, scale)
         model.families += [chosen] if all(chosen is not one for one in model.families) else []

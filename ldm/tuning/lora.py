@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import InputError
+from ldm.errors import InputError, short
 from ldm.tuning import named
 
 # kind: peft's configuration, and our words for rank, alpha and dropout in its words (None: it has no such thing).
@@ -28,6 +28,15 @@ KINDS: dict[str, tuple[str, tuple[str, str | None, str], dict[str, Any]]] = {
     "oft": ("OFTConfig", ("oft_block_size", None, "module_dropout"), {}),
     "boft": ("BOFTConfig", ("boft_block_size", None, "boft_dropout"), {}),
 }
+
+# Arguments of peft's configurations that are numbers and switches of the method. Others have peft import a module that
+# they name (`megatron_core`), read files, or change another model than ours; and folders from elsewhere hold options.
+OPTIONS = (
+    "rank_pattern", "alpha_pattern", "init_lora_weights", "init_weights", "bias", "lora_bias", "use_rslora", "use_dora",
+    "module_dropout", "rank_dropout", "rank_dropout_scale", "use_effective_conv2d", "decompose_both",
+    "decompose_factor", "coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms",
+    "boft_n_butterfly_factor", "fan_in_fan_out",
+)  # fmt: skip
 
 UNET_ATTENTION = ("model.diffusion_model.*.attn[12].to_[qkv]", "model.diffusion_model.*.attn[12].to_out.0")
 TEXT_ATTENTION = ("cond_stage_model.*.self_attn.*_proj",)
@@ -45,7 +54,8 @@ class LoRA:
         kind: one of `KINDS`.
         dropout: on the input of the factors (`lora`, `dora`, `rslora`), else as peft has it for the kind.
         seed: of the random start, which changes nothing yet: one of the factors is zero.
-        options: further arguments of peft's configuration, for instance `{decompose_both: true}` for `lokr`.
+        options: further arguments of peft's configuration, of those in `OPTIONS`; for instance `{decompose_both: true}`
+            for `lokr`.
 
     Raises `InputError` for an unknown kind, a pattern that matches no layer, and what peft refuses.
     """
@@ -73,6 +83,8 @@ class LoRA:
                 raise InputError(f"LoRA: rank of {pattern!r} must be at least 1, got {size['rank']!r}")
         if not 0 <= dropout < 1:
             raise InputError(f"LoRA: dropout must be at least 0 and below 1, got {dropout!r}")
+        if foreign := [name for name in options or {} if name not in OPTIONS]:
+            raise InputError(f"LoRA: options: unknown {short(foreign[0])}; expected some of {', '.join(OPTIONS)}")
         self.kind, self.dropout, self.seed, self.options = kind, dropout, seed, dict(options or {})
         self.name: str | None = None
         self.scaling: dict[str, float] = {}  # of each layer as trained, before another strength was given

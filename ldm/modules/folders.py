@@ -1,0 +1,180 @@
+"""A folder of what was tuned, as a file format: written whole, read whole, and nothing of it left unclaimed.
+
+`adapter_config.json` tells what the tensors are: position adapters in `adapters.safetensors`, everything else that
+learnt in `tuned.safetensors`. It holds the digest of both, so that files of two writings are never taken for one.
+Folders of the published code are `.pt` files alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoints import (
+    atomic_write,
+    open_folder,
+    read_weights,
+    refuse_not_finite,
+    save_json,
+    save_safetensors,
+    sha256_of,
+)
+from ldm.errors import InputError, short
+
+TENSORS, TUNED, CONFIG = "adapters.safetensors", "tuned.safetensors", "adapter_config.json"
+ATTEMPTS = 20  # at reading a folder that is being replaced
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a folder held at one moment.
+
+    `config` is its JSON, None in folders of the published code; `adapters` are the tensors of position adapters by
+    their names in the UNet; `tuned` all others by their names in the model.
+    """
+
+    path: Path
+    config: dict[str, Any] | None
+    adapters: dict[str, Tensor] = field(default_factory=dict)
+    tuned: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def families(self) -> list[dict[str, Any]]:
+        """The entries of the families in `tuned`."""
+        return (self.config or {}).get("families", [])
+
+
+def write_folder(
+    path: str | Path, told: Mapping[str, Any], adapters: Mapping[str, Tensor], tuned: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a folder from what its JSON tells and its tensors, atomically.
+
+    Raises `InputError` for a tensor that is not finite; what was at `path` stays.
+    """
+    parts = {name: held for name, held in ((TENSORS, adapters), (TUNED, tuned or {})) if held}
+    for held in parts.values():
+        refuse_not_finite(held, f"{path} is not written", "what is there already stays")
+    with atomic_write(path) as beside:
+        beside.mkdir()
+        files = {}
+        for name, held in parts.items():
+            save_safetensors(beside / name, held)
+            files[name] = {"tensors": len(held), "sha256": sha256_of(beside / name)}
+        save_json(beside / CONFIG, {**told, "files": files})
+
+
+def read_folder(path: str | Path) -> Folder:
+    """Read a folder that training wrote, of one moment even while it is being replaced.
+
+    Raises `InputError` for a folder that is none, is damaged, holds a tensor that its JSON does not claim or one that
+    is not finite, and for one that changes while it is read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(
+            f"adapter folder {path} does not exist; expected one that training wrote, such as checkpoints/500-adapters"
+        )
+    for _ in range(ATTEMPTS):
+        with open_folder(path) as (inside, is_current):
+            try:
+                found = _read(inside, path)
+            except (InputError, OSError) as error:
+                if is_current():
+                    raise InputError(str(error).replace(str(inside), str(path))) from None
+                continue  # it was replaced, and its old files went away
+            if _same_config(inside, found):
+                return found
+    raise InputError(f"{path} changes again and again while it is read; try again when nothing writes to it")
+
+
+def read_config(path: str | Path) -> dict[str, Any] | None:
+    """The `adapter_config.json` of a folder; None for a folder of the published code, which has none."""
+    file = Path(path) / CONFIG
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text())
+        for entry in config["adapters"]:
+            entry["kind"], entry["name"], entry["din"], entry["dout"], entry["blocks"], float(entry["scale"])
+        for family in config.get("families", []):
+            family["family" if "family" in family else "target"], family["params"], list(family["tensors"])
+        for about in config.get("files", {}).values():
+            about["tensors"], about["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is damaged ({error!r}); expected what save_adapter_to_dir writes") from None
+    return config
+
+
+def _same_config(inside: Path, found: Folder) -> bool:
+    return read_config(inside) == found.config
+
+
+def _read(inside: Path, path: Path) -> Folder:
+    config = read_config(inside)
+    if config is None:
+        return Folder(path, None, _published(inside))
+    found = Folder(path, config, *(_tensors(inside / name, config) for name in (TENSORS, TUNED)))
+    _check_claims(found)
+    for held in (found.adapters, found.tuned):
+        _finite(held, path)
+    return found
+
+
+def _tensors(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of one file, if it is the one that the JSON was written with."""
+    listed, is_there = config.get("files"), file.is_file()
+    about = (listed or {}).get(file.name)
+    if about is None and listed is not None and is_there:
+        raise InputError(f"{file.parent} is damaged: {file.name} is not among the files that its {CONFIG} lists")
+    if about is not None and (not is_there or sha256_of(file) != about["sha256"]):
+        raise InputError(f"{file.parent} is damaged: {file.name} is not the file that its {CONFIG} was written with")
+    return read_weights(file) if is_there else {}
+
+
+def _check_claims(folder: Folder) -> None:
+    """Every tensor belongs to an adapter or a family of the JSON, and every family has its tensors."""
+    claimed = {name for family in folder.families for name in family["tensors"]}
+    if lacking := sorted(claimed - folder.tuned.keys()):
+        raise InputError(f"{folder.path} is damaged: {TUNED} lacks {short(lacking[0])}")
+    prefixes = tuple(f"{block}.{entry['name']}." for entry in folder.config["adapters"] for block in entry["blocks"])
+    if folder.config["adapters"] and not folder.adapters:
+        raise InputError(f"{folder.path} is damaged: it lacks {TENSORS}")
+    unclaimed = {
+        f"{TENSORS}: {{}} of its tensors belong to no adapter of its {CONFIG}": [
+            name for name in folder.adapters if not name.startswith(prefixes)
+        ],
+        f"{TUNED}: {{}} of its tensors belong to no family of its {CONFIG}": [
+            name for name in folder.tuned if name not in claimed
+        ],
+    }
+    for problem, names in unclaimed.items():
+        if names:
+            raise InputError(f"{folder.path}/{problem.format(len(names))}, e.g. {', '.join(names[:3])}")
+
+
+def _published(inside: Path) -> dict[str, Tensor]:
+    """The tensors of a folder without JSON by their names in the UNet: the `.pt` files of the published code.
+
+    A transformer adapter is there twice, as `<name>.pt` and `<name>.adp.pt`, with the same full names.
+    """
+    if (inside / TUNED).is_file():
+        raise InputError(f"{inside} lacks {CONFIG}, which tells what its {TUNED} is")
+    if (inside / TENSORS).is_file():  # whose names say where they belong, in a model that has the routes
+        return _finite(read_weights(inside / TENSORS), inside)
+    files = sorted(inside.glob("*.pt"))
+    if not files:
+        raise InputError(f"adapter folder {inside} holds neither {TENSORS} nor the .pt files of the published code")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= {f"{file.stem}.{key}": value for key, value in read_weights(file).items()}
+    return _finite(tensors, inside)
+
+
+def _finite(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    refuse_not_finite(tensors, str(source))
+    return tensors
