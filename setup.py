@@ -30,6 +30,7 @@ setup(
         "tqdm>=4.66",
         "safetensors>=0.4.3",
         "tensorboard>=2.15",
+        "psutil>=5.9",  # a training in the background, by its number and the time of its start
     ],
     extras_require={
         "test": TEST + PEERS,

@@ -1,0 +1,90 @@
+"""Train with the time that nobody else uses (nice 19); pause while something is measured; go on after any end.
+
+    python scripts/sd_mini/background.py start --base configs/sd-mini/train/ldm-balanced.yaml --threads 2
+    python scripts/sd_mini/background.py report     # step, loss, steps per second, time left
+    python scripts/sd_mini/background.py pause      # SIGSTOP: keeps its memory, takes no time
+    python scripts/sd_mini/background.py resume     # SIGCONT
+    python scripts/sd_mini/background.py stop       # SIGTERM: saves and ends
+    python scripts/sd_mini/background.py start      # goes on with the newest run: scripts/train.py -t -r <run>
+
+`start` passes options that it does not know on to scripts/train.py (--max_steps 20000, a.b.c=value).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from a checkout as well
+
+from ldm.cli import Parser, count, run_command  # noqa: E402
+from ldm.errors import InputError  # noqa: E402
+from ldm.train import background  # noqa: E402
+from ldm.train.progress import newest_run, read_progress  # noqa: E402
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+
+
+def training(folder: Path, base: list[str], more: list[str]) -> list[str]:
+    """The command that begins a run with the configs `base` in the folder or, without any, goes on with its newest."""
+    command = [sys.executable, str(TRAIN), "-t"]
+    if base:
+        return [*command, "--logdir", str(folder), "--name", Path(base[0]).stem, "--base", *base, *more]
+    run = newest_run(folder)
+    if run is None:
+        raise InputError(f"{folder} has no run to go on with; name a config with --base to begin one")
+    if not (run / "checkpoints" / "last.ckpt").is_file():
+        raise InputError(f"{run} ended before its first checkpoint; name its config with --base to begin again")
+    return [*command, "-r", str(run), *more]
+
+
+def report(folder: Path, window: int) -> str:
+    """What there is to say of the training in a folder, in lines."""
+    state = background.read(folder)
+    lines = [f"{state.state}: process {state.pid}, {state.threads} threads; output in {folder / background.OUTPUT}"]
+    run = newest_run(folder)
+    progress = read_progress(run) if run else None
+    if progress is None or not progress.losses:
+        lines.append("no loss logged yet")
+    else:
+        ago = time.time() - progress.losses[-1].time
+        lines.append(f"{run}: step {progress.step} of {progress.max_steps or 'no end'}, logged {ago:.0f} s ago")
+        for first, last, mean, error in progress.means(window):
+            lines.append(f"loss {mean:.5f} +- {error:.5f} over steps {first + 1} to {last}")
+        if (speed := progress.speed()) is not None:
+            left = progress.seconds_left()
+            lines.append(f"{speed:.3f} steps/s" + ("" if left is None else f", {left / 3600:.1f} h left"))
+    if said := background.last_line(folder):
+        lines.append(f"last output: {said}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("action", choices=("start", "pause", "resume", "report", "stop"))
+    parser.add_argument("--folder", type=Path, default=Path("logs/background"), help="of its runs, state and output")
+    parser.add_argument("--base", nargs="+", default=[], metavar="YAML", help="start: begin a run with these configs")
+    parser.add_argument("--threads", type=count, default=2, help="start: threads that it computes with")
+    parser.add_argument("--window", type=count, default=500, help="report: steps over which losses are averaged")
+    parser.add_argument("--wait", type=count, default=120, help="stop: seconds to wait for its end")
+    options, more = parser.parse_known_args(arguments)
+    if more and options.action != "start":
+        raise InputError(f"{options.action} does not take {' '.join(more)}; see --help")
+    folder = options.folder
+    if options.action == "start":
+        command = training(folder, options.base, more)
+        state = background.start(folder, command, options.threads)
+        print(f"started process {state.pid}; output in {folder / background.OUTPUT}")
+    elif options.action == "report":
+        print(report(folder, options.window))
+    elif options.action == "stop":
+        state = background.stop(folder, options.wait)
+        print(f"process {state.pid} has ended: {background.last_line(folder)}")
+    else:
+        act, done = {"pause": (background.pause, "paused"), "resume": (background.resume, "running")}[options.action]
+        print(f"process {act(folder).pid} is {done}")
+
+
+if __name__ == "__main__":
+    run_command(main)
