@@ -13,7 +13,7 @@ from ldm.data.build.emoji import Emoji, plain_code, plain_name
 from ldm.data.build.splits import SUBJECTS, Subject, split_drawings
 from ldm.data.build.subjects import write_subjects
 from ldm.data.build.words import article, class_word, drawing_captions, photo_captions, phrase
-from ldm.data.captioned import COLOURS, CaptionedPictures, draw_backgrounds, uniforms
+from ldm.data.captioned import COLOURS, CaptionedPictures, draw_backgrounds, row_weights, uniforms
 from ldm.data.sampling import as_draws
 from ldm.errors import InputError
 
@@ -201,22 +201,28 @@ def test_shares_decide_how_often_a_kind_is_drawn(built):
         CaptionedPictures(built, shares={"drawing": 1.0})
 
 
-def test_emphasis_decides_how_often_a_class_is_drawn(built):
+@pytest.mark.parametrize("option,key", [("emphasis", "class"), ("group_emphasis", "group")])
+def test_emphasis_decides_how_often_a_class_or_a_group_is_drawn(built, option, key):
     shares = {"drawing": 0.5, "photo": 0.5}
     plain = CaptionedPictures(built, shares=shares)
-    chosen = next(record["class"] for record in plain.records if record["kind"] == "drawing" and record.get("class"))
-    often = CaptionedPictures(built, shares=shares, emphasis={chosen: 4.0})
+    chosen = next(record[key] for record in plain.records if record["kind"] == "drawing" and record.get(key))
+    often = CaptionedPictures(built, shares=shares, **{option: {chosen: 4.0}})
 
     def counts(data):
         drawn = [data.records[row] for row in data.batch(range(4000))["row"]]
         drawings = [record for record in drawn if record["kind"] == "drawing"]
-        return sum(record["class"] == chosen for record in drawings) / len(drawings), len(drawings) / len(drawn)
+        return sum(record[key] == chosen for record in drawings) / len(drawings), len(drawings) / len(drawn)
 
     (before, share), (after, share_after) = counts(plain), counts(often)
     assert after == pytest.approx(4 * before / (1 + 3 * before), abs=0.04) and after > before
     assert share == pytest.approx(0.5, abs=0.04) and share_after == pytest.approx(0.5, abs=0.04)
-    with pytest.raises(InputError, match="no picture is of the class unicorn"):
-        CaptionedPictures(built, emphasis={"unicorn": 2.0})
+    with pytest.raises(InputError, match=f"{option}: no picture is of the {key} unicorn"):
+        CaptionedPictures(built, **{option: {"unicorn": 2.0}})
+
+
+def test_emphases_of_class_and_group_multiply():
+    records = [{"class": "cat", "group": "cat-face"}, {"class": "cat"}, {"group": "cat-face"}, {"weight": 0.5}]
+    assert row_weights(records, None, {"cat": 3.0}, {"cat-face": 0.1}).tolist() == pytest.approx([0.3, 3, 0.1, 0.5])
 
 
 def test_uniforms_are_uniform_and_counted():

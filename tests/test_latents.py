@@ -53,7 +53,8 @@ def test_other_files_are_refused(tmp_path):
         CachedLatents(tmp_path / "other.safetensors")
 
 
-def test_pictures_become_latents(tmp_path, capsys):
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."], ids=["autoencoder", "diffusion model"])
+def test_pictures_become_latents(tmp_path, capsys, prefix):
     """The script, with a small autoencoder: latents are draws of its posterior, captions those of the pictures."""
     records = [
         ({"captions": [f"number {i}"], "split": "train", "kind": "photo"}, np.full((64, 64, 3), 40 * i, np.uint8))
@@ -69,7 +70,8 @@ def test_pictures_become_latents(tmp_path, capsys):
     config = load_config(tmp_path / "config.yaml")
     torch.manual_seed(0)
     autoencoder = instantiate_from_config(config.model)
-    save_torch(tmp_path / "last.ckpt", {"state_dict": autoencoder.state_dict()})
+    weights = {prefix + name: value for name, value in autoencoder.state_dict().items()}
+    save_torch(tmp_path / "last.ckpt", {"state_dict": weights})
     words = [
         "--config",
         tmp_path / "config.yaml",

@@ -44,8 +44,9 @@ class CaptionedPictures(Dataset):
     path: the tar; split: one name or several; size: h and w in pixels; seed and draw number decide everything random;
     draws: the length of the dataset (default: the number of pictures); shares: by kind, the part of all draws that
     shows it, e.g. {"drawing": 0.6, "photo": 0.4} (default: by the pictures' weights alone); emphasis: by class, how
-    many times as often as by its weight a picture comes among its kind, e.g. {"animal": 3} (default: 1).
-    Raises `InputError` if the file is absent or broken, or has no picture of that split, kind or class.
+    many times as often as by its weight a picture comes among its kind, e.g. {"animal": 3} (default: 1);
+    group_emphasis: the same by group of emoji, e.g. {"warning": 0.1}; a picture with both gets their product.
+    Raises `InputError` if the file is absent or broken, or has no picture of that split, kind, class or group.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class CaptionedPictures(Dataset):
         draws: int | None = None,
         shares: Mapping[str, float] | None = None,
         emphasis: Mapping[str, float] | None = None,
+        group_emphasis: Mapping[str, float] | None = None,
     ):
         wanted = {split} if isinstance(split, str) else set(split)
         self.records, pictures = [], []
@@ -70,7 +72,7 @@ class CaptionedPictures(Dataset):
         self.captions = [record["captions"] for record in self.records]
         self._caption_counts = torch.tensor([len(captions) for captions in self.captions])
         self._opaque = torch.tensor([record.get("kind") == "photo" for record in self.records])
-        self._cumulative = torch.cumsum(row_weights(self.records, shares, emphasis or {}), 0)
+        self._cumulative = torch.cumsum(row_weights(self.records, shares, emphasis or {}, group_emphasis or {}), 0)
 
     def __len__(self) -> int:
         return self.draws
@@ -140,14 +142,19 @@ def decode(encoded: bytes, size: int, what: str) -> np.ndarray:
 
 
 def row_weights(
-    records: Sequence[Mapping], shares: Mapping[str, float] | None, emphasis: Mapping[str, float]
+    records: Sequence[Mapping],
+    shares: Mapping[str, float] | None,
+    emphasis: Mapping[str, float],
+    group_emphasis: Mapping[str, float],
 ) -> Tensor:
-    """How often each record is drawn, float64 [n]: its weight times its class's, scaled to the share of its kind."""
-    if unknown := set(emphasis) - {record.get("class") for record in records}:
-        raise InputError(f"emphasis: no picture is of the class {', '.join(sorted(unknown))}")
-    weights = torch.tensor(
-        [record.get("weight", 1.0) * emphasis.get(record.get("class"), 1.0) for record in records], dtype=torch.float64
-    )
+    """How often each record is drawn, float64 [n]: its weight times its class's and its group's, scaled to the share
+    of its kind."""
+    weights = torch.tensor([record.get("weight", 1.0) for record in records], dtype=torch.float64)
+    for option, key, factors in (("emphasis", "class", emphasis), ("group_emphasis", "group", group_emphasis)):
+        own = [record.get(key) for record in records]
+        if unknown := set(factors) - set(own):
+            raise InputError(f"{option}: no picture is of the {key} {', '.join(sorted(unknown))}")
+        weights *= torch.tensor([factors.get(value, 1.0) for value in own], dtype=torch.float64)
     if shares is None:
         return weights
     kinds = [record.get("kind") for record in records]

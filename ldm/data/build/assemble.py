@@ -50,6 +50,7 @@ def drawing_records(chosen: Iterable[tuple[Drawing, str]], size: int = 64, proce
                     "name": emoji.name,
                     "tone": emoji.tone,
                     "class": class_word(emoji),
+                    "group": emoji.group,
                     "code": emoji.code,
                     "weight": round(weight, 4),
                 },
