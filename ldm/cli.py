@@ -62,7 +62,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
         known, rest = super().parse_known_args(args, namespace)
-        trust.allowed_families = list(getattr(known, "allow_family", []))  # by this command line and no earlier one
+        # by this command line and no earlier one
+        trust.allowed_families = list(getattr(known, "allow_family", []))
+        trust.trust_config = getattr(known, "trust_config", False)
         return known, rest
 
 

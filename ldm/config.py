@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm import trust
 from ldm.errors import InputError, explain, first_line, short
 
 # Targets which the configs of the published repositories name, and what they mean here.
@@ -129,6 +130,31 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Any:
     return OmegaConf.merge(config, parse_overrides(overrides))
 
 
+def stored_config(path: str | Path) -> Any:
+    """The config that a run wrote into its folder, which may come from anywhere: its targets are ours.
+
+    Raises `InputError` for others, for `defaults` and for `${...}`, none of which is followed, before anything is
+    imported; not with `--trust_config`.
+    """
+    from omegaconf import OmegaConf
+
+    if trust.trust_config:
+        return load_config(path)
+    config = _read_yaml(Path(path), "")
+    held = OmegaConf.to_container(config, resolve=False)
+    way_out = "if the run is yours or you trust it, add --trust_config"
+    if "defaults" in held:
+        raise InputError(f"{path} refers to other files by defaults, which no run writes; {way_out}")
+    if found := trust.interpolations(held):
+        raise InputError(f"{path} refers to other values by {short(found[0])}, which no run writes; {way_out}")
+    if foreign := trust.foreign_targets(held, ALIASES):
+        raise InputError(
+            f"{path} asks for {', '.join(map(short, foreign[:3]))}, which is not among the targets of ours and was not "
+            f"imported: {way_out}, or --allow_family for a family of yours"
+        )
+    return config
+
+
 def find_file(path: str | Path) -> Path:
     """A relative path as seen from here or, where that does not exist, from the checkout that this package lies in."""
     path = Path(path).expanduser()
@@ -156,15 +182,27 @@ def parse_overrides(overrides: Iterable[str]) -> Any:
 
 
 def _load_with_defaults(path: Path, seen: tuple[Path, ...]) -> Any:
-    import yaml
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     path = path.resolve()
     if path in seen:
         raise InputError(f"config {path}: its defaults form a circle: {' -> '.join(p.name for p in (*seen, path))}")
+    config = _read_yaml(path, f" (named in the defaults of {seen[-1]})" if seen else "")
+    defaults = config.pop("defaults", [])
+    names = [defaults] if isinstance(defaults, str) else plain(defaults)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"config {path}: defaults must be a relative path or a list of them, got {short(names)}")
+    bases = [_load_with_defaults(path.parent / name, (*seen, path)) for name in names]
+    return OmegaConf.merge(*bases, config)
+
+
+def _read_yaml(path: Path, named: str) -> Any:
+    """One file as a mapping, its `defaults:` not yet followed; `named` says where its name comes from."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     if not path.is_file():
-        named = f" (named in the defaults of {seen[-1]})" if seen else ""
         raise InputError(f"config {path} does not exist{named}; the shipped ones are under configs/")
     try:
         config = OmegaConf.load(path)
@@ -174,9 +212,4 @@ def _load_with_defaults(path: Path, seen: tuple[Path, ...]) -> Any:
         raise InputError(
             f"config {path} must be a mapping with keys such as model and data, got {short(plain(config))}"
         )
-    defaults = config.pop("defaults", [])
-    names = [defaults] if isinstance(defaults, str) else plain(defaults)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"config {path}: defaults must be a relative path or a list of them, got {short(names)}")
-    bases = [_load_with_defaults(path.parent / name, (*seen, path)) for name in names]
-    return OmegaConf.merge(*bases, config)
+    return config

@@ -1,21 +1,86 @@
 """Floor 0: what files that the user did not write may have imported.
 
 A file is data: what it names is looked up in a table of ours. The user's own command line may add to it
-(`--allow_family`), and so may packages that are installed (the entry points `ldm.families`).
+(`--allow_family`, `--trust_config`), and so may packages that are installed (the entry points `ldm.families`).
 """
 
 from __future__ import annotations
 
+import re
 import site
 import sysconfig
+from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 GROUP = "ldm.families"
 
 # Families that the command line names with --allow_family; `ldm.cli.Parser` sets it anew for each command.
 allowed_families: list[str] = []
+# Whether --trust_config was given: the config of a run that is gone on with may then name anything.
+trust_config = False
+
+# What the stored config of a run may name as a target: classes that only compute, read and draw. Whoever writes one
+# that configs are to name adds it here. Patterns are matched whole.
+TARGETS = (
+    r"ldm\.models\.diffusion\.ddpm\.(LatentDiffusion|DDPM)",
+    r"ldm\.models\.diffusion\.custom\.CustomDiffusion",
+    r"ldm\.models\.autoencoder\.(AutoencoderKL|VQModel|VQModelInterface|IdentityFirstStage)",
+    r"ldm\.models\.clip\.CLIP",
+    r"ldm\.modules\.diffusionmodules\.openaimodel\.UNetModel",
+    r"ldm\.modules\.encoders\.modules\.(FrozenCLIPEmbedder|FrozenCLIPEmbedderWrapper|BERTEmbedder|ClassEmbedder)",
+    r"ldm\.modules\.encoders\.bert\.BERTEmbedder",
+    r"ldm\.modules\.encoders\.remembered\.RememberingCLIPEmbedder",
+    r"ldm\.modules\.losses\.contperceptual\.LPIPSWithDiscriminator",
+    r"ldm\.modules\.losses\.vqperceptual\.VQLPIPSWithDiscriminator",
+    r"ldm\.modules\.losses\.late\.LateDiscriminator",
+    r"ldm\.data\.dreambooth\.PersonalizedBase",
+    r"ldm\.data\.captioned\.CaptionedPictures",
+    r"ldm\.data\.custom\.MaskBase",
+    r"ldm\.data\.latents\.CachedLatents",
+    r"ldm\.train\.datamodule\.DataModuleFromConfig",
+    r"ldm\.train\.callbacks\.(ImageLogger|EpochReport)",
+    r"ldm\.train\.compiled\.(ChannelsLast|Compiled)",
+    r"ldm\.lr_scheduler\.Lambda(WarmUpCosineScheduler2?|LinearScheduler)",
+    r"ldm\.muon\.Muon",
+    r"ldm\.tuning\.(position\.PositionAdapters|lora\.LoRA|cross_attention\.(CrossAttention|ModifierTokens))",
+    r"ldm\.tuning\.(textual_inversion\.TextualInversion|full\.(UNet|ConditionStage|ByName)|biases\.Biases|norms\.Norms)",
+    r"torch\.(nn|optim|optim\.lr_scheduler)\.[A-Z][A-Za-z0-9]*",
+    r"pytorch_lightning\.loggers\.(TensorBoardLogger|CSVLogger|WandbLogger)",
+    r"pytorch_lightning\.callbacks\.(LearningRateMonitor|EarlyStopping|Timer|ModelCheckpoint|ModelSummary|"
+    r"RichProgressBar|TQDMProgressBar|DeviceStatsMonitor|GradientAccumulationScheduler|StochasticWeightAveraging)",
+)
+
+
+def is_ours(target: str) -> bool:
+    """Whether a dotted target is in `TARGETS`. Nothing is imported."""
+    return any(re.fullmatch(pattern, target) for pattern in TARGETS)
+
+
+def foreign_targets(config: Any, aliases: dict[str, str]) -> list[str]:
+    """The targets, anywhere in a config of plain containers, that are neither ours nor allowed by the user."""
+    allowed = (*allowed_families, *installed_families().values())
+    named = dict.fromkeys(value for key, value in _leaves(config) if key == "target" and isinstance(value, str))
+    return [name for name in named if not is_ours(aliases.get(name, name)) and name not in allowed]
+
+
+def interpolations(config: Any) -> list[str]:
+    """The values and keys of a config that OmegaConf would replace by something else, `${oc.env:HOME}` for one."""
+    return [text for leaf in _leaves(config) for text in leaf if isinstance(text, str) and "${" in text]
+
+
+def _leaves(config: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
+    """(the key that it lies under, value) of everything in a config that is no container."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from _leaves(value, name)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _leaves(value, key)
+    else:
+        yield key, config
 
 
 def installed_families() -> dict[str, str]:

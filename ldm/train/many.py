@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.config import get_obj_from_str, instantiate_from_config, load_config, parse_overrides, plain
+from ldm.config import get_obj_from_str, instantiate_from_config, parse_overrides, plain, stored_config
 from ldm.data.dreambooth import DreamBoothPairs
 from ldm.devices import forked_rng
 from ldm.errors import InputError
@@ -40,7 +40,8 @@ from ldm.train.run import Run
 
 BLOCKS = {"transformer_adp_config": BasicTransformerBlock, "resblock_adp_config": ResBlock}
 ADAPTERS = "model.params.unet_config.params.adapter_config"
-RESUMES = ("resume", "train", "debug", "gpus", *TRAINER_OPTIONS)  # what a resume may say anew
+# what a resume may say anew
+RESUMES = ("resume", "train", "debug", "gpus", "trust_config", "allow_family", *TRAINER_OPTIONS)
 
 
 class Stream:
@@ -250,7 +251,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         if asked := [name for name, value in vars(options).items() if name not in RESUMES and value != usual(name)]:
             raise InputError(f"-r goes on with trainings as they are stored; leave --{', --'.join(asked)} out")
         changed = parse_overrides(overrides)
-        configs = [OmegaConf.merge(load_config(path), changed) for path in stored]
+        configs = [OmegaConf.merge(stored_config(path), changed) for path in stored]
         configs = [runs.with_trainer(config, options.gpus, trainer_options) for config in configs]
         return [
             dreambooth.as_run(config, path.parent.parent, debug=options.debug)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ldm.cli import Parser, add_compile, boolean, seed_number
+from ldm.cli import Parser, add_allow_family, add_compile, boolean, seed_number
 from ldm.config import parse_overrides, plain
 from ldm.errors import InputError
 
@@ -29,6 +29,9 @@ def parser(description: str, several: bool = False) -> Parser:
     run.add_argument(
         "-r", "--resume", nargs="?", const="", default="", metavar="DIR", help="go on with this run's last.ckpt"
     )
+    run.add_argument("--trust_config", action="store_true",
+                     help="-r: import whatever the run's own config names")  # fmt: skip
+    add_allow_family(run)
     if not several:
         run.add_argument(
             "--no-test", type=boolean, nargs="?", const=True, default=False, help="skip the test set at the end"

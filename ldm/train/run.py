@@ -24,7 +24,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.checkpoints import atomic_write, is_added
-from ldm.config import find_file, instantiate_from_config, load_config, parse_overrides, plain
+from ldm.config import find_file, instantiate_from_config, load_config, parse_overrides, plain, stored_config
 from ldm.data.class_images import missing_class_images
 from ldm.devices import best_device
 from ldm.errors import InputError, explain, short
@@ -81,10 +81,10 @@ class Run:
 
 def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -> DictConfig:
     """The config of a resumed run first, then those named on the command line, then overrides."""
-    stored = [resumed / "configs" / "project.yaml"] if resumed else []
+    stored = [stored_config(resumed / "configs" / "project.yaml")] if resumed else []
     if not stored and not paths:
         raise InputError("no config: name one with --base, e.g. --base configs/sd-mini/attn2o-ffni.yaml")
-    configs = [load_config(find_file(path)) for path in [*stored, *paths]]
+    configs = [*stored, *(load_config(find_file(path)) for path in paths)]
     config = OmegaConf.merge(*configs, parse_overrides(overrides))
     for section in ("model", "data"):
         if section not in config:
