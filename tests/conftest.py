@@ -26,3 +26,12 @@ def shared() -> Path:
 def golden(shared: Path) -> Path:
     """Numbers produced by the published reference implementations."""
     return shared / "reference"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how the recorded numbers were compared, for a comparison within tolerances sees less."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    if any(str(getattr(report, "nodeid", "")).startswith("tests/recorded/") for report in reports):
+        from tests.recorded.machine import summary
+
+        terminalreporter.write_line(summary())
