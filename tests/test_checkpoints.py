@@ -1,6 +1,7 @@
 """Files of weights: what people have is read, safely and without copying; what is written is whole."""
 
 import io
+import json
 import os
 import pickle
 import platform
@@ -25,8 +26,12 @@ from ldm.checkpoints import (
 )
 from ldm.config import load_config
 from ldm.errors import InputError
-from ldm.models.building import build_model, choose_checkpoint, load_weights, skip_init
+from ldm.interchange import layers
+from ldm.models.building import build_model, choose_checkpoint, load_weights, refuse_unknown, skip_init
+from tests import tuned_models
+from tests.conftest import ROOT
 from tests.runs import TINY, tiny_model
+from tests.tuned_models import ROUTE, answer, family, model, shake
 
 
 def tensors():
@@ -207,7 +212,23 @@ MISFITS = {
         lambda w: w | {"model.diffusion_model.out.2.bias": torch.zeros(9)},
         r"does not fit this config: model.diffusion_model.out.2.bias has shape \[9\], the model wants \[4\] \(1 such\)",
     ),
-    "foreign": (lambda w: {"x": torch.zeros(1)}, r"lacks \d+ of \d+ weights"),
+    "foreign": (lambda w: {"x": torch.zeros(1)}, r"lacks \d+ of \d+ weights|has no place for \(x\)"),
+    "a name more": (
+        lambda w: w | {"control_model.x": torch.zeros(1), "y.weight": torch.zeros(1)},
+        r"holds 2 tensors that this config has no place for \(control_model.x, y.weight\): use the config",
+    ),
+    "another adapter": (
+        lambda w: w | {"model.diffusion_model.out.adapter_inout.adp.0.weight": torch.zeros(1)},
+        r"also holds 1 tensors of adapters, LoRA or new words that this config has no place for \(model.*adp.0.weight",
+    ),
+    "a LoRA": (
+        lambda w: w | {"model.diffusion_model.out.2.lora_A.default.weight": torch.zeros(1)},
+        r"also holds 1 tensors of adapters, LoRA or new words .*\(model.*lora_A.default.weight\): use the config that",
+    ),
+    "infinite": (
+        lambda w: w | {"model.diffusion_model.out.2.bias": torch.tensor([0, 0, float("inf"), 0])},
+        r"1 of \d+ tensors are not finite, e.g. model.diffusion_model.out.2.bias",
+    ),
 }  # fmt: skip
 
 
@@ -218,6 +239,42 @@ def test_what_does_not_fit(base, tmp_path, kind):
     with pytest.raises(InputError, match=message) as error:
         build_model(load_config(TINY), tmp_path / "bad.ckpt")
     assert "\n" not in str(error.value) and str(tmp_path / "bad.ckpt") in str(error.value)
+
+
+def test_bookkeeping_of_released_files_is_left_out(base, tmp_path):
+    weights = read_weights(base)
+    more = [
+        "model_ema.decay", "model_ema.diffusion_modelout2bias", "alphas_cumprod", "posterior_mean_coef2", "logvar",
+        "first_stage_model.loss.discriminator.main.0.weight", "cond_stage_model.transformer.text_model.embeddings."
+        "position_ids", "first_stage_model.loss.logvar", "scale_factor", "lvlb_weights", "cond_stage_model.logit_scale",
+    ]  # fmt: skip
+    save_torch(tmp_path / "more.ckpt", {name: torch.zeros(1) for name in more if name not in weights} | weights)
+    state = build_model(load_config(TINY), tmp_path / "more.ckpt").state_dict()
+    assert same({name: value for name, value in state.items() if name in weights}, weights)
+
+
+def test_every_name_of_the_released_model_has_a_place(golden):
+    names = json.loads((golden / "manifests/sd_v1_manifest.json").read_text())["keys"]
+    own = layers.skeleton(load_config(ROOT / "configs/stable-diffusion/v1-inference.yaml")).state_dict()
+    refuse_unknown([name for name in names if name not in own], "the release")
+    unet = [name.removeprefix("model.") for name in names if name.startswith("model.")]
+    averages = ["model_ema." + name.replace(".", "") for name in unet]
+    refuse_unknown([*averages, "model_ema.decay", "model_ema.num_updates"], "the release with averages")
+
+
+@pytest.mark.parametrize("kind", ["lora", "position"])
+def test_a_whole_checkpoint_with_what_was_tuned(kind, tmp_path):
+    tuning = {
+        "lora": [family("lora.LoRA", rank=2)],
+        "position": [family("position.PositionAdapters", adapter_config=ROUTE)],
+    }[kind]
+    tuned = shake(model(tuning))
+    save_torch(tmp_path / "whole.ckpt", tuned.state_dict())
+    again = build_model(tuned_models.config(tuning), tmp_path / "whole.ckpt").eval()
+    words = ["photo of a sks dog", "a cat"]
+    assert torch.equal(answer(again, words), answer(tuned, words))
+    with pytest.raises(InputError, match="tensors of adapters, LoRA or new words that this config has no place for"):
+        build_model(tuned_models.config(), tmp_path / "whole.ckpt")
 
 
 def test_which_checkpoint_is_chosen(tmp_path, caplog):

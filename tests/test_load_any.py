@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sample
+from ldm.checkpoints import read_metadata, read_object, save_safetensors
 from ldm.errors import InputError
 from ldm.interchange import cloneofsimo, custom_diffusion, dealt, embeddings, identify, load_any, lora_keys, own
 from ldm.interchange.lora import Lora, delta
@@ -211,6 +212,33 @@ def test_diffusers_learns_our_words(config, model, tmp_path, vectors):
 class Evil:
     def __reduce__(self):
         return print, ("code ran",)
+
+
+def spoilt(value, number=float("nan")):
+    """The content of a file with one number in its last tensor that is none."""
+    if isinstance(value, dict):
+        *_, last = value
+        return value | {last: spoilt(value[last], number)}
+    if isinstance(value, list):
+        return [*value[:-1], spoilt(value[-1], number)]
+    value = value.clone()
+    value.view(-1)[-1] = number
+    return value
+
+
+@pytest.mark.parametrize(
+    "kind", ["cloneofsimo", "cloneofsimo-pt", "diffusers", "kohya", "delta", "delta-diffusers", "packed", "words"]
+)
+def test_what_is_not_finite_is_refused_by_name_in_every_format(made, model, tmp_path, kind):
+    content, about = read_object(made / kind), read_metadata(made / kind)
+    if (made / kind).read_bytes()[8:9] == b"{":
+        save_safetensors(tmp_path / "bad", spoilt(content), about)
+    else:
+        torch.save(spoilt(content), tmp_path / "bad")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"bad: 1 of \d+ tensors are not finite, e.g. .+; get an undamaged copy"):
+        load_any(model, tmp_path / "bad")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_refusals(made, model, tmp_path, capsys):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import read_metadata, read_object, save_safetensors, save_torch
+from ldm.checkpoints import read_metadata, read_object, refuse_not_finite, save_safetensors, save_torch
 from ldm.errors import InputError
 from ldm.interchange import layers
 from ldm.interchange.lora import Factors, Lora, first_of, fitted, folded
@@ -57,6 +57,7 @@ def is_published(path: str | Path) -> bool:
 def read_safetensors(path: str | Path) -> Published:
     """Read a `.safetensors` file. Raises `InputError` where its metadata and its tensors disagree."""
     tensors, about = read_object(path), read_metadata(path)
+    refuse_not_finite(tensors, str(path))
     tokens = {name: tensors.pop(name) for name, kind in about.items() if kind == EMBEDDED and name in tensors}
     factors: dict[str, list[Factors]] = {}
     try:
@@ -103,6 +104,7 @@ def read_list(path: str | Path) -> list[Factors]:
         or not all(isinstance(item, Tensor) and item.dim() in (2, 4) for item in content)
     ):
         raise InputError(f"{path} is not a cloneofsimo .pt LoRA: expected a list of up and down tensors by turns")
+    refuse_not_finite({f"tensor {number}": value for number, value in enumerate(content)}, str(path))
     return [Factors(down.detach(), up.detach()) for up, down in zip(content[::2], content[1::2], strict=True)]
 
 

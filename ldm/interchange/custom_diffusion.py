@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import read_object, save_torch
+from ldm.checkpoints import read_object, refuse_not_finite, save_torch
 from ldm.errors import InputError, short
 from ldm.interchange.names import (
     TEXT,
@@ -85,7 +85,11 @@ def read(path: str | Path, words: Sequence[str] = ()) -> Delta:
         state = {UNET + names[name]: value for name, value in state.items()}
         found = content.get("modifier_token") or {}
         tokens = {word: vector.float().reshape(-1, vector.shape[-1]) for word, vector in found.items()}
-    return Delta({name: _entry(value, name, path) for name, value in state.items()}, tokens)
+    entries = {name: _entry(value, name, path) for name, value in state.items()}
+    flat = {name: [one] if isinstance(one, Tensor) else [one.u, one.v] for name, one in entries.items()}
+    parts = {f"{name} [{place}]": part for name, held in flat.items() for place, part in enumerate(held)}
+    refuse_not_finite(parts | tokens, str(path))
+    return Delta(entries, tokens)
 
 
 def _plain(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import read_metadata, read_weights, save_safetensors
+from ldm.checkpoints import read_metadata, read_weights, refuse_not_finite, save_safetensors
 from ldm.errors import InputError
 from ldm.interchange.layers import dialects
 from ldm.interchange.lora import Factors, Lora, fitted, folded, rank_of
@@ -63,7 +63,9 @@ def read_factors(path: str | Path) -> dict[str, Factors]:
     path = file_of(path)
     found: dict[str, dict[str, Tensor]] = {}
     unknown = []
-    for key, value in read_weights(path).items():
+    weights = read_weights(path)
+    refuse_not_finite(weights, str(path))
+    for key, value in weights.items():
         if (parts := split(key)) is None:
             unknown.append(key)
         else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -16,11 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ldm.checkpoints import is_adapter, is_added, read_weights
+from ldm.checkpoints import is_adapter, is_added, read_weights, refuse_not_finite
 from ldm.config import find_file, instantiate_from_config
 from ldm.errors import InputError
 
 log = logging.getLogger(__name__)
+
+
+# Names in released checkpoints that a model need not have: averages, constants of the schedule, position ids, losses
+# and discriminators of autoencoders, and the scale of CLIP's contrast. Patterns are matched whole.
+BOOKKEEPING = re.compile(
+    r"(.*\.)?(model_ema\..+|loss\..+|position_ids|logit_scale|attn_mask|scale_factor|logvar|lvlb_weights"
+    r"|betas|alphas_cumprod(_prev)?|sqrt_(one_minus_)?alphas_cumprod|log_one_minus_alphas_cumprod"
+    r"|sqrt_recip(m1)?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|denoiser\.sigmas"
+    r"|global_step|num_updates|cond_ids|ddim_\w+)"
+)
 
 
 class skip_init(TorchFunctionMode):
@@ -45,10 +55,11 @@ def load_weights(
 ) -> None:
     """Put `weights` into a model, without copying where the dtype is the model's.
 
-    Names that the model does not have (EMA copies, bookkeeping) are left out. Buffers may be absent: the model has
+    Of names that the model does not have, `BOOKKEEPING` is left out. Buffers may be absent: the model has
     computed its own, or does so when its `weights_loaded(names of what is absent)` is called at the end. Parameters may
     be absent if `may_lack(name)`; their modules are then initialised by `reset_parameters`.
-    Raises `InputError`, with the first few names, if other parameters are absent or shapes differ.
+    Raises `InputError`, with the first few names, if other parameters are absent, shapes differ, the model has no place
+    for a tensor, or one is not finite.
     """
     parameters = dict(model.named_parameters())
     dtypes = {name: value.dtype for name, value in (*parameters.items(), *model.named_buffers())}
@@ -66,6 +77,9 @@ def load_weights(
             f"{source} does not fit this config: {name} has shape {theirs}, the model wants {ours} "
             f"({len(wrong)} such); use the config that the checkpoint was made with"
         ) from None
+    refuse_unknown(result.unexpected_keys, source)
+    used = {name: value for name, value in weights.items() if not BOOKKEEPING.fullmatch(name)}
+    refuse_not_finite(used, source, "get an undamaged copy of the checkpoint")
     lacking = [name for name in result.missing_keys if name in parameters]
     unexpected = [name for name in lacking if not may_lack(name)]
     if unexpected:
@@ -79,6 +93,21 @@ def load_weights(
     reset(model, {name for name in lacking if is_adapter(name) or not is_added(name)})
     if hasattr(model, "weights_loaded"):
         model.weights_loaded(set(result.missing_keys))
+
+
+def refuse_unknown(names: Iterable[str], source: str) -> None:
+    """Raises `InputError` for names of weights that a model has no place for and that are no `BOOKKEEPING`."""
+    unknown = [name for name in names if not BOOKKEEPING.fullmatch(name)]
+    if added := [name for name in unknown if is_added(name)]:
+        raise InputError(
+            f"{source} also holds {len(added)} tensors of adapters, LoRA or new words that this config has no place "
+            f"for ({', '.join(added[:3])}): use the config that it was trained with, or a checkpoint of the base alone"
+        )
+    if unknown:
+        raise InputError(
+            f"{source} holds {len(unknown)} tensors that this config has no place for ({', '.join(unknown[:3])}): use "
+            "the config that the checkpoint was made with, or take them out of the file"
+        )
 
 
 def reset(model: nn.Module, names: set[str]) -> None:
@@ -125,10 +154,31 @@ def build_model(config: Mapping, ckpt: str | Path | None, random_seed: int | Non
         weights = read_weights(ckpt)
         with skip_init(), base_is_coming():
             model = instantiate_from_config(config["model"])
-        load_weights(model, weights, source=str(ckpt), may_lack=is_added)
+        own = model.state_dict().keys()
+        added = {name: value for name, value in weights.items() if is_added(name) and name not in own}
+        base = {name: value for name, value in weights.items() if name not in added}
+        load_weights(model, base, source=str(ckpt), may_lack=is_added)
     if hasattr(model, "tune"):
         model.tune()
+    if ckpt is not None and added:
+        _fill_added(model, added, str(ckpt))
     return model
+
+
+@torch.no_grad()
+def _fill_added(model: nn.Module, added: Mapping[str, Tensor], source: str) -> None:
+    """Put what tuning added to the model of a whole checkpoint into a model that its config tunes in the same way."""
+    own = model.state_dict()
+    refuse_unknown([name for name in added if name not in own], source)
+    refuse_not_finite(added, source)
+    for name, value in added.items():
+        if value.shape != own[name].shape:
+            raise InputError(
+                f"{source} does not fit this config: {name} has shape {list(value.shape)}, the model wants "
+                f"{list(own[name].shape)}; use the config that the checkpoint was made with"
+            )
+        own[name].copy_(value)
+    log.info("%s: %d tensors of what was tuned are loaded, too", source, len(added))
 
 
 def fill_zeros(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoints import read_metadata, read_object
+from ldm.checkpoints import read_metadata, read_object, refuse_not_finite
 from ldm.errors import InputError, short
 
 EMBEDDED = "<embed>"  # how the metadata of cloneofsimo's files mark the tensors that are words
@@ -74,7 +74,9 @@ def read_embeddings(path: str | Path) -> dict[str, Tensor]:
     """
     content, about = read_object(path), read_metadata(path)
     if EMBEDDED in about.values():
-        return grouped({name: content[name] for name, kind in about.items() if kind == EMBEDDED and name in content})
+        held = {name: content[name] for name, kind in about.items() if kind == EMBEDDED and name in content}
+        refuse_not_finite(held, str(path))
+        return grouped(held)
     found: Any = content.get("string_to_param", content) if isinstance(content, Mapping) else None
     found = getattr(found, "_parameters", found)
     if (
@@ -83,6 +85,7 @@ def read_embeddings(path: str | Path) -> dict[str, Tensor]:
         or not all(isinstance(v, Tensor) and v.dim() in (1, 2) for v in found.values())
     ):
         raise InputError(f"{path} holds no token embeddings: expected words with vectors, got {short(content)}")
+    refuse_not_finite(found, str(path))
     return {word: value.detach().float().reshape(-1, value.shape[-1]) for word, value in found.items()}
 
 
