@@ -14,7 +14,7 @@ from ldm.checkpoints import read_weights
 from ldm.config import find_file
 from ldm.errors import InputError
 from ldm.modules.encoders.bert import BERTEmbedder  # noqa: F401 (YAML files name it here)
-from ldm.modules.encoders.tokenizers import load_tokenizer
+from ldm.modules.encoders.tokenizers import load_tokenizer, refuse_code
 from ldm.modules.encoders.tokens import NewTokens, read_embeddings
 
 # Architecture of openai/clip-vit-large-patch14, the text encoder of Stable Diffusion v1 (arXiv 2103.00020, table 20).
@@ -58,7 +58,7 @@ class FrozenCLIPEmbedder(nn.Module):
         self.version, self.tokenizer_folder = version, tokenizer
         folder = find_file(version)
         if (folder / "config.json").is_file():
-            config = CLIPTextConfig.from_pretrained(folder)
+            config = CLIPTextConfig.from_pretrained(refuse_code(folder))
         elif version == "openai/clip-vit-large-patch14":
             config = CLIPTextConfig(**CLIP_VIT_L_14)
         else:

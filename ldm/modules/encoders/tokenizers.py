@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm.config import find_file
-from ldm.errors import InputError
+from ldm.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
+
+
+CONFIGURATIONS = ("config.json", "tokenizer_config.json")
+
+
+def refuse_code(folder: Path) -> Path:
+    """The folder of a text encoder, if its JSON asks for no code of its own. Raises `InputError`."""
+    for name in CONFIGURATIONS:
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            about = json.loads(file.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{file} is damaged ({first_line(error)}); get the folder again") from None
+        if isinstance(about, dict) and "auto_map" in about:
+            raise InputError(f"{file} refused: its auto_map asks for code, and a folder is data; take that entry out")
+    return folder
 
 
 def load_tokenizer(kind: str, version: str, files: Sequence[str], folder: str | None = None) -> Any:
@@ -23,9 +42,9 @@ def load_tokenizer(kind: str, version: str, files: Sequence[str], folder: str | 
     folders = [folder, version, f"models/{Path(version).name}"]
     for place in (find_file(name) for name in folders if name):
         if all((place / file).is_file() for file in files):
-            return getattr(transformers, kind).from_pretrained(place)
+            return getattr(transformers, kind).from_pretrained(refuse_code(place))
     if place := _from_hub(version, files):
-        return getattr(transformers, kind).from_pretrained(place)
+        return getattr(transformers, kind).from_pretrained(refuse_code(place))
     raise InputError(
         f"no tokenizer for {version}: put its {' and '.join(files)} into {folders[-1]}, "
         "or name a folder that has them as model.params.cond_stage_config.params.tokenizer"
