@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,11 @@ from tqdm import tqdm
 from ldm.checkpoints import atomic_write
 from ldm.data.class_images import missing_class_images
 from ldm.errors import InputError
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.guidance import guided
+from ldm.models.diffusion.samplers import draw, sampler
 from ldm.modules.text_once import text_once
 
 log = logging.getLogger(__name__)
-
-SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -66,8 +63,7 @@ def generate(
     Each picture has its own generator, so that it does not depend on the batch that it is made in.
     Raises `InputError` for settings that the model or the sampler cannot take.
     """
-    if settings.sampler not in SAMPLERS:
-        raise InputError(f"unknown sampler {settings.sampler!r}: expected {', '.join(SAMPLERS)}")
+    row = sampler(settings.sampler)
     if getattr(model, "cond_stage_model", None) is None:
         raise InputError("this model has no text encoder, so that it cannot draw a prompt")
     device = model.betas.device
@@ -77,17 +73,12 @@ def generate(
     with evaluating(model), model.ema_scope(), precision, remembering:
         condition = model.get_learned_conditioning(list(prompts))
         empty = None if settings.scale == 1 else model.get_learned_conditioning([""] * len(prompts))
-        latents, _ = SAMPLERS[settings.sampler](model).sample(
-            S=settings.steps,
-            batch_size=len(prompts),
-            shape=settings.latent_shape(model),
-            conditioning=condition,
-            eta=settings.eta,
-            unconditional_guidance_scale=settings.scale,
-            unconditional_conditioning=empty,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            verbose=verbose,
-        )
+        steps = row.steps(model.alphas_cumprod, settings.steps, settings.eta)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        draw_noise = partial(draw, (len(prompts), *settings.latent_shape(model)), device, generators)
+        denoise = guided(model.predict_noise, condition, empty, settings.scale)
+        progress = partial(tqdm, desc=row.title, disable=not verbose)
+        latents = row.function(denoise, draw_noise(), steps, draw_noise, progress=progress)
         pictures = decoded(model, latents, settings.decoded_pixels)
     return ((pictures.float() + 1) / 2).clamp(0, 1).cpu()
 

@@ -8,7 +8,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.schedule import ddpm_buffers
-from ldm.modules.diffusionmodules.schedules import make_beta_schedule
+from ldm.modules.diffusionmodules.util import make_beta_schedule
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler}
 SHAPE = (4, 8, 8)

@@ -11,6 +11,7 @@ from ldm.config import instantiate_from_config, load_config
 from ldm.errors import InputError
 from ldm.models.building import load_weights, skip_init
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.samplers import uniform_levels
 from tests.conftest import ROOT
 from tests.helpers import assert_close_to
 
@@ -224,11 +225,36 @@ def test_conditioning_keys(key):
     assert loss.isfinite()
 
 
-def test_x0_parameterization_gives_samplers_the_noise():
-    model = tiny(parameterization="x0")
+@pytest.mark.parametrize("name", ["x0", "v"])
+@pytest.mark.parametrize("steps", [[10, 900], [10.0, 900.0], [10.25, 899.5]], ids=str)
+def test_samplers_are_given_the_noise_whatever_the_network_predicts(name, steps):
+    model = tiny(parameterization=name)
+    x0, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor(steps)
+    a, s = model.level(t, x0)
+    model.apply_model = lambda x, t, c=None: model.prediction.target(x0, noise, a, s)
+    assert_close_to(model.predict_noise(a * x0 + s * noise, t), noise, 1e-3)
+
+
+def test_levels_between_steps_lie_between_those_of_the_steps():
+    model = tiny()
+    whole, like = torch.tensor([0, 10, 900]), torch.randn(3, 4, 8, 8)
+    assert_close_to(torch.stack(model.level(whole.float(), like)), torch.stack(model.level(whole, like)), 1e-6)
+    (a, s), (below, _), (above, _) = (model.level(t, like) for t in (whole + 0.5, whole, whole + 1))
+    assert ((a < below) & (a > above)).all() and torch.allclose(a**2 + s**2, torch.ones_like(a))
+    level = uniform_levels(model.alphas_cumprod, 7)[3]
+    a, s = model.level(torch.tensor([level.t]), like)
+    assert (a.item(), s.item()) == pytest.approx((level.alpha, level.sigma), rel=1e-5)
+
+
+def test_velocity_under_its_published_names():
+    model = tiny(parameterization="v")
     x0, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
-    model.apply_model = lambda x, t, c=None: x0
-    assert_close_to(model.predict_noise(model.q_sample(x0, t, noise), t), noise, 1e-3)
+    x_t, v = model.q_sample(x0, t, noise), model.get_v(x0, noise, t)
+    assert_close_to(model.predict_start_from_z_and_v(x_t, t, v), x0, 1e-4)
+    assert_close_to(model.predict_eps_from_z_and_v(x_t, t, v), noise, 1e-4)
+    model.apply_model = lambda x, t, cond: v
+    loss, _ = model.p_losses(x0, None, t, noise)
+    assert loss.item() < 1e-10
 
 
 def test_logvar_learns_and_weights_losses():

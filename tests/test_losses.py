@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.errors import InputError
-from ldm.models.diffusion.losses import diffusion_loss, dreambooth_loss, min_snr_weight, simple_loss
+from ldm.models.diffusion.losses import diffusion_loss, dreambooth_loss, simple_loss
+from ldm.models.diffusion.prediction import PREDICTIONS
 from ldm.models.diffusion.schedule import ddpm_buffers
-from ldm.modules.diffusionmodules.schedules import make_beta_schedule
+from ldm.modules.diffusionmodules.util import make_beta_schedule
 from tests.helpers import assert_close_to
 
 BUFFERS = ddpm_buffers(make_beta_schedule("linear", 1000, linear_start=0.00085, linear_end=0.012))
@@ -100,13 +101,25 @@ def test_weights_and_logvar():
 
 
 def test_min_snr_weighs_each_sample():
-    alphas_cumprod = torch.tensor([0.99, 5 / 6, 0.5])  # SNR 99, 5, 1
-    assert min_snr_weight(alphas_cumprod, 5.0).tolist() == pytest.approx([5 / 99, 1.0, 1.0], rel=1e-4)
-    assert min_snr_weight(alphas_cumprod, 5.0, "x0").tolist() == pytest.approx([5.0, 5.0, 1.0], rel=1e-4)
+    snr = torch.tensor([99.0, 5.0, 1.0])
+    weights = {name: one.min_snr_weight(snr, 5.0) for name, one in PREDICTIONS.items()}
+    assert weights["eps"].tolist() == pytest.approx([5 / 99, 1.0, 1.0], rel=1e-4)
+    assert weights["x0"].tolist() == pytest.approx([5.0, 5.0, 1.0], rel=1e-4)
+    assert weights["v"].tolist() == pytest.approx([5 / 100, 5 / 6, 1 / 2], rel=1e-4)
     per_sample, t = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 2])
-    total, log = diffusion_loss(per_sample, t, torch.zeros(3), torch.zeros(3), min_snr_weight(alphas_cumprod, 5.0))
+    total, log = diffusion_loss(per_sample, t, torch.zeros(3), torch.zeros(3), weights["eps"])
     assert total.item() == pytest.approx((5 / 99 + 2 + 3) / 3, rel=1e-4)
     assert log["loss_simple"].item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS)
+def test_a_perfect_prediction_implies_the_noise_and_the_start(prediction):
+    x0, noise = torch.randn(2, 4, 4, 4, dtype=torch.float64), torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    a = torch.tensor([0.9, 0.1], dtype=torch.float64).view(2, 1, 1, 1)
+    s = (1 - a**2).sqrt()
+    x_t, answer = a * x0 + s * noise, prediction.target(x0, noise, a, s)
+    assert torch.allclose(prediction.to_x0(answer, x_t, a, s), x0)
+    assert torch.allclose(prediction.to_epsilon(answer, x_t, a, s), noise)
 
 
 def test_simple_loss_keeps_the_batch():

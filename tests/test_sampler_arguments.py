@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.errors import InputError
-from ldm.models.diffusion.ddim import DDIMSampler, ddim
-from ldm.models.diffusion.sampling import Step, keep_known
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.samplers import Step, ddim, keep_known
 from tests.analytic import SAMPLERS, SHAPE, Model, exact_denoiser
 from tests.helpers import assert_close_to
 
@@ -58,7 +58,7 @@ def test_score_corrector(model):
     doubled, _ = sampler.sample(
         1, 1, SHAPE, x_T=x, score_corrector=corrector, corrector_kwargs={"factor": 0.0}, verbose=False
     )
-    silent = ddim(lambda x, t: torch.zeros_like(x), x, sampler.steps(), lambda: torch.zeros_like(x))
+    silent = ddim(lambda x, t: torch.zeros_like(x), x, sampler.steps, lambda: torch.zeros_like(x))
     assert_close_to(doubled, silent, 1e-6)
     assert not torch.allclose(silent, ddim(lambda x, t: x, x, steps, lambda: torch.zeros_like(x)))
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from ldm.errors import InputError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.guidance import guided
-from ldm.models.diffusion.sampling import draw
+from ldm.models.diffusion.samplers import draw
 from tests.analytic import SAMPLERS, SHAPE, Model, exact_denoiser
 from tests.helpers import assert_close_to
 
@@ -122,7 +122,7 @@ def test_order_of_random_draws(model, index, inputs, golden, monkeypatch, name):
         return drawn[-1]
 
     case = index["cases"][name]
-    monkeypatch.setattr("ldm.models.diffusion.sampling.torch.randn", randn)
+    monkeypatch.setattr("ldm.models.diffusion.samplers.torch.randn", randn)
     run_case(model, name, case, inputs)
     assert len(drawn) == case["random_draws"]["n"]
     expected = load_file(golden / "samplers" / "random_draws.safetensors")

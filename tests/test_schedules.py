@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.errors import InputError
+from ldm.models.diffusion.prediction import PREDICTIONS, prediction
 from ldm.models.diffusion.schedule import ddpm_buffers
-from ldm.modules.diffusionmodules.schedules import (
+from ldm.modules.diffusionmodules.util import (
     make_beta_schedule,
     make_ddim_sampling_parameters,
     make_ddim_timesteps,
+    timestep_embedding,
 )
-from ldm.modules.diffusionmodules.util import timestep_embedding
 from tests.helpers import assert_close_to
 
 TOLERANCE = 1e-6
@@ -33,7 +34,7 @@ def index(golden):
 
 
 def sd_buffers(v_posterior=0.0, parameterization="eps"):
-    return ddpm_buffers(make_beta_schedule("linear", 1000, **SD), v_posterior, parameterization)
+    return ddpm_buffers(make_beta_schedule("linear", 1000, **SD), v_posterior, PREDICTIONS[parameterization])
 
 
 def test_every_golden_tensor_has_a_test(tensors):
@@ -154,7 +155,8 @@ def test_time_step_embeddings(tensors):
     expected = {name.removeprefix("temb."): v for name, v in tensors.items() if name.startswith("temb.")}
     assert actual.keys() == expected.keys() - {"timesteps", "timesteps_float"}
     for name, value in actual.items():
-        assert_close_to(value, expected[name], TOLERANCE)
+        # Processors round exp() to one bit or the other, and step 999 makes 6e-5 of a frequency's last bit.
+        assert_close_to(value, expected[name], 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_time_step_embeddings(tensors):
         (lambda: make_ddim_sampling_parameters(torch.ones(5), np.arange(5), -0.1), "eta is -0.1"),
         (lambda: ddpm_buffers(np.array([0.1, 1.0])), "between 0 and 1"),
         (lambda: ddpm_buffers(np.array([])), "between 0 and 1"),
-        (lambda: ddpm_buffers(np.array([0.1]), parameterization="v"), "unknown parameterization 'v'"),
+        (lambda: prediction("velocity"), "must be one of eps, x0, v, got 'velocity'"),
     ],
 )
 def test_refusals(call, message):

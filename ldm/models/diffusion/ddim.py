@@ -1,55 +1,21 @@
-"""DDIM (arXiv 2010.02502): the sampler as one function, and LDM's class over it."""
+"""LDM's DDIM sampler class."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ldm.errors import InputError
-from ldm.models.diffusion.guidance import Denoise
-from ldm.models.diffusion.sampling import Blend, Draw, Generators, LatentSampler, Progress, Step, draw, unchanged
+from ldm.models.diffusion.latent_sampler import DDIMSchedule
+from ldm.models.diffusion.samplers import Generators, Step, ddim, draw
 
 
-def ddim(
-    denoise: Denoise,
-    x: Tensor,
-    steps: Sequence[Step],
-    draw_noise: Draw,
-    *,
-    temperature: float = 1.0,
-    noise_dropout: float = 0.0,
-    blend: Blend = unchanged,
-    fix_x0: Callable[[Tensor], Tensor] = unchanged,
-    on_step: Callable[[int, int, Tensor, Tensor], Any] = unchanged,
-    progress: Progress = iter,
-) -> Tensor:
-    """From x [b, c, h, w] at the noise level of the first step to a sample. `steps` descend.
-
-    Noise is drawn in every step, with sigma 0 as well, so that a seed means the same for every eta.
-    """
-    for i, (t, alpha, alpha_prev, sigma) in enumerate(progress(steps)):
-        x = blend(x, alpha)
-        eps = denoise(x, torch.full((len(x),), t, device=x.device))
-        # Eq. 12: the predicted x0, the direction pointing to x_t, random noise
-        pred_x0 = fix_x0((x - (1 - alpha) ** 0.5 * eps) / alpha**0.5)
-        direction = (1 - alpha_prev - sigma**2) ** 0.5 * eps
-        noise = sigma * temperature * draw_noise()
-        if noise_dropout > 0:
-            noise = F.dropout(noise, p=noise_dropout)
-        x = alpha_prev**0.5 * pred_x0 + direction + noise
-        on_step(i, len(steps), x, pred_x0)
-    return x
-
-
-class DDIMSampler(LatentSampler):
+class DDIMSampler(DDIMSchedule):
     """LDM's DDIM sampler: `sample`, and for pictures as a start `stochastic_encode` and `decode`."""
 
-    def run(self, denoise: Denoise, x: Tensor, draw_noise: Draw, **parts: Any) -> Tensor:
-        return ddim(denoise, x, self.steps()[::-1], draw_noise, **parts)
+    name = "ddim"
 
     @torch.no_grad()
     def stochastic_encode(
@@ -92,21 +58,21 @@ class DDIMSampler(LatentSampler):
 
         Raises `InputError` for a t_start outside 1 .. number of steps.
         """
-        steps = self._training_steps() if use_original_steps else self.steps()
+        steps = self._training_steps() if use_original_steps else self.steps
         if not 1 <= t_start <= len(steps):
             raise InputError(f"cannot decode from step {t_start}: expected 1 to {len(steps)}, the number of steps")
         return ddim(
             self.guided(cond, unconditional_conditioning, unconditional_guidance_scale),
             x_latent,
-            steps[:t_start][::-1],
+            steps[-t_start:],
             lambda: draw(x_latent.shape, x_latent.device, generator),
             progress=self.progress(verbose),
         )
 
     def _training_steps(self) -> list[Step]:
-        """Every step of training, with the last one ending at 1, and the eta of `make_schedule`."""
+        """Every step of training, descending; the last one ends at 1. The eta is that of `make_schedule`."""
         a = self.model.alphas_cumprod.detach().cpu().double()
         a_prev = torch.cat([torch.ones(1, dtype=a.dtype), a[:-1]])
         # Eq. 16
-        sigmas = self.ddim_eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
-        return [Step(*row) for row in zip(range(len(a)), a.tolist(), a_prev.tolist(), sigmas.tolist(), strict=True)]
+        stds = self.ddim_eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
+        return [Step(*row) for row in zip(range(len(a)), a.tolist(), a_prev.tolist(), stds.tolist(), strict=True)][::-1]

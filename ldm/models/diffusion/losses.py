@@ -29,15 +29,6 @@ def simple_loss(
     return (errors * mask).flatten(1).sum(1) / counted.flatten(1).sum(1)
 
 
-def min_snr_weight(alphas_cumprod: Tensor, gamma: float, parameterization: str = "eps") -> Tensor:
-    """The weight of the error of each sample [b], given alpha-bar at its step [b]: Min-SNR (arXiv 2303.09556) Sec. 3.4.
-
-    With SNR = alpha-bar / (1 - alpha-bar): min(SNR, gamma) for `x0`, min(SNR, gamma) / SNR for `eps`.
-    """
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=gamma) / (snr if parameterization == "eps" else 1.0)
-
-
 def diffusion_loss(
     per_sample: Tensor,
     t: Tensor,

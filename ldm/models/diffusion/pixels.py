@@ -17,7 +17,8 @@ from ldm.devices import forked_rng
 from ldm.errors import InputError
 from ldm.models.building import load_weights
 from ldm.models.diffusion.guidance import batched
-from ldm.models.diffusion.losses import diffusion_loss, dreambooth_loss, min_snr_weight, simple_loss
+from ldm.models.diffusion.losses import diffusion_loss, dreambooth_loss, simple_loss
+from ldm.models.diffusion.prediction import prediction
 from ldm.models.diffusion.process import DiffusionProcess
 from ldm.modules.ema import LitEma
 
@@ -91,8 +92,7 @@ class DDPM(DiffusionProcess, pl.LightningModule):
         mask_as_published: bool = False,  # see `ldm.models.diffusion.losses.simple_loss`
     ) -> None:
         super().__init__()
-        if parameterization not in ("eps", "x0"):
-            raise InputError(f"parameterization must be eps or x0, got {parameterization!r}")
+        self.prediction = prediction(parameterization)
         if loss_type not in ("l1", "l2"):
             raise InputError(f"loss_type must be l1 or l2, got {loss_type!r}")
         self.parameterization, self.loss_type, self.v_posterior = parameterization, loss_type, v_posterior
@@ -148,7 +148,7 @@ class DDPM(DiffusionProcess, pl.LightningModule):
     # --- the model and its loss
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any = None) -> Tensor:
-        """What the UNet predicts for x_t: the noise, or x_0 under `parameterization: x0`.
+        """What the UNet predicts for x_t: the noise, x_0 or the velocity, as `parameterization` says.
 
         `cond`: a tensor, a list of tensors, or LDM's `{"c_concat": [...], "c_crossattn": [...]}`.
         """
@@ -158,19 +158,15 @@ class DDPM(DiffusionProcess, pl.LightningModule):
         return self.model(x_noisy, t, **cond)
 
     def predict_noise(self, x_noisy: Tensor, t: Tensor, cond: Any = None) -> Tensor:
-        """The predicted noise, whatever the parameterization; what samplers ask for. t [b] may be fractional."""
+        """The predicted noise, whatever the network predicts; what samplers ask for. t [b] may be fractional."""
         predicted = self.apply_model(x_noisy, t, cond)
-        if self.parameterization == "eps":
-            return predicted
-        t = t.round().long()
-        recip = self._at("sqrt_recip_alphas_cumprod", t, x_noisy)
-        return (recip * x_noisy - predicted) / self._at("sqrt_recipm1_alphas_cumprod", t, x_noisy)
+        return self.prediction.to_epsilon(predicted, x_noisy, *self.level(t, x_noisy))
 
     def loss_of(
         self, predicted: Tensor, x_start: Tensor, noise: Tensor, t: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts for logging, from what the UNet predicted; only where the mask [b, 1, h, w] is 1."""
-        target = noise if self.parameterization == "eps" else x_start
+        target = self.prediction.target(x_start, noise, *self.level(t, x_start))
         return diffusion_loss(
             simple_loss(predicted.float(), target.float(), self.loss_type, mask, self.mask_as_published),
             t,
@@ -186,7 +182,8 @@ class DDPM(DiffusionProcess, pl.LightningModule):
         if self.min_snr_gamma is None:
             return self.l_simple_weight
         alphas_cumprod = self.alphas_cumprod.to(t.device)[t]
-        return self.l_simple_weight * min_snr_weight(alphas_cumprod, self.min_snr_gamma, self.parameterization)
+        snr = alphas_cumprod / (1 - alphas_cumprod)
+        return self.l_simple_weight * self.prediction.min_snr_weight(snr, self.min_snr_gamma)
 
     def p_losses(
         self, x_start: Tensor, cond: Any, t: Tensor, noise: Tensor | None = None

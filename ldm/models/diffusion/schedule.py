@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 
 from ldm.errors import InputError
+from ldm.models.diffusion.prediction import PREDICTIONS, Prediction
 
 
-def ddpm_buffers(betas: np.ndarray, v_posterior: float = 0.0, parameterization: str = "eps") -> dict[str, Tensor]:
+def ddpm_buffers(
+    betas: np.ndarray, v_posterior: float = 0.0, prediction: Prediction = PREDICTIONS["eps"]
+) -> dict[str, Tensor]:
     """Every constant of the forward process and its posterior by buffer name: float32, [T] each.
 
     betas: float64 [T]. v_posterior: weight of the upper bound beta in the posterior variance, 0 takes the true one.
     All but `lvlb_weights` belong to the state dict of released checkpoints.
-    Raises `InputError` for betas outside (0, 1) and a parameterization other than eps or x0.
+    Raises `InputError` for betas outside (0, 1).
     """
     betas = np.asarray(betas, dtype=np.float64)
     if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
@@ -42,12 +45,12 @@ def ddpm_buffers(betas: np.ndarray, v_posterior: float = 0.0, parameterization: 
         "posterior_log_variance_clipped": np.log(np.maximum(posterior_variance, 1e-20)),
         "posterior_mean_coef1": betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod),
         "posterior_mean_coef2": (1 - alphas_cumprod_prev) * np.sqrt(alphas) / (1 - alphas_cumprod),
-        "lvlb_weights": _lvlb_weights(parameterization, betas, alphas, alphas_cumprod, posterior_variance),
+        "lvlb_weights": _lvlb_weights(prediction, betas, alphas, alphas_cumprod, posterior_variance),
     }
     return {name: torch.tensor(values, dtype=torch.float32) for name, values in buffers.items()}
 
 
-def _lvlb_weights(parameterization: str, betas, alphas, alphas_cumprod, posterior_variance) -> np.ndarray:
+def _lvlb_weights(prediction: Prediction, betas, alphas, alphas_cumprod, posterior_variance) -> np.ndarray:
     """The weight of the squared error in the variational bound at every step.
 
     As published it is computed from the float32 buffers, whose rounding shows in 1 - alpha_bar at the first steps.
@@ -55,14 +58,6 @@ def _lvlb_weights(parameterization: str, betas, alphas, alphas_cumprod, posterio
     betas, alphas, alphas_cumprod, posterior_variance = (
         values.astype(np.float32).astype(np.float64) for values in (betas, alphas, alphas_cumprod, posterior_variance)
     )
-    if parameterization == "eps":
-        # DDPM Eq. 12. The first variance may be 0; its weight is replaced below.
-        with np.errstate(divide="ignore"):
-            weights = betas**2 / (2 * posterior_variance * alphas * (1 - alphas_cumprod))
-    elif parameterization == "x0":
-        # As published: 2 - alpha_bar stands where Eq. 8 in terms of x_0 would give 2 (1 - alpha_bar).
-        weights = 0.5 * np.sqrt(alphas_cumprod) / (2 - alphas_cumprod)
-    else:
-        raise InputError(f"unknown parameterization {parameterization!r}: expected eps or x0")
+    weights = prediction.elbo_weights(betas, alphas, alphas_cumprod, posterior_variance)
     weights[:1] = weights[1:2]
     return weights

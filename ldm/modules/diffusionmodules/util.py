@@ -1,4 +1,4 @@
-"""Small parts of the UNet, and the schedule functions under the names that users' scripts import from here."""
+"""Small parts of the UNet, and noise schedules as plain numbers, where LDM has them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from ldm.errors import InputError
-from ldm.modules.diffusionmodules.schedules import (  # noqa: F401
-    make_beta_schedule,
-    make_ddim_sampling_parameters,
-    make_ddim_timesteps,
-)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: int = 10000, repeat_only: bool = False) -> Tensor:
@@ -102,3 +98,83 @@ def checkpoint(function: Callable, inputs: tuple, kind: bool | str):
     if kind and torch.is_grad_enabled():
         return torch_checkpoint(function, *inputs, use_reentrant=False, **CHECKPOINTS[kind])
     return function(*inputs)
+
+
+# --- noise schedules: the betas of training, the time steps and noise levels of DDIM sampling
+
+
+def make_beta_schedule(
+    schedule: str,
+    n_timestep: int,
+    linear_start: float = 1e-4,
+    linear_end: float = 2e-2,
+    cosine_s: float = 8e-3,
+) -> np.ndarray:
+    """The variances beta_t of the forward process, DDPM (arXiv 2006.11239) Eq. 2: float64, [n_timestep].
+
+    LDM's names are kept: `linear` is linear in sqrt(beta), `sqrt_linear` is linear in beta, `sqrt` is its square root.
+    Raises `InputError` for an unknown schedule and for fewer than one step.
+    """
+    if n_timestep < 1:
+        raise InputError(f"a noise schedule needs at least 1 step, got timesteps={n_timestep}")
+    if schedule == "linear":
+        return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep) ** 2
+    if schedule == "cosine":
+        # Improved DDPM (arXiv 2102.09672) Eq. 17: alpha_bar = f(t) / f(0), f(t) = cos^2(((t/T + s) / (1 + s)) pi/2)
+        times = np.arange(n_timestep + 1) / n_timestep
+        alpha_bar = np.cos((times + cosine_s) / (1 + cosine_s) * np.pi / 2) ** 2
+        return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
+    if schedule == "sqrt_linear":
+        return np.linspace(linear_start, linear_end, n_timestep)
+    if schedule == "sqrt":
+        return np.linspace(linear_start, linear_end, n_timestep) ** 0.5
+    raise InputError(f"unknown beta_schedule {schedule!r}: expected linear, cosine, sqrt_linear or sqrt")
+
+
+def make_ddim_timesteps(
+    ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = False
+) -> np.ndarray:
+    """The sub-sequence tau of the training steps which a sampler visits, DDIM (arXiv 2010.02502) Sec. 4.2 and App. D.2.
+
+    Ascending integers in 0 .. num_ddpm_timesteps - 1. `uniform` has distinct steps, and more than `num_ddim_timesteps`
+    of them where the division leaves a rest (31 for S=30); `quad` may repeat a step.
+
+    The published formulas are kept wherever they stay inside the schedule. `range(0, T, T // S) + 1` reaches T itself
+    when T // S divides T - 1 (T=1000: S = 3, 9, 27, 36, 37, 101-111, 251-333): that step is left out. Above S = T / 2
+    the stride is 1 and nothing of it remains; there we take S steps, spread evenly and ending at T - 1.
+    As published, S = 1 is step 1 alone, which takes away hardly any noise; DPM-Solver is the one for very few steps.
+
+    Raises `InputError` for an unknown method and for S outside 1 .. T.
+    """
+    count, total = num_ddim_timesteps, num_ddpm_timesteps
+    if not 1 <= count <= total:
+        raise InputError(f"cannot sample in {count} steps: expected 1 to {total}, the steps the model was trained with")
+    if ddim_discr_method == "uniform":
+        stride = total // count
+        if stride == 1:
+            return total - 1 - np.arange(count)[::-1] * total // count
+        steps = np.arange(0, total, stride) + 1
+        return steps[steps < total]
+    if ddim_discr_method == "quad":
+        steps = (np.linspace(0, np.sqrt(total * 0.8), count) ** 2).astype(int) + 1
+        return np.minimum(steps, total - 1)
+    raise InputError(f"unknown ddim_discretize {ddim_discr_method!r}: expected uniform or quad")
+
+
+def make_ddim_sampling_parameters(
+    alphacums: Tensor | np.ndarray, ddim_timesteps: np.ndarray, eta: float, verbose: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sigmas, alphas, alphas_prev) of every visited step, [S] each, on the CPU; alphas in the type of `alphacums`.
+
+    The paper's alpha is DDPM's alpha_bar. As published, the last update ends at alphacums[0], not at 1.
+    Raises `InputError` unless 0 <= eta <= 1.
+    """
+    if not 0 <= eta <= 1:
+        raise InputError(f"ddim eta is {eta}: expected 0 (deterministic) to 1 (the noise of DDPM)")
+    alphacums = torch.as_tensor(alphacums).detach().cpu()
+    alphas = alphacums[torch.as_tensor(np.ascontiguousarray(ddim_timesteps))]
+    alphas_prev = torch.cat([alphacums[:1], alphas[:-1]]).double()
+    # DDIM (arXiv 2010.02502) Eq. 16
+    a = alphas.double()
+    sigmas = eta * ((1 - alphas_prev) / (1 - a) * (1 - a / alphas_prev)).sqrt()
+    return sigmas, alphas, alphas_prev

@@ -1,80 +1,40 @@
-"""What the samplers share: where their noise comes from, inpainting, and the face of LDM's sampler classes."""
+"""The face of LDM's sampler classes: `.sample(...)` with LDM's arguments over a row of the table of samplers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from ldm.errors import InputError
 from ldm.models.diffusion.guidance import Denoise, guided
-from ldm.modules.diffusionmodules.schedules import make_ddim_sampling_parameters, make_ddim_timesteps
+from ldm.models.diffusion.samplers import SAMPLERS, Draw, Generators, Progress, Sampler, draw, keep_known, unchanged
+from ldm.modules.diffusionmodules.util import make_ddim_sampling_parameters
 
 log = logging.getLogger(__name__)
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
-Draw = Callable[[], Tensor]
-Blend = Callable[[Tensor, float], Tensor]
-Progress = Callable[[Iterable], Iterable]
-
-
-class Step(NamedTuple):
-    """One visited step of a DDIM schedule. Host numbers: the loop then never waits for the device."""
-
-    t: int
-    alpha: float  # the paper's alpha, DDPM's alpha_bar
-    alpha_prev: float
-    sigma: float
-
-
-def draw(shape: Sequence[int], device: torch.device | str, generator: Generators = None) -> Tensor:
-    """N(0, 1) noise [b, ...] on `device`, float32.
-
-    Drawn on the CPU from the global generator, so that a seed means the same on every device. With a generator it
-    comes from that one; with a list of one per sample, no sample depends on the batch in which it was drawn.
-    Raises `InputError` if the list does not have one generator per sample.
-    """
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != shape[0]:
-            raise InputError(f"{len(generator)} generators for a batch of {shape[0]}: expected one per sample")
-        return torch.stack([draw(shape[1:], device, one) for one in generator])
-    source = "cpu" if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=source).to(device, non_blocking=True)
-
-
-def unchanged(x: Tensor, *_: Any) -> Tensor:
-    """The part that does nothing."""
-    return x
-
-
-def keep_known(x0: Tensor, mask: Tensor, draw_noise: Draw) -> Blend:
-    """Inpainting with a model that was not trained for it: blend(x [b, c, h, w], alpha_bar).
-
-    Before every call of the model the places where `mask` is 1 are replaced by `x0`, noised to the present level:
-    RePaint (arXiv 2201.09865) Eq. 8.
-    """
-
-    def blend(x: Tensor, alpha_bar: float) -> Tensor:
-        # DDPM (arXiv 2006.11239) Eq. 4
-        known = alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * draw_noise()
-        return known * mask + (1 - mask) * x
-
-    return blend
-
 
 class LatentSampler:
-    """The face of LDM's samplers: `.sample(...)` with LDM's arguments over one function `run`.
+    """The face of LDM's samplers: `.sample(...)` with LDM's arguments over one function.
 
     `model` offers apply_model(x, t, cond), betas and alphas_cumprod [T]. Samples are made on the device of its betas.
     """
 
+    name: str  # of the row in `SAMPLERS`
+
     def __init__(self, model: Any, schedule: str = "linear", **kwargs: Any):
         self.model = model
+
+    @property
+    def row(self) -> Sampler:
+        return SAMPLERS[self.name]
 
     @property
     def device(self) -> torch.device:
@@ -85,24 +45,10 @@ class LatentSampler:
         return guided(getattr(self.model, "predict_noise", self.model.apply_model), cond, uncond, scale)
 
     def make_schedule(
-        self,
-        ddim_num_steps: int,
-        ddim_discretize: str = "uniform",
-        ddim_eta: float = 0.0,
-        verbose: bool = True,
+        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
-        """Choose the steps to visit; called by `sample`. Raises `InputError`, see `make_ddim_timesteps`."""
-        alphas_cumprod = self.model.alphas_cumprod.detach().cpu().float()
-        self.ddim_timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, len(alphas_cumprod))
-        self.ddim_eta = ddim_eta
-        self.ddim_sigmas, self.ddim_alphas, self.ddim_alphas_prev = make_ddim_sampling_parameters(
-            alphas_cumprod, self.ddim_timesteps, ddim_eta
-        )
-
-    def steps(self) -> list[Step]:
-        """The steps of `make_schedule`, ascending."""
-        columns = self.ddim_timesteps, self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas
-        return [Step(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        """Choose the steps to visit; called by `sample`. Raises `InputError`, see `Sampler.steps`."""
+        self.steps = self.row.steps(self.model.alphas_cumprod, ddim_num_steps, ddim_eta)
 
     @torch.no_grad()
     def sample(
@@ -155,12 +101,11 @@ class LatentSampler:
         if score_corrector is not None:
             denoise = _corrected(denoise, score_corrector, self.model, conditioning, corrector_kwargs or {})
         trace = Trace(x, log_every_t, callback, img_callback)
-        samples = self.run(
+        samples = self.row.function(
             denoise,
             x,
-            draw_noise,
-            temperature=temperature,
-            noise_dropout=noise_dropout,
+            self.steps,
+            changed(draw_noise, temperature, noise_dropout),
             blend=unchanged if mask is None else keep_known(x0.to(x), mask.to(x), draw_noise),
             fix_x0=_quantizer(self.model) if quantize_x0 else unchanged,
             on_step=trace,
@@ -168,13 +113,32 @@ class LatentSampler:
         )
         return samples, trace.intermediates
 
-    def run(self, denoise: Denoise, x: Tensor, draw_noise: Draw, **parts: Any) -> Tensor:
-        """Call the sampler's function with the steps of `make_schedule`."""
-        raise NotImplementedError
-
     def progress(self, verbose: bool) -> Progress:
         """A progress bar around the steps."""
         return partial(tqdm, desc=type(self).__name__, disable=not verbose)
+
+
+class DDIMSchedule(LatentSampler):
+    """A sampler that visits the steps of DDIM."""
+
+    def make_schedule(
+        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
+    ) -> None:
+        """Choose the steps to visit and keep their numbers under LDM's names; called by `sample`."""
+        alphas_cumprod = self.model.alphas_cumprod
+        self.steps = self.row.steps(alphas_cumprod, ddim_num_steps, ddim_eta, spacing=ddim_discretize)
+        self.ddim_eta = ddim_eta
+        self.ddim_timesteps = np.array([step.t for step in self.steps[::-1]])
+        self.ddim_sigmas, self.ddim_alphas, self.ddim_alphas_prev = make_ddim_sampling_parameters(
+            alphas_cumprod.detach().cpu().float(), self.ddim_timesteps, ddim_eta
+        )
+
+
+def changed(draw_noise: Draw, temperature: float, dropout: float) -> Draw:
+    """The noise of updates, `temperature` times as strong and with a share of it dropped out (LDM's options)."""
+    if temperature == 1 and dropout == 0:
+        return draw_noise
+    return lambda: F.dropout(temperature * draw_noise(), p=dropout)
 
 
 class Trace:
