@@ -282,7 +282,7 @@ class UNetModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the network computes in."""
-        return self.time_embed[0].weight.dtype
+        return next(self.time_embed.parameters()).dtype
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Noisy latents [b, c, h, w], steps [b], context [b, m, context_dim], classes y [b] to epsilon [b, c, h, w].
