@@ -1,5 +1,5 @@
 """The families of attack, a file each, in the order of the table."""
 
-from tests.campaign import adapter_folders, configs, kills
+from tests.campaign import adapter_folders, concurrent, configs, disks, kills, run_folders, signals
 
-FAMILIES = [module.FAMILY for module in (configs, adapter_folders, kills)]
+FAMILIES = [module.FAMILY for module in (configs, adapter_folders, run_folders, kills, disks, signals, concurrent)]
