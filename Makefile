@@ -12,7 +12,7 @@ DEMO_SUBJECT ?= examples/subjects/noto_woman
 DEMO_WORD ?= woman
 DEMO_CONFIG ?= configs/sd-mini/attn2o-ffni.yaml
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test campaign lint bench clean
 
 help:  ## list these targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 10
@@ -29,6 +29,9 @@ demo: .venv/runtime.stamp  ## train an adapter on a few pictures, sample with it
 test: .venv/test.stamp  ## check the style, then run all tests
 	.venv/bin/ruff check .
 	$(PY) -m pytest -n 2
+
+campaign: .venv/test.stamp  ## attack the programs: hostile files, kills, full disks, signals; a table of what came of it
+	$(PY) -m tests.campaign
 
 lint: .venv/test.stamp  ## check the style and mend what can be mended
 	.venv/bin/ruff check --fix .

@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9"]
+TEST = ["hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9"]
 PEERS = ["diffusers>=0.31"]  # the other side of file formats, and what timings are compared with
 LORA_COMMANDS = ["lora_add", "lora_distill", "lora_pti"]
 

@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only", nargs="+", choices=names, default=names, metavar="FAMILY", help=", ".join(names))
     p.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default 0)")
     p.add_argument("--examples", type=int, help="attacks of each family (default: each family's own number)")
+    p.add_argument("--few", action="store_true", help="a few attacks of each family, as the tests make them")
     p.add_argument("--case", type=int, help="only the attack with this number")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="attacks at the same time (default: one per CPU)")
     p.add_argument("--keep", type=Path, metavar="DIR", help="keep what the attacks wrote in this folder")
@@ -88,7 +89,7 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="campaign-", ignore_cleanup_errors=True) as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        world = World(folder / "world")
+        world = World(folder / "world", options.seed)
         rows = [run(world, family, options, folder) for family in FAMILIES if family.name in options.only]
     lines = table(rows)
     print("\n" + "\n".join(lines))
@@ -100,10 +101,10 @@ def main(words: list[str]) -> int:
 def run(world: World, family: Family, options: argparse.Namespace, folder: Path) -> tuple[Family, dict, float]:
     """Make the attacks of a family, several at the same time; how many ended how, and the seconds that they took."""
     start, counts = time.monotonic(), {REFUSED: 0, SURVIVED: 0, FAILED: 0}
-    all_of_it = size(family, world)  # makes what the attacks share, before processes are forked
     if family.needs:
         family.needs(world)
-    numbers = [options.case] if options.case is not None else range(options.examples or all_of_it)
+    several = options.examples or (family.few if options.few else size(family, world))
+    numbers = range(several) if options.case is None else [options.case]
 
     def one(number: int) -> tuple[int, str, str, str]:
         return number, *attempt(world, family, options.seed, number, folder)
@@ -111,7 +112,8 @@ def run(world: World, family: Family, options: argparse.Namespace, folder: Path)
     for number, end, what, wrong in side_by_side(one, numbers, options.jobs):
         counts[end] += 1
         if end == FAILED:
-            print(f"FAILED  {what}\n        {wrong}\n        again: {command(options.seed, family, number)}", flush=True)
+            lines = (f"FAILED  {what}", wrong, f"again: {command(options.seed, family, number)}")
+            print("\n        ".join(lines), flush=True)
         elif options.verbose:
             print(f"{end:8}{family.name} {number}: {what}", flush=True)
     return family, counts, time.monotonic() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -70,7 +71,7 @@ def replace(folder: Path, random: Random) -> tuple[str, bool]:
 
 
 def tensors(change: Callable[[dict, Random], tuple[str, bool]]) -> Callable[[Path, Random], tuple[str, bool]]:
-    """A change of the tensors of a file, which is written again as a proper one."""
+    """A change of the tensors of a file, which is written again as a proper one, half the time with a true digest."""
 
     def changed(folder: Path, random: Random) -> tuple[str, bool]:
         from safetensors.torch import load, save_file
@@ -79,9 +80,22 @@ def tensors(change: Callable[[dict, Random], tuple[str, bool]]) -> Callable[[Pat
         held = load(path.read_bytes())
         how, refuse = change(held, random)
         save_file(held, path)
+        if random.random() < 0.5:
+            digest(folder, path, len(held))
+            how += ", with a true digest"
         return f"{path.name}: {how}", refuse
 
     return changed
+
+
+def digest(folder: Path, path: Path, count: int | None = None) -> None:
+    """Tell the digest of a changed file in the JSON, as someone who means harm would."""
+    json_path = folder / "adapter_config.json"
+    told = json.loads(json_path.read_text())
+    told["files"][path.name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    if count is not None:
+        told["files"][path.name]["tensors"] = count
+    json_path.write_text(json.dumps(told))
 
 
 def without(held: dict, random: Random) -> tuple[str, bool]:
@@ -141,6 +155,7 @@ def header(folder: Path, random: Random) -> tuple[str, bool]:
     text = json.dumps(told).encode()
     size = random.choice((0, 2**63, 2**40, len(text) + len(data) + 1)) if how == "length" else len(text)
     path.write_bytes(size.to_bytes(8, "little") + text + data)
+    digest(folder, path)
     return f"the header of {path.name} claims another {how}", how != "metadata"
 
 

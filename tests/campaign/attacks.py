@@ -14,7 +14,7 @@ REFUSED, SURVIVED = "refused", "survived"
 
 @dataclass
 class Attack:
-    """One attack: what it does, in words, and the act itself, which returns `REFUSED` or `SURVIVED` or raises `Failed`."""
+    """One attack: what it does, in words, and the act, which returns `REFUSED` or `SURVIVED` or raises `Failed`."""
 
     what: str
     act: Callable[[], str]

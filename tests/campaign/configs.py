@@ -39,7 +39,7 @@ VALUES = {
 
 @cache
 def resolved(path: Path) -> str:
-    """A shipped config with its defaults, and with the sizes of the tiny model where it can be trained here, as JSON."""
+    """A shipped config with its defaults, as JSON; with the sizes of the tiny model where it can be trained here."""
     from omegaconf import OmegaConf
 
     from ldm.config import load_config
@@ -66,8 +66,8 @@ def program_of(config: dict) -> str:
     if isinstance(train, dict) and str(train.get("target", "")).startswith("ldm.data."):
         custom = "custom" in train["target"] or "dreambooth" in train["target"] or "personalized" in train["target"]
         return "main_dream_booth.py" if custom else "scripts/train.py"
-    target = config.get("model", {}).get("target", "")
-    return "sample.py" if "diffusion.ddpm" in target and "data" not in config else "scripts/train.py"
+    text_encoder = ((config.get("model", {}).get("params") or {}).get("cond_stage_config") or {}).get("target", "")
+    return "sample.py" if "FrozenCLIP" in text_encoder and "data" not in config else "scripts/train.py"
 
 
 def places(value: Any, at: Path_ = ()) -> Iterator[Path_]:

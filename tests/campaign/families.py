@@ -1,5 +1,8 @@
 """The families of attack, a file each, in the order of the table."""
 
-from tests.campaign import adapter_folders, concurrent, configs, disks, kills, run_folders, signals
+from tests.campaign import adapter_folders, concurrent, configs, disks, kills, readers, run_folders, signals
 
-FAMILIES = [module.FAMILY for module in (configs, adapter_folders, run_folders, kills, disks, signals, concurrent)]
+FAMILIES = [
+    module.FAMILY
+    for module in (readers, configs, adapter_folders, run_folders, kills, disks, signals, concurrent)
+]

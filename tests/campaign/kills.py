@@ -1,5 +1,7 @@
-"""Kills at every write: the process dies at the n-th file opened, renamed, flushed or removed, and what lies on the
-disk afterwards is the old state or the new one, loads, and goes on as if nothing had happened."""
+"""Kills at every write: the process dies at the n-th file opened, renamed, flushed or removed.
+
+What lies on the disk afterwards is the old state or the new one, loads, and goes on as if nothing had happened.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from pathlib import Path
 from random import Random
 
 from tests.campaign.attacks import REFUSED, SURVIVED, Attack, Failed, Family, judged
-from tests.campaign.forked import forked, program
+from tests.campaign.forked import forked
 from tests.campaign.world import STEPS, World, copied, loads, only_run, same_end
 from tests.runs import pixels
 
@@ -64,12 +66,11 @@ def killed_at(act: Callable[[], None], folder: Path, number: int) -> Callable[[]
     """`act`, killed at its change of that number below `folder`."""
 
     def reached(count: int, kind: str) -> None:
-        if count < number:
-            return
+        if count != number:
+            return  # also for the change that is made here
         if kind.startswith("half of "):
             path = kind.removeprefix("half of ")
-            with open(os.open(path, os.O_WRONLY), "wb") as file:
-                file.truncate(os.path.getsize(path) // 2)
+            os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def killed() -> None:

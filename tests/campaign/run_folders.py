@@ -1,4 +1,4 @@
-"""Damaged run folders under `-r`: a run that goes on ends where the undamaged one does, bit for bit, or it is refused."""
+"""Damaged run folders under `-r`: a run is refused, or ends where the undamaged one does, bit for bit."""
 
 from __future__ import annotations
 

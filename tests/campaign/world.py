@@ -26,8 +26,8 @@ TUNED = {
 class World:
     """The tiny model and its runs, made when they are first asked for and never changed: attacks work on copies."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        self.folder, self.seed = folder, seed
         imported()
         arguments(folder)  # draws the pictures
 
@@ -113,7 +113,6 @@ def imported() -> None:
     import ldm.models.autoencoder  # noqa: F401
     import ldm.models.diffusion.ddpm  # noqa: F401
     import ldm.modules.encoders.modules  # noqa: F401
-    import ldm.train.dreambooth
     import main_dream_booth  # noqa: F401
     import sample  # noqa: F401
 
