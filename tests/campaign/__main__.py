@@ -48,11 +48,15 @@ def attempt(world: World, family: Family, seed: int, number: int, folder: Path) 
     """Make one attack in a new folder: how it ended, what it was, and what was wrong, if anything."""
     work = folder / f"{family.name}-{number}"
     work.mkdir()
-    attack = family.attack(world, Random(f"{family.name}/{seed}/{number}"), number, work)
+    what = f"{family.name} {number}"
     try:
-        return attack.act(), attack.what, ""
+        attack = family.attack(world, Random(f"{family.name}/{seed}/{number}"), number, work)
+        what = attack.what
+        return attack.act(), what, ""
     except Failed as failure:
-        return FAILED, attack.what, str(failure)
+        return FAILED, what, str(failure)
+    except Exception as error:  # one attack that is wrong itself does not end the campaign, nor does it pass
+        return FAILED, what, f"the campaign's own fault: {error!r}"
 
 
 def size(family: Family, world: World) -> int:

@@ -60,14 +60,19 @@ def resolved(path: Path) -> str:
     return json.dumps(OmegaConf.to_container(config))
 
 
+def train_set(config: dict) -> Any:
+    """What a config says of its training set; an empty mapping where it leaves that to its users."""
+    return ((config.get("data") or {}).get("params") or {}).get("train") or {}
+
+
 def program_of(config: dict) -> str:
     """The program that a shipped config is for."""
-    train = ((config.get("data") or {}).get("params") or {}).get("train") or {}
+    train = train_set(config)
     if isinstance(train, dict) and str(train.get("target", "")).startswith("ldm.data."):
         custom = "custom" in train["target"] or "dreambooth" in train["target"] or "personalized" in train["target"]
         return "main_dream_booth.py" if custom else "scripts/train.py"
-    text_encoder = ((config.get("model", {}).get("params") or {}).get("cond_stage_config") or {}).get("target", "")
-    return "sample.py" if "FrozenCLIP" in text_encoder and "data" not in config else "scripts/train.py"
+    text_encoder = (config.get("model", {}).get("params") or {}).get("cond_stage_config")
+    return "sample.py" if "FrozenCLIP" in str(text_encoder) and "data" not in config else "scripts/train.py"
 
 
 def places(value: Any, at: Path_ = ()) -> Iterator[Path_]:
@@ -229,7 +234,8 @@ def run(world: World, work: Path, name: str, trains: bool, path: Path):
         return world.sample(work / "out", config=file)
     if name == "scripts/train.py":
         pictures = f"data.params.train.params.data_root={world.folder / 'photos'}"
-        own = [] if '"data"' in resolved(path) else [f"data.{word}" for word in DATA] + [pictures]
+        has_pictures = train_set(json.loads(resolved(path)))
+        own = [] if has_pictures else [f"data.{word}" for word in DATA] + [pictures]
         return program(name, "--base", file, "--logdir", work / "logs", *own)
     words = world.words(work, *(["-t"] if trains else []), config=file)
     if "custom-diffusion" in str(path):
