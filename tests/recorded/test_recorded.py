@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.recorded.cases import CASES, run
-from tests.recorded.compare import unequal
+from tests.recorded.compare import EXACT, Tolerance, tolerance, unequal
 from tests.recorded.inputs import make
 from tests.recorded.machine import MACHINE, THREADS, differences
 from tests.recorded.record import read
@@ -29,7 +29,7 @@ def exact():
 def test_numbers_are_those_recorded(name, inputs, exact, tmp_path):
     if name == "train-autoencoder":
         pytest.importorskip("taming")
-    found = unequal(run(name, inputs, tmp_path / "run"), read(name), exact)
+    found = unequal(run(name, inputs, tmp_path / "run"), read(name), tolerance(name, exact))
     how = "bit for bit" if exact else "within tolerances, on another machine than that of the recording"
     assert not found, f"compared {how}: {len(found)} differences, first ten:\n" + "\n".join(found[:10])
 
@@ -58,9 +58,9 @@ def test_what_differs_is_found():
         "metadata": {"step": 20, "families": [{"target": "a", "family": "b"}], "more": 1},
         "pictures": [{"size": [8, 8], "sha256": "ac", "means": "0a" * 192}],
     }
-    for exact in (True, False):
-        assert unequal(recorded, recorded, exact) == []
-        assert len(unequal(other, recorded, exact)) == 4
-        assert len(unequal({}, recorded, exact)) == 4
-    assert len(unequal(slight, recorded, exact=True)) == 3
-    assert unequal(slight, recorded, exact=False) == []
+    for allowed in (EXACT, Tolerance()):
+        assert unequal(recorded, recorded, allowed) == []
+        assert len(unequal(other, recorded, allowed)) == 4
+        assert len(unequal({}, recorded, allowed)) == 4
+    assert len(unequal(slight, recorded, EXACT)) == 3
+    assert unequal(slight, recorded, Tolerance()) == []
