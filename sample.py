@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm.cli import Parser, add_allow_family, add_compile, seed_number
+from ldm.cli import Parser, add_allow_family, add_compile, seed_number, text
+from ldm.files import read_text
 from ldm.util import InputError, load_model_from_config, run_command  # noqa: F401 (users import the loader from here)
 
 
 def parser() -> Parser:
     p = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = p.add_argument_group("what to draw")
-    what.add_argument("--prompt", nargs="?", default="a painting of a virus monster playing guitar")
+    what.add_argument("--prompt", type=text, nargs="?", default="a painting of a virus monster playing guitar")
     what.add_argument("--from-file", metavar="FILE", help="a text file with one prompt per line, instead of --prompt")
     what.add_argument("--n_samples", type=int, default=1, help="pictures for each prompt, made in one batch")
     what.add_argument("--n_iter", type=int, default=2, help="how often to go through the prompts")
@@ -118,11 +119,9 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     if not options.from_file:
         return [options.prompt or ""]
     try:
-        lines = Path(options.from_file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--from-file {options.from_file} cannot be read ({error}); expected text, a prompt per line"
-        ) from None
+        lines = read_text(options.from_file).splitlines()
+    except InputError as error:
+        raise InputError(f"--from-file {error}; expected text, a prompt per line") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError(f"--from-file {options.from_file} holds no prompt; expected one per line")

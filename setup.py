@@ -22,6 +22,7 @@ setup(
         "pytorch-lightning>=2.2,<3",
         "transformers>=4.46,<6",
         "omegaconf>=2.3",
+        "pydantic>=2.7,<3",
         "einops>=0.7",
         "kornia>=0.7",
         "peft>=0.18",

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import InputError, first_line, short
+from ldm.writing import printable, writing
 
 log = logging.getLogger(__name__)
 
@@ -207,14 +208,22 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     Whatever happens, `path` holds either its old content or the whole new one. But where the system cannot exchange two
     folders (Linux can), one takes two steps; a process killed between them leaves both in the hidden folder beside.
-    Raises `InputError` where a file would take the place of a folder.
+    Raises `InputError` where a file would take the place of a folder, and `WriteError` where the system refuses.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+        with _in_place(path, holder):
+            yield holder / path.name
+
+
+@contextmanager
+def _in_place(path: Path, holder: Path) -> Iterator[None]:
+    """Afterwards what was written in `holder` is at `path`, or, after an error, what was there before."""
     old = holder / f"{path.name}.old"
     try:
-        yield holder / path.name
+        yield
         _flush(holder / path.name)
         if path.is_dir():
             if not (holder / path.name).is_dir():
@@ -265,7 +274,13 @@ def save_torch(path: str | Path, content: Any) -> None:
 def save_json(path: str | Path, content: Any) -> None:
     """Write indented JSON, atomically."""
     with atomic_write(path) as beside:
-        beside.write_text(json.dumps(content, indent=2) + "\n")
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """Write text in UTF-8, atomically."""
+    with atomic_write(path) as beside:
+        beside.write_text(printable(text), encoding="utf-8")
 
 
 # --- what a name says, and a digest of weights -----------------------------------------------------------------------

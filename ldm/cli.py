@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from ldm import trust
-from ldm.errors import InputError
+from ldm.errors import InputError, did_you_mean
+from ldm.writing import printable, why
 
 log = logging.getLogger(__name__)
 
@@ -20,14 +23,48 @@ TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 def run_command(main: Callable[[list[str] | None], int | None]) -> None:
     """Run a command's `main`, turning `InputError` into a line on stderr and exit code 2, Ctrl-C into exit code 130."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files may hold bytes that are no text in this locale
+            stream.reconfigure(errors="backslashreplace")
+    threading.excepthook = _told_of_thread
     try:
         code = main(None)
     except InputError as error:
         log.error("error: %s", " ".join(str(error).split()))
         code = 2
+    except OSError as error:
+        log.error("error: %s", " ".join(refused(error).split()))
+        code = 2
+    except ValueError as error:
+        if "null byte" not in str(error) and "null character" not in str(error):
+            raise
+        log.error("error: a name of a file has a NUL character")
+        code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT  # as shells have it
     sys.exit(code or 0)
+
+
+def refused(error: OSError) -> str:
+    """What the system refused, in one line that names the file where the system does."""
+    named = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    return f"{named[0][:200]}: {why(error)}" if named else why(error)
+
+
+def _told_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """A thread that cannot write says so in one line; the main thread meets the same error."""
+    if isinstance(failed.exc_value, OSError):
+        log.warning("%s stopped: %s", failed.thread.name if failed.thread else "a thread", refused(failed.exc_value))
+    else:
+        threading.__excepthook__(failed)
+
+
+def text(given: str) -> str:
+    """argparse type for words that a model reads. Raises where the command line has bytes that are no UTF-8."""
+    try:
+        return os.fsencode(given).decode("utf-8")
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {printable(given)!r}") from None
 
 
 def boolean(text: str) -> bool:
@@ -56,6 +93,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, formatter_class: Any = argparse.RawDescriptionHelpFormatter, **options: Any) -> None:
         super().__init__(*args, formatter_class=formatter_class, **options)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, rest = self.parse_known_args(args, namespace)
+        if rest:
+            unknown = next((word for word in rest if word.startswith("-")), rest[0]).partition("=")[0]
+            near = did_you_mean(unknown, self._option_string_actions) if unknown.startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{near if 'did you mean' in near else ''}")
+        return options
 
     def error(self, message: str) -> None:
         raise InputError(f"{message}; see --help")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import re
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ldm import trust
-from ldm.errors import InputError, explain, first_line, short
+from ldm.errors import InputError, did_you_mean, explain, first_line, short
+from ldm.files import read_text
 
 # Targets which the configs of the published repositories name, and what they mean here.
 # In the originals these are copies of the class on the right, in files of their own.
@@ -72,18 +75,91 @@ def instantiate_from_config(config: Mapping | str | None, **extra: Any) -> Any:
         return None
     if not isinstance(config, Mapping) or "target" not in config:
         raise InputError(f"expected a config with the key 'target', got {short(config)}")
+    check_entry(config)
     target, params = get_obj_from_str(str(config["target"])), plain(config.get("params") or {})
     if not isinstance(params, Mapping):
         raise InputError(f"params of {config['target']} must be a mapping, got {short(params)}")
     params = {**params, **extra}
     required, known = parameters_of(target)
     if known is not None:
-        if unknown := [name for name in params if name not in known]:
-            raise InputError(f"params of {config['target']}: unknown {', '.join(unknown)}; it takes {', '.join(known)}")
         if lacking := [name for name in required if name not in params]:
             raise InputError(f"params of {config['target']}: {', '.join(lacking)} missing")
     with explain(f"params of {config['target']}", TypeError, ValueError):
         return target(**params)
+
+
+def check_entry(config: Mapping, place: str = "") -> None:
+    """Refuse what a `{target, params}` may not hold: keys beside these two, arguments that the target does not take.
+
+    `place` is its dotted key. Raises `InputError` with the nearest name that is known.
+    """
+    from ldm import schema
+
+    name, where = str(config["target"]), f"{place}." if place else ""
+    beside = {"model": schema.Model, "model.params.tuning": schema.Tuning, "": schema.Model}
+    beside = beside.get(re.sub(r"\.\d+$", "", place), schema.Entry).model_fields
+    if unknown := next((key for key in config if key not in beside), None):
+        raise InputError(f"{where}{unknown} is unknown{did_you_mean(unknown, beside)}")
+    target, params = get_obj_from_str(name), plain(config.get("params") or {})
+    if not isinstance(params, Mapping):
+        raise InputError(f"params of {name} must be a mapping, got {short(params)}")
+    known, kinds = parameters_of(target)[1], annotations_of(target)
+    for key, value in params.items():
+        dotted = f"{where}params.{key}: " if place else ""
+        if known is not None and key not in known:
+            near = did_you_mean(key, known).split("; expected")[0]
+            raise InputError(f"{dotted}params of {name}: unknown {key}{near}; it takes {', '.join(known)}")
+        if key in kinds and not schema.fits(value, kinds[key]) and not is_default(target, key, value):
+            raise InputError(f"{dotted}params of {name}: {key} must be {schema.phrase(kinds[key])}, got {short(value)}")
+
+
+def check_entries(config: Any, place: str = "") -> None:
+    """`check_entry` for each `{target, params}` in a config of plain values, also within the parameters of others.
+
+    What cannot be imported is left to whoever builds it: not every part of a config is built.
+    """
+    if isinstance(config, Mapping):
+        if isinstance(config.get("target"), str):
+            try:
+                get_obj_from_str(config["target"])
+            except InputError:
+                pass
+            else:
+                check_entry(config, place)
+        for key, value in config.items():
+            check_entries(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(config, list):
+        for number, value in enumerate(config):
+            check_entries(value, f"{place}.{number}")
+
+
+def annotations_of(target: Callable) -> dict[str, Any]:
+    """The types of a callable's parameters, as far as they are written down and can be resolved."""
+    found: dict[str, Any] = {}
+    for cls in inspect.getmro(target) if inspect.isclass(target) else (target,):
+        function = vars(cls).get("__init__") if inspect.isclass(cls) else cls
+        if function is None:
+            continue
+        try:
+            found = {**typing.get_type_hints(function), **found}
+        except Exception:  # names of type checking alone, or a builtin
+            pass
+        if not any(p.kind is p.VAR_KEYWORD for p in _signature(function)):
+            break
+    return found
+
+
+def is_default(target: Callable, name: str, value: Any) -> bool:
+    """Whether a value is the default of a callable's parameter, whatever its annotation says."""
+    defaults = [p.default for p in _signature(target) if p.name == name]
+    return bool(defaults) and (value is None or type(value) is type(defaults[0])) and value == defaults[0]
+
+
+def _signature(function: Callable) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (ValueError, TypeError):
+        return []
 
 
 def parameters_of(target: Callable) -> tuple[list[str], list[str] | None]:
@@ -124,10 +200,20 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Any:
 
     Raises `InputError` for a missing or malformed file, a circle of defaults and a malformed override.
     """
+    config = override(_load_with_defaults(Path(path), seen=()), overrides)
+    check(config)
+    return config
+
+
+def check(config: Any, source: str = "") -> None:
+    """Refuse keys and types that `ldm.schema` does not know. Raises `InputError` with the dotted key."""
     from omegaconf import OmegaConf
 
-    config = _load_with_defaults(Path(path), seen=())
-    return OmegaConf.merge(config, parse_overrides(overrides))
+    from ldm import schema
+
+    content = OmegaConf.to_container(config) if OmegaConf.is_config(config) else config
+    target = schema.select(content, "data.target")
+    schema.check(content, source, ALIASES.get(target, target) if isinstance(target, str) else None)
 
 
 def stored_config(path: str | Path) -> Any:
@@ -181,19 +267,83 @@ def parse_overrides(overrides: Iterable[str]) -> Any:
         raise InputError(f"cannot read the overrides {items}: {first_line(error)}") from None
 
 
-def _load_with_defaults(path: Path, seen: tuple[Path, ...]) -> Any:
+def merged(*configs: Any, source: str = "") -> Any:
+    """Configs as one, later ones over earlier ones. Raises `InputError` where one has a list for another's mapping."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    with explain(source or "the configs do not go together", TypeError, OmegaConfBaseException):
+        return OmegaConf.merge(*configs)
+
+
+# What an override may call shortly.
+SHORT = {"tuning": "model.params.tuning"}
+
+
+def override(config: Any, overrides: Iterable[str]) -> Any:
+    """A config with `a.b.c=value` put in, one after the other; `a.0.b=value` is in the first entry of a list.
+
+    Mappings are merged, everything else is replaced. Raises `InputError` for an entry that a list does not have.
+    """
+
+    config = merged({}, config)
+    for item in overrides:
+        name, equals, value = item.removeprefix("--").partition("=")
+        first, dot, rest = name.partition(".")
+        if dot and first in SHORT and first not in config:
+            name = SHORT[first] + dot + rest
+        tree = parse_overrides([f"{name}{equals}{value}"])
+        if any(piece.isdecimal() for piece in name.split(".")):
+            _put(config, name, parse_overrides([f"value={value}"]).value)
+        else:
+            check(tree)
+            config = merged(config, tree, source=item)
+    return config
+
+
+def _put(config: Any, name: str, value: Any) -> None:
+    """Set what a dotted key with numbers of list entries names. Raises `InputError` where a list is shorter."""
     from omegaconf import OmegaConf
 
+    *above, last = name.split(".")
+    holder = config
+    for number, piece in enumerate(above):
+        key = _key(holder, piece, name, above[:number])
+        if OmegaConf.is_dict(holder) and holder.get(key) is None:
+            holder[key] = {}
+        holder = holder[key]
+    key = _key(holder, last, name, above)
+    old = holder[key] if OmegaConf.is_list(holder) else holder.get(key)
+    holder[key] = merged(old, value) if OmegaConf.is_dict(old) and OmegaConf.is_dict(value) else value
+
+
+def _key(holder: Any, piece: str, name: str, place: list[str]) -> str | int:
+    """A piece of a dotted key as what holds it counts or calls its entries."""
+    from omegaconf import OmegaConf
+
+    dotted = ".".join(place)
+    if OmegaConf.is_list(holder):
+        if not piece.isdecimal() or int(piece) >= len(holder):
+            count = len(holder)
+            raise InputError(f"cannot set {name}: {dotted} is a list of {count}: got {piece}, not 0 to {count - 1}")
+        return int(piece)
+    if not OmegaConf.is_dict(holder) or piece.isdecimal() and piece not in holder:
+        kind = "a mapping" if OmegaConf.is_dict(holder) else short(holder)
+        raise InputError(f"cannot set {name}: {dotted} is {kind}, not a list with an entry {piece}")
+    return piece
+
+
+def _load_with_defaults(path: Path, seen: tuple[Path, ...]) -> Any:
     path = path.resolve()
     if path in seen:
         raise InputError(f"config {path}: its defaults form a circle: {' -> '.join(p.name for p in (*seen, path))}")
     config = _read_yaml(path, f" (named in the defaults of {seen[-1]})" if seen else "")
-    defaults = config.pop("defaults", [])
+    defaults = config.pop("defaults", None) or []
     names = [defaults] if isinstance(defaults, str) else plain(defaults)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"config {path}: defaults must be a relative path or a list of them, got {short(names)}")
     bases = [_load_with_defaults(path.parent / name, (*seen, path)) for name in names]
-    return OmegaConf.merge(*bases, config)
+    return merged(*bases, config, source=f"config {path}")
 
 
 def _read_yaml(path: Path, named: str) -> Any:
@@ -205,11 +355,14 @@ def _read_yaml(path: Path, named: str) -> Any:
     if not path.is_file():
         raise InputError(f"config {path} does not exist{named}; the shipped ones are under configs/")
     try:
-        config = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        config = OmegaConf.load(io.StringIO(read_text(path)))
+    except InputError as error:
+        raise InputError(f"config {error}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise InputError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(config):
         raise InputError(
             f"config {path} must be a mapping with keys such as model and data, got {short(plain(config))}"
         )
+    check(config, f"config {path}")
     return config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +19,32 @@ class InputError(ValueError):
         super().__init__(str(message).strip().split(f"{__name__}.InputError: ")[-1])
 
 
+class WriteError(InputError):
+    """A file or folder that cannot be written, and what is still intact."""
+
+    def __init__(self, path: Any, reason: str, was_there: bool = False, kept: str = "") -> None:
+        self.path, self.reason = path, reason
+        kept = kept or ("what was there is unchanged" if was_there else "nothing of it is left behind")
+        super().__init__(f"{_cut(str(path))} cannot be written: {reason}; {kept}")
+
+
+def _cut(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}"
+
+
 def short(value: Any, limit: int = 80) -> str:
     """repr, cut to fit into a one-line message."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """How the refusal of an unknown name goes on: with the nearest known one, or with all where none is near."""
+    known = [str(one) for one in known]
+    near = difflib.get_close_matches(str(name), known, 1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; expected {', '.join(known)}" if known else ""
 
 
 def first_line(error: BaseException) -> str:

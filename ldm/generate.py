@@ -23,6 +23,7 @@ from ldm.errors import InputError
 from ldm.models.diffusion.guidance import guided
 from ldm.models.diffusion.samplers import draw, sampler
 from ldm.modules.text_once import text_once
+from ldm.writing import printable
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def save_png(picture: Tensor, path: Path, about: Mapping[str, Any]) -> None:
     """Write a picture [3, H, W] in [0, 1] as PNG, with `about` in its text chunks, atomically."""
     chunks = PngInfo()
     for key, value in about.items():
-        chunks.add_itxt(key, str(value))
+        chunks.add_itxt(key, printable(str(value)))
     with atomic_write(path) as beside:
         to_pil(picture).save(beside, format="PNG", pnginfo=chunks)
 

@@ -33,6 +33,7 @@ from ldm.errors import InputError  # noqa: E402
 from ldm.evaluate.kept import class_folder, kept  # noqa: E402
 from ldm.evaluate.metrics import agreement, cosines, mean_and_error, similarity_to  # noqa: E402
 from ldm.evaluate.subjects import class_word_of  # noqa: E402
+from ldm.files import read_text  # noqa: E402
 from ldm.generate import Settings, generate  # noqa: E402
 from ldm.interchange import load_any  # noqa: E402
 from ldm.models.clip import CLIP  # noqa: E402
@@ -175,7 +176,7 @@ def table(results: dict[str, list[dict[str, float]]], options: argparse.Namespac
 def write_table(path: Path, text: str) -> None:
     """Put the table between its two marks in a page; a page without them, or none, becomes the table alone."""
     begin, end = "<!-- table: scripts/compare_families.py -->", "<!-- end of table -->"
-    page = path.read_text() if path.is_file() else ""
+    page = read_text(path) if path.is_file() else ""
     before, found, rest = page.partition(begin)
     after = rest.partition(end)[2] if found else ""
     with atomic_write(path) as beside:

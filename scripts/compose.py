@@ -18,6 +18,7 @@ from ldm.cli import (
     run_command,  # noqa: E402
 )
 from ldm.errors import InputError  # noqa: E402
+from ldm.files import read_text  # noqa: E402
 
 MOST = 200  # captions read of each file
 
@@ -47,7 +48,7 @@ def parser() -> Parser:
 def read_lines(path: str) -> list[str]:
     """The first non-empty lines of a text file."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); expected text, a caption per line") from None
     if not any(lines):

@@ -27,6 +27,7 @@ from ldm.cli import (
 )
 from ldm.data.captioned import background_words  # noqa: E402
 from ldm.errors import InputError  # noqa: E402
+from ldm.files import read_text  # noqa: E402
 
 log = logging.getLogger("train_tokenizer")
 
@@ -114,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not Path(options.captions).is_file():
         raise InputError(f"no captions at {options.captions}; write them with scripts/build_captioned_pictures.py")
-    lines = Path(options.captions).read_text(encoding="utf-8").splitlines()
+    lines = read_text(options.captions).splitlines()
     words = count_words([*lines, *background_words(), *[PROMPT_WORDS] * 50, *[IDENTIFIERS] * 50])
     vocab, merges = train_bpe(words, options.vocabulary)
     write_clip_folder(Path(options.out), vocab, merges)

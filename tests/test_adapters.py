@@ -276,7 +276,7 @@ ROUTES = [
     (conv("attn1i", "reso"), "unknown input 'attn1i', expected one of resi, reso"),
 ]
 ENTRIES = [
-    ({"dim": 3}, "transformer_adp_config has the unknown key 'dim': expected type, din, dout"),
+    ({"dim": 3}, "transformer_adp_config has the unknown key 'dim'; did you mean din.$"),
     ({"din": None}, "transformer_adp_config lacks the key 'din'"),
     ({"dout": None}, "lacks the key 'dout'"),
     ({"mid_dim": None}, "lacks the key 'mid_dim'"),
@@ -293,7 +293,7 @@ ENTRIES = [
 CONFIGS = [
     (
         {"transformer_adapters": []},
-        "unknown key 'transformer_adapters': expected transformer_adp_config and/or resblock",
+        "unknown key 'transformer_adapters'; did you mean transformer_adp_config.$",
     ),
     ([mlp()], "adapter_config must be a mapping"),
     ({"transformer_adp_config": 5}, "transformer_adp_config: expected entries with type, din, .* got 5"),

@@ -13,6 +13,9 @@ from tests.conftest import ROOT
 FLOORS = {
     "ldm.errors": 0,
     "ldm.config": 0,
+    "ldm.schema": 0,
+    "ldm.files": 0,
+    "ldm.writing": 0,
     "ldm.devices": 0,
     "ldm.cli": 0,
     "ldm.trust": 0,

@@ -228,7 +228,7 @@ def test_outside_its_steps_a_family_has_no_gradient(step, resting, monkeypatch):
         ({"params": {}}, "expected entries with family or target"),
         (LORA | {"family": "lora"}, "expected entries with family or target"),
         ({"family": "lroa"}, "there is no family 'lroa'; expected position, lora"),
-        (LORA | {"lr": 1}, "has the unknown key lr"),
+        (LORA | {"lr": 1}, "tuning.lr is unknown; expected target, params, family, learning_rate, steps$"),
         (LORA | {"learning_rate": 0}, "learning_rate of ldm.tuning.lora.LoRA must be a positive number"),
         (LORA | {"steps": [3, 2]}, r"steps of ldm.tuning.lora.LoRA must be \[first, end\]"),
         (family("lora.LoRA", rang=3), "unknown rang; it takes targets, rank"),

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.pictures import INTERPOLATIONS, find_pictures, fit_square, normalize, read_picture
 from ldm.errors import InputError, first_line, short
+from ldm.files import read_text
 
 OBJECT_TEMPLATES = ("photo of a {}", "a photo of the {}", "a picture of a {}", "a cropped photo of a {}", "one {}")
 STYLE_TEMPLATES = (
@@ -187,8 +188,8 @@ def read_concepts(path: str | Path) -> list[dict[str, str]]:
     Raises `InputError` for an unreadable file, unknown or missing keys, and folders that do not exist.
     """
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        entries = json.loads(read_text(path))
+    except ValueError as error:
         raise InputError(f"--concepts_list {path} cannot be read ({first_line(error)}); expected a JSON list") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"--concepts_list {path}: expected a JSON list of mappings with {', '.join(CONCEPT)}")
@@ -222,12 +223,7 @@ def _pictures(where: str, caption: str) -> list[tuple[Path, str | None]]:
 
 
 def _lines(path: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} cannot be read ({first_line(error)}); expected text, a line for each picture"
-        ) from None
+    lines = [line.strip() for line in read_text(path).splitlines()]
     if not any(lines):
         raise InputError(f"{path} is empty; expected a line for each picture")
     return [line for line in lines if line]

@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm.checkpoints import save_json
 from ldm.errors import explain
+from ldm.files import read_text
 
 
 def kept(file: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def kept(file: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, A
     """
     settings = json.loads(json.dumps(settings))  # as they are read again
     with explain(f"{file} cannot be read; remove it", ValueError):
-        found = json.loads(file.read_text()) if file.is_file() else {}
+        found = json.loads(read_text(file)) if file.is_file() else {}
     if found.get("settings") != settings:
         found = {**make(), "settings": settings}
         save_json(file, found)

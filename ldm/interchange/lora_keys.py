@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import read_metadata, read_weights, refuse_not_finite, save_safetensors
 from ldm.errors import InputError
+from ldm.files import read_text
 from ldm.interchange.layers import dialects
 from ldm.interchange.lora import Factors, Lora, fitted, folded, rank_of
 from ldm.interchange.names import UNET
@@ -97,7 +98,7 @@ def _configurations(file: Path) -> dict[str, dict[str, Any]]:
     """
     beside = file.with_name("adapter_config.json")
     if file.name in PEFT and beside.is_file():
-        return {"": json.loads(beside.read_text())}
+        return {"": json.loads(read_text(beside))}
     found: dict[str, dict[str, Any]] = {}
     for key, value in json.loads(read_metadata(file).get("lora_adapter_metadata", "{}")).items():
         part, dot, name = key.partition(".")

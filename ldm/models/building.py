@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoints import is_adapter, is_added, read_weights, refuse_not_finite
-from ldm.config import find_file, instantiate_from_config
+from ldm.config import check_entries, find_file, instantiate_from_config, plain
 from ldm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -144,6 +144,7 @@ def build_model(config: Mapping, ckpt: str | Path | None, random_seed: int | Non
     """
     if "model" not in config:
         raise InputError(f"the config has no 'model' section; its keys are {list(config)}")
+    check_entries(plain(config["model"]), "model")
     if ckpt is None:
         with torch.random.fork_rng(devices=[]), base_is_coming():
             torch.manual_seed(random_seed or 0)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config import plain
-from ldm.errors import InputError, short
+from ldm.errors import InputError, did_you_mean, short
 from ldm.modules.taps import TappedBlock
 
 # `method` in the YAML. The published code calls ReLU `default`.
@@ -135,7 +135,7 @@ def read_adapter_config(config: Mapping | None) -> dict[str, list[dict]]:
         raise InputError(f"adapter_config must be a mapping with {' and/or '.join(KINDS)}, got {short(config)}")
     for kind in config:
         if kind not in KINDS:
-            raise InputError(f"adapter_config has the unknown key {kind!r}: expected {' and/or '.join(KINDS)}")
+            raise InputError(f"adapter_config has the unknown key {kind!r}{did_you_mean(kind, KINDS)}")
     return {
         kind: [check_entry(kind, e) for e in (entries if isinstance(entries, list) else [entries])]
         for kind, entries in config.items()
@@ -149,7 +149,7 @@ def check_entry(kind: str, entry: Any) -> dict:
         raise InputError(f"{kind}: expected entries with {', '.join(ENTRY)}, got {short(entry)}")
     for key in entry:
         if key not in ENTRY:
-            raise InputError(f"{kind} has the unknown key {key!r}: expected {', '.join(ENTRY)}")
+            raise InputError(f"{kind} has the unknown key {key!r}{did_you_mean(key, ENTRY)}")
     entry = {**ENTRY, **entry}
     for key in ("din", "dout", "mid_dim"):
         if entry[key] is None:

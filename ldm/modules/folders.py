@@ -25,6 +25,7 @@ from ldm.checkpoints import (
     sha256_of,
 )
 from ldm.errors import InputError, short
+from ldm.files import read_text
 
 TENSORS, TUNED, CONFIG = "adapters.safetensors", "tuned.safetensors", "adapter_config.json"
 ATTEMPTS = 20  # at reading a folder that is being replaced
@@ -98,7 +99,7 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(read_text(file))
         for entry in config["adapters"]:
             entry["kind"], entry["name"], entry["din"], entry["dout"], entry["blocks"], float(entry["scale"])
         for family in config.get("families", []):

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.checkpoints import fingerprint, read_weights, save_safetensors
+from ldm.checkpoints import fingerprint, read_weights, refuse_not_finite, save_safetensors
 from ldm.data.dreambooth import PersonalizedBase
 from ldm.data.encoded import EncodedDraws
-from ldm.errors import InputError
+from ldm.errors import InputError, short
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoded import EncodedPictures, EncodedPrompts
 from ldm.train.datamodule import DataModuleFromConfig
@@ -78,9 +78,11 @@ def pictures(model: Any, dataset: PersonalizedBase, folder: Path | None, device:
     file = folder / f"pictures-{key}.safetensors" if folder else None
     if file is not None and file.is_file():
         try:
-            return read_weights(file)["moments"]
-        except (InputError, KeyError) as error:
+            return _fitting(read_weights(file), model, dataset)
+        except InputError as error:
             log.warning("%s is rebuilt: %s", file, error)
+    elif folder is not None and any(folder.glob("pictures-*.safetensors")):
+        log.info("%s holds encodings of other pictures or of another autoencoder; these are added", folder)
     first_stage = model.first_stage_model.to(device).eval()
     moments = []
     for number in tqdm(range(len(dataset.paths)), desc=f"encoding pictures ({name})"):
@@ -93,6 +95,18 @@ def pictures(model: Any, dataset: PersonalizedBase, folder: Path | None, device:
     if file is not None:
         save_safetensors(file, {"moments": stacked})
     return stacked
+
+
+def _fitting(kept: dict[str, Tensor], model: Any, dataset: PersonalizedBase) -> Tensor:
+    """The posteriors of a cache. Raises `InputError` where they are not those of these pictures."""
+    moments = kept.get("moments")
+    side = dataset.size // model.first_stage_model.downsampling_factor
+    wanted = (len(dataset.paths), 2, 2 * model.channels, side, side)
+    if moments is None or tuple(moments.shape) != wanted or not moments.is_floating_point():
+        found = {name: list(value.shape) for name, value in kept.items()}
+        raise InputError(f"it holds {short(found)}, expected moments of the shape {list(wanted)}")
+    refuse_not_finite(kept, "it")
+    return moments
 
 
 @torch.no_grad()

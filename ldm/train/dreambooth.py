@@ -14,6 +14,7 @@ from ldm.config import get_obj_from_str, parameters_of
 from ldm.data.pictures import find_pictures
 from ldm.errors import InputError
 from ldm.modules.encoders.tokens import load_words
+from ldm.schema import DreamBooth
 from ldm.train import concepts
 from ldm.train import run as runs
 from ldm.train.run import Run
@@ -21,21 +22,13 @@ from ldm.train.run import Run
 log = logging.getLogger(__name__)
 
 UNET = "model.diffusion_model"
-DEFAULTS = {
-    "class_word": "dog",
-    "class_scale": 7.5,
-    "seed": 23,
-    "scale_lr": False,
-    "keep_memory": True,
-    "cache": "memory",
-    "base_precision": "fp32",
-}
+DEFAULTS = {key: value for key, value in DreamBooth().model_dump().items() if value is not None}
 
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:
     """The run that the options ask for: a new one, or one to go on with. Raises `InputError`."""
     config, folder, checkpoint = runs.opened(options, overrides)
-    stored = config.get("dreambooth", {})
+    stored = config.get("dreambooth") or {}
     asked = {
         "base": options.actual_resume,
         "data_root": options.data_root,
@@ -53,7 +46,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
     told = OmegaConf.merge(DEFAULTS, stored, {key: value for key, value in asked.items() if value is not None})
     config = OmegaConf.merge(config, {"dreambooth": told})
     if OmegaConf.select(config, "data.params.train") is None:
-        raise InputError("the config says not how photographs are shown: data.params.train has no target")
+        raise InputError("data.params.train.target is missing: it names the class that shows the photographs")
     concepts.fill_in_words(config, options)
     if has_concepts(config):
         concepts.fill_in(config, told)

@@ -11,11 +11,12 @@ from omegaconf import OmegaConf
 
 from ldm.config import instantiate_from_config
 from ldm.errors import InputError
+from ldm.schema import Training
 from ldm.train import run as runs
 from ldm.train.concepts import takes
 from ldm.train.run import Run
 
-DEFAULTS = {"seed": 23, "scale_lr": False, "keep_memory": True}
+DEFAULTS = Training().model_dump()
 
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.config import get_obj_from_str, instantiate_from_config, parse_overrides, plain, stored_config
+from ldm.config import get_obj_from_str, instantiate_from_config, override, plain, stored_config
 from ldm.data.dreambooth import DreamBoothPairs
 from ldm.devices import forked_rng
 from ldm.errors import InputError
@@ -250,8 +250,9 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         usual = dreambooth_parser("", several=True).get_default
         if asked := [name for name, value in vars(options).items() if name not in RESUMES and value != usual(name)]:
             raise InputError(f"-r goes on with trainings as they are stored; leave --{', --'.join(asked)} out")
-        changed = parse_overrides(overrides)
-        configs = [OmegaConf.merge(stored_config(path), changed) for path in stored]
+        configs = [override(stored_config(path), overrides) for path in stored]
+        for config in configs:
+            runs.check_config(config)
         configs = [runs.with_trainer(config, options.gpus, trainer_options) for config in configs]
         return [
             dreambooth.as_run(config, path.parent.parent, debug=options.debug)
@@ -325,5 +326,6 @@ def train(parts: list[Run], folder: Path, num_class_images: int = 0) -> pl.Train
         runs.write_configs(part)
     module = ManyRuns(model, configs, parts)
     data = ManyData([instantiate_from_config(part.config.data) for part in parts])
-    every = runs.checkpoint_every(first.config)
-    return runs.fit(group, module, data, base=model, saver=SaveMany(parts, group.checkpoints, every))
+    saver = SaveMany(parts, group.checkpoints, runs.checkpoint_every(first.config))
+    with runs.unless_refused(group, saver):
+        return runs.fit(group, module, data, base=model, saver=saver)

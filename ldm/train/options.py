@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
-from ldm.cli import Parser, add_allow_family, add_compile, boolean, seed_number
+from ldm import schema
+from ldm.cli import Parser, add_allow_family, add_compile, boolean, seed_number, text
 from ldm.config import parse_overrides, plain
-from ldm.errors import InputError
+from ldm.errors import InputError, did_you_mean
 
 
 def parser(description: str, several: bool = False) -> Parser:
@@ -36,10 +38,10 @@ def parser(description: str, several: bool = False) -> Parser:
         run.add_argument(
             "--no-test", type=boolean, nargs="?", const=True, default=False, help="skip the test set at the end"
         )
-    run.add_argument("-s", "--seed", type=seed_number, help="seed of everything random (default 23)")
+    run.add_argument("-s", "--seed", type=seed_number, help=about(schema.Training, "seed"))
     run.add_argument("-d", "--debug", type=boolean, nargs="?", const=True, default=False, help="debugger after a crash")
     run.add_argument("--scale_lr", type=boolean, nargs="?", const=True,
-                     help="multiply the learning rate by processes, batch size and accumulation")  # fmt: skip
+                     help=about(schema.Training, "scale_lr"))  # fmt: skip
 
     files = p.add_argument_group("where things go: <logdir>/<project>/<data><timestamp>_<name><postfix>")
     files.add_argument(
@@ -54,20 +56,19 @@ def parser(description: str, several: bool = False) -> Parser:
         "--gpus", metavar="0,3", help="these GPUs, with DDP if several (default: what the machine has)"
     )
     machine.add_argument("--keep_memory", type=boolean,
-                         help="on a CPU, keep what a step frees for the next one (default true)")  # fmt: skip
-    for name, kind, text in (
-        ("accelerator", str, "cpu, gpu, mps, auto"),
-        ("devices", str, "how many of them, or which: 2 or 0,3"),
-        ("num_nodes", int, "machines of a cluster"),
-        ("strategy", str, "ddp, fsdp, ..."),
-        ("precision", str, "32, bf16-mixed, 16-mixed, ..."),
-        ("max_steps", int, "optimizer steps"),
-        ("max_epochs", int, "passes over the data"),
-        ("accumulate_grad_batches", int, "batches per optimizer step"),
-        ("log_every_n_steps", int, "steps between logged losses"),
-    ):
-        machine.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
+                         help=about(schema.Training, "keep_memory"))  # fmt: skip
+    for name in TRAINER_OPTIONS:
+        kind = int if name in WHOLE else str
+        machine.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=about(schema.Trainer, name, False))
     return p
+
+
+def about(section: type[schema.Section], name: str, with_default: bool = True) -> str:
+    """The help of an option that is a key of a config, too."""
+    field = section.model_fields[name]
+    value = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    has_default = with_default and value is not None and "default" not in field.description
+    return field.description + (f" (default {value})" if has_default else "")
 
 
 def dreambooth_parser(description: str, several: bool = False) -> Parser:
@@ -79,26 +80,26 @@ def dreambooth_parser(description: str, several: bool = False) -> Parser:
     each = {"nargs": "+"} if several else {}
     subject = p.add_argument_group("DreamBooth")
     subject.add_argument(
-        "--actual_resume", metavar="CKPT", help="the base model (default: the one that the config names)"
+        "--actual_resume", metavar="CKPT", help=about(schema.DreamBooth, "base")
     )
-    subject.add_argument("--data_root", metavar="DIR", help="photographs of the subject", **each)
-    subject.add_argument("--reg_data_root", metavar="DIR", help="pictures of its class, for prior preservation", **each)
-    subject.add_argument("--class_word", help="what the subject is (default dog)", **each)
+    subject.add_argument("--data_root", metavar="DIR", help=about(schema.DreamBooth, "data_root"), **each)
+    subject.add_argument("--reg_data_root", metavar="DIR", help=about(schema.DreamBooth, "reg_data_root"), **each)
+    subject.add_argument("--class_word", type=text, help=about(schema.DreamBooth, "class_word"), **each)
     subject.add_argument("--num_class_images", type=int, default=0, metavar="N",
                          help="fill --reg_data_root up to N pictures by sampling the base model first")  # fmt: skip
     subject.add_argument("--class_scale", type=float, metavar="S",
-                         help="guidance scale of those: the higher, the less varied (default 7.5)")  # fmt: skip
+                         help=about(schema.DreamBooth, "class_scale"))  # fmt: skip
     subject.add_argument("--datadir_in_name", type=boolean, nargs="?", const=True, default=True,
                          help="begin the name of the run with that of --data_root (default true)")  # fmt: skip
     subject.add_argument("--base_precision", choices=("fp32", "bf16", "fp16"),
-                         help="of the frozen UNet; what learns is kept in fp32 (default fp32)")  # fmt: skip
+                         help=about(schema.DreamBooth, "base_precision"))  # fmt: skip
     subject.add_argument("--cache", metavar="memory|off|DIR",
-                         help="encode pictures and captions once, before training (default memory)")  # fmt: skip
+                         help=about(schema.DreamBooth, "cache"))  # fmt: skip
     if not several:
         add_compile(subject)
         subject.add_argument("--embedding_manager_ckpt", metavar="FILE",
-                             help="learnt words to add to the text encoder")  # fmt: skip
-    subject.add_argument("--init_word", help="start of learnt words, in configs that learn some")
+                             help=about(schema.DreamBooth, "words"))  # fmt: skip
+    subject.add_argument("--init_word", type=text, help="start of learnt words, in configs that learn some")
     concept = p.add_argument_group("Custom Diffusion: concepts, each option once for each of them, in their order")
     for number in ("", "2"):  # the published program counts them
         concept.add_argument(f"--datapath{number}", dest="datapath", action="append", default=[], metavar="DIR",
@@ -122,7 +123,7 @@ def parse(p: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[s
     """
     known, rest = p.parse_known_args(argv)
     named = {name: getattr(known, name) for name in vars(known) if name in TRAINER_OPTIONS}
-    more, overrides = _trainer_options(rest)
+    more, overrides = _trainer_options(rest, p._option_string_actions)
     swallowed = [word for word in known.base if "=" in word and not word.endswith((".yaml", ".yml"))]
     known.base = [word for word in known.base if word not in swallowed]
     return known, named | more, swallowed + overrides
@@ -132,9 +133,10 @@ TRAINER_OPTIONS = (
     "accelerator", "devices", "num_nodes", "strategy", "precision", "max_steps", "max_epochs",
     "accumulate_grad_batches", "log_every_n_steps",
 )  # fmt: skip
+WHOLE = ("num_nodes", "max_steps", "max_epochs", "accumulate_grad_batches", "log_every_n_steps")
 
 
-def _trainer_options(rest: list[str]) -> tuple[dict[str, Any], list[str]]:
+def _trainer_options(rest: list[str], known: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """`--name value` and `--name=value` for Trainer options, dotted `a.b=value` as overrides."""
     given, overrides, words = [], [], list(rest)
     while words:
@@ -152,15 +154,15 @@ def _trainer_options(rest: list[str]) -> tuple[dict[str, Any], list[str]]:
             )
     options = plain(parse_overrides(given))
     if options:
-        _check_trainer_options(options)
+        _check_trainer_options(options, known)
     return options, overrides
 
 
-def _check_trainer_options(options: dict[str, Any]) -> None:
-    import inspect
-
-    from pytorch_lightning import Trainer
-
+def _check_trainer_options(options: dict[str, Any], known: Iterable[str]) -> None:
+    """Refuse what Lightning's Trainer does not take. `known`: further options, for the nearest right one."""
     for name in options:
-        if name not in inspect.signature(Trainer.__init__).parameters:
-            raise InputError(f"unknown option --{name}: neither one of --help nor one of Lightning's Trainer")
+        if name not in schema.Trainer.model_fields:
+            near = did_you_mean(f"--{name}", [*known, *(f"--{one}" for one in schema.Trainer.model_fields)])
+            told = near if "did you mean" in near else ": neither one of --help nor one of Lightning's Trainer"
+            raise InputError(f"unknown option --{name}{told}")
+    schema.check_part(schema.Trainer, options, "--")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import logging
+import os
 import pdb
 import shlex
+import shutil
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -23,11 +26,23 @@ from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from ldm.checkpoints import atomic_write, is_added
-from ldm.config import find_file, instantiate_from_config, load_config, parse_overrides, plain, stored_config
+from ldm import schema
+from ldm.checkpoints import is_added, save_text
+from ldm.config import (
+    check,
+    check_entries,
+    find_file,
+    instantiate_from_config,
+    load_config,
+    merged,
+    override,
+    plain,
+    stored_config,
+)
 from ldm.data.class_images import missing_class_images
 from ldm.devices import best_device
-from ldm.errors import InputError, explain, short
+from ldm.errors import InputError, WriteError, explain
+from ldm.files import read_text
 from ldm.generate import Settings, fill_class_folder
 from ldm.models.building import build_model, choose_checkpoint
 from ldm.modules.adapter_files import half_base
@@ -36,6 +51,7 @@ from ldm.train.callbacks import EpochReport, ImageLogger
 from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.memory import keep_freed_memory
 from ldm.train.resume import RandomStates, SafeCheckpointIO, SaveRun
+from ldm.writing import why
 
 log = logging.getLogger(__name__)
 
@@ -85,24 +101,24 @@ def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -
     if not stored and not paths:
         raise InputError("no config: name one with --base, e.g. --base configs/sd-mini/attn2o-ffni.yaml")
     configs = [*stored, *(load_config(find_file(path)) for path in paths)]
-    config = OmegaConf.merge(*configs, parse_overrides(overrides))
+    config = override(merged(*configs), overrides)
+    check_config(config)
     for section in ("model", "data"):
-        if section not in config:
+        if config.get(section) is None:
             raise InputError(f"the config has no {section!r} section; its keys are {list(config)}")
-    for section in (
-        "model",
-        "data",
-        "lightning",
-        "lightning.trainer",
-        "lightning.callbacks",
-        "lightning.modelcheckpoint",
-    ):
-        content = OmegaConf.select(config, section)
-        if content is None and section.startswith("lightning"):
+    for section in ("lightning", "lightning.trainer", "lightning.callbacks", "lightning.modelcheckpoint"):
+        if OmegaConf.select(config, section) is None:
             OmegaConf.update(config, section, {})  # left out, or `callbacks:` with nothing below it
-        elif not OmegaConf.is_dict(content):
-            raise InputError(f"the section {section!r} of the config must be a mapping, got {short(content)}")
     return config
+
+
+def check_config(config: DictConfig) -> None:
+    """Refuse misspelt keys, wrong types and arguments that targets do not take; say what has no effect."""
+    content = plain(config)
+    check(content)
+    check_entries(content)
+    for dotted in schema.unused(content):
+        log.info("%s has no effect", dotted)
 
 
 def opened(options: argparse.Namespace, overrides: list[str]) -> tuple[DictConfig, Path | None, Path | None]:
@@ -142,6 +158,17 @@ def new_folder(logdir: str, project: str, data: str, name: str, postfix: str) ->
 
 
 @rank_zero_only
+@contextlib.contextmanager
+def unless_refused(run: Run, saver: SaveRun) -> Iterator[None]:
+    """Takes the folder of a new run away again where an error ends it before its first step."""
+    try:
+        yield
+    except Exception:
+        if run.resume is None and not saver.step and rank_zero_only.rank == 0:
+            shutil.rmtree(run.folder, ignore_errors=True)
+        raise
+
+
 def claim_folder(run: Run) -> None:
     """Make the folder of a new run, or one with the next number where another run has made it in the meantime."""
     planned = run.folder
@@ -160,14 +187,14 @@ def write_configs(run: Run) -> None:
     with explain(f"the folder {run.folder} cannot be written to", OSError):
         for name in ("checkpoints", "configs", "images"):
             (run.folder / name).mkdir(parents=True, exist_ok=True)
-        with atomic_write(run.folder / "configs" / "project.yaml") as beside:
-            beside.write_text("\n".join([*commands(run.folder), OmegaConf.to_yaml(run.config, resolve=True)]))
+        told = [*commands(run.folder), OmegaConf.to_yaml(run.config, resolve=True)]
+        save_text(run.folder / "configs" / "project.yaml", "\n".join(told))
 
 
 def commands(folder: Path) -> list[str]:
     """The comments that tell which commands a run came from: those that its config tells of already, and this one."""
     stored = folder / "configs" / "project.yaml"
-    lines = stored.read_text().splitlines() if stored.is_file() else []
+    lines = read_text(stored).splitlines() if stored.is_file() else []
     told = list(itertools.takewhile(lambda line: line.startswith("# "), lines))
     return [*told, "# " + shlex.join(sys.argv).replace("\n", " ")]
 
@@ -292,7 +319,8 @@ def make_callbacks(run: Run, saver: SaveRun) -> list[pl.Callback]:
 def checkpoint_every(config: DictConfig) -> int:
     """The steps between checkpoints."""
     section = config.get("lightning", {}).get("modelcheckpoint") or {}
-    return section.get("params", {}).get("every_n_train_steps", 500)
+    given = (section.get("params") or {}).get("every_n_train_steps")
+    return schema.CheckpointParams().every_n_train_steps if given is None else given
 
 
 def make_trainer(run: Run, saver: SaveRun, automatic: bool = True) -> pl.Trainer:
@@ -334,7 +362,9 @@ def train(run: Run, model: pl.LightningModule, test: bool = True) -> pl.Trainer:
     data = instantiate_from_config(run.config.data)
     if run.resume is None:
         claim_folder(run)
-    trainer = fit(run, model, data, model, SaveRun(run.checkpoints, checkpoint_every(run.config), run.notes))
+    saver = SaveRun(run.checkpoints, checkpoint_every(run.config), run.notes)
+    with unless_refused(run, saver):
+        trainer = fit(run, model, data, model, saver)
     if test and OmegaConf.select(run.config, "data.params.test") is not None and not trainer.should_stop:
         trainer.validate(model, data.test_dataloader())
     return trainer
@@ -360,11 +390,22 @@ def fit(
     try:
         with caches.encoded(base, data, run.cache, trainer.strategy.root_device):
             trainer.fit(module, data, ckpt_path=str(run.resume) if run.resume else None)
+    except OSError as error:
+        path = error.filename or run.folder
+        raise WriteError(os.fsdecode(path), why(error, run.folder), kept=last_good(run)) from error
+    except WriteError as error:
+        raise WriteError(error.path, error.reason, kept=last_good(run)) from error
     except Exception:
         if run.debug and trainer.is_global_zero:
             pdb.post_mortem()
         raise
     return trainer
+
+
+def last_good(run: Run) -> str:
+    """What is still intact after a failure."""
+    last = run.checkpoints / "last.ckpt"
+    return f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint had been written"
 
 
 def refuse_mixed(base: pl.LightningModule, precision: str) -> None:

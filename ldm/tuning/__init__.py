@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ldm import schema
 from ldm.config import get_obj_from_str, instantiate_from_config, plain
 from ldm.errors import InputError, short
 from ldm.tuning import table
@@ -81,8 +82,7 @@ def choose(entry: Any) -> Chosen:
         )
     target = table.named(entry["family"]) if "family" in entry else entry["target"]
     params = entry.get("params") or {}
-    if unknown := entry.keys() - {"family", "target", "params", "learning_rate", "steps"}:
-        raise InputError(f"tuning: {short(target)} has the unknown key {', '.join(sorted(unknown))}")
+    schema.check_part(schema.Tuning, entry, "tuning")
     kind = get_obj_from_str(target)
     if not (hasattr(kind, "install") and hasattr(kind, "trainable")):
         raise InputError(f"tuning: {short(target)} is not a family: it needs install(model) and trainable(model)")

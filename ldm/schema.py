@@ -1,0 +1,460 @@
+"""Floor 0: what a config may hold, one typed description per section.
+
+The refusals of misspelt keys and wrong types, the texts of `--help` and `docs/configuration.md` come from here.
+`python -m ldm.schema docs/configuration.md` writes that page.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from ldm.errors import InputError, did_you_mean, short
+
+UNUSED = "unused; accepted because older YAML files have it"
+OWN_PREFIXES = ("x_", "_")  # top-level keys that begin so are the user's own
+
+AtLeast0 = Annotated[int, Field(ge=0)]
+AtLeast1 = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def says(default: Any, text: str) -> Any:
+    """A field with its default and its description."""
+    return Field(default, description=text)
+
+
+class Section(BaseModel):
+    """A mapping that has these keys and no others."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+
+class Entry(Section):
+    """Something to build: a class and the arguments that it is called with."""
+
+    target: str | None = says(None, "dotted name of a class or function")
+    params: dict[str, Any] | None = says(None, "its arguments, by name; what it does not take is refused")
+
+
+class Model(Entry):
+    """`model`: the model, and how fast it learns."""
+
+    base_learning_rate: Positive | None = says(None, "learning rate of what has none of its own")
+
+
+class Tuning(Entry):
+    """An entry of `model.params.tuning`: a family of tuning."""
+
+    family: str | None = says(None, "name of a shipped family, such as lora, instead of a target")
+    learning_rate: Positive | None = says(None, "learning rate of this family (default: that of the model)")
+    steps: list[AtLeast0 | None] | None = says(None, "[first, end]: the steps in which it learns; end: null for no end")
+
+
+class Adapter(Section):
+    """An entry of `adapter_config`: where an adapter reads and writes, and what it is."""
+
+    type: Literal["inout"] = says("inout", "the only type there is")
+    din: str | None = says(None, "position that it reads; required")
+    dout: str | None = says(None, "position that it writes; required")
+    mid_dim: AtLeast1 | None = says(None, "width of the bottleneck; required")
+    method: str = says("default", "activation: default (relu), sig, silu, ident")
+    scale: Finite = says(1.0, "factor of what it adds")
+    init: str = says("zero", "zero: an untrained adapter changes nothing; default: the published random start")
+
+
+class AdapterConfig(Section):
+    """`model.params.unet_config.params.adapter_config`: one entry or a list of them for each kind of block."""
+
+    transformer_adp_config: list[Adapter] | Adapter | None = says(None, "adapters of transformer blocks")
+    resblock_adp_config: list[Adapter] | Adapter | None = says(None, "adapters of residual blocks")
+
+
+class Data(Entry):
+    """`data`: what shows the pictures; usually `ldm.train.datamodule.DataModuleFromConfig`."""
+
+
+class DataParams(Section):
+    """`data.params` of `ldm.train.datamodule.DataModuleFromConfig`: data sets, and how many pictures make a batch."""
+
+    batch_size: AtLeast1 | None = says(None, "pictures per batch and process; required for training")
+    num_workers: AtLeast0 | None = says(None, "processes that read (default: twice the batch size, at most all cores)")
+    train: Entry | list[Entry] | None = says(None, "what is learnt; a list: concepts learnt together")
+    train2: Entry | None = says(None, "a second concept (Custom Diffusion's name for it)")
+    reg: Entry | None = says(None, "pictures of the class, for prior preservation; null for none")
+    validation: Entry | None = says(None, "pictures for val/loss")
+    test: Entry | None = says(None, "pictures for the loss at the end; --no-test leaves it out")
+    wrap: bool = says(False, UNUSED)
+    seed: AtLeast0 = says(0, "seed of the order of draws; programs set that of the run")
+
+
+class Trainer(Section):
+    """`lightning.trainer`: options of Lightning's Trainer. Each is also an option of the command line."""
+
+    accelerator: str = says("auto", "cpu, gpu, mps, auto")
+    devices: int | str | list[int] = says("auto", "how many of them, or which: 2 or 0,3")
+    num_nodes: AtLeast1 = says(1, "machines of a cluster")
+    strategy: str = says("auto", "ddp, fsdp, ...")
+    precision: int | str | None = says(None, "32, bf16-mixed, 16-mixed, ...")
+    max_steps: Annotated[int, Field(ge=-1)] = says(-1, "optimizer steps")
+    max_epochs: Annotated[int, Field(ge=-1)] | None = says(None, "passes over the data")
+    accumulate_grad_batches: AtLeast1 = says(1, "batches per optimizer step")
+    log_every_n_steps: AtLeast0 | None = says(None, "steps between logged losses (default 10)")
+    min_epochs: AtLeast0 | None = says(None, "passes over the data before anything may stop the run")
+    min_steps: AtLeast0 | None = says(None, "optimizer steps before anything may stop the run")
+    max_time: str | dict[str, int] | None = says(None, "days:hours:minutes:seconds, or {hours: 2}")
+    limit_train_batches: int | float | None = says(None, "batches of an epoch, or a share of them")
+    limit_val_batches: int | float | None = says(None, "batches of a validation, or a share of them")
+    limit_test_batches: int | float | None = says(None, "batches of the test, or a share of them")
+    limit_predict_batches: int | float | None = says(None, UNUSED)
+    overfit_batches: int | float = says(0.0, "train and validate on so many batches alone")
+    val_check_interval: int | float | str | dict[str, int] | None = says(None, "batches between validations, or share")
+    check_val_every_n_epoch: AtLeast1 | None = says(1, "epochs between validations")
+    num_sanity_val_steps: Annotated[int, Field(ge=-1)] | None = says(None, "validation before training (default 0)")
+    gradient_clip_val: Annotated[float, Field(ge=0)] | None = says(None, "largest norm or value of gradients")
+    gradient_clip_algorithm: Literal["norm", "value"] | None = says(None, "what gradient_clip_val bounds (norm)")
+    deterministic: bool | Literal["warn"] | None = says(None, "deterministic kernels alone")
+    benchmark: bool | None = says(None, "let cuDNN choose the fastest kernels")
+    detect_anomaly: bool = says(False, "find the operation that gave NaN; slow")
+    fast_dev_run: bool | int = says(False, "a few batches of everything, without saving")
+    profiler: str | None = says(None, "simple, advanced, pytorch")
+    inference_mode: bool = says(True, "validate under inference_mode instead of no_grad")
+    sync_batchnorm: bool = says(False, "batch norms over all processes")
+    reload_dataloaders_every_n_epochs: AtLeast0 = says(0, "make the loaders anew")
+    enable_checkpointing: bool | None = says(None, "leave it out: runs save by themselves")
+    enable_progress_bar: bool | None = says(None, "show progress")
+    default_root_dir: str | None = says(None, "where Lightning writes what has no place of its own")
+    barebones: bool = says(False, "Lightning without what costs time; refused together with callbacks")
+    enable_autolog_hparams: bool = says(True, "let loggers record hyper-parameters")
+    model_registry: str | None = says(None, "Lightning's registry of models")
+    logger: Any = says(None, "set by the run; name one under lightning.logger")
+    callbacks: Any = says(None, "set by the run; name them under lightning.callbacks")
+    plugins: Any = says(None, "set by the run")
+    enable_model_summary: Any = says(None, "set by the run")
+    use_distributed_sampler: Any = says(None, "set by the run")
+    gpus: int | str | list[int] | None = says(None, "these GPUs, with DDP if several, as --gpus: 0, or 0,3")
+
+
+class CheckpointParams(Section):
+    """`lightning.modelcheckpoint.params`."""
+
+    every_n_train_steps: AtLeast1 | None = says(500, "optimizer steps between checkpoints")
+    monitor: Any = says(None, UNUSED)
+    mode: Any = says(None, UNUSED)
+    save_top_k: Any = says(None, UNUSED)
+    save_last: Any = says(None, UNUSED)
+    save_weights_only: Any = says(None, UNUSED)
+    verbose: Any = says(None, UNUSED)
+    dirpath: Any = says(None, UNUSED)
+    filename: Any = says(None, UNUSED)
+    auto_insert_metric_name: Any = says(None, UNUSED)
+    every_n_epochs: Any = says(None, UNUSED)
+
+
+class ModelCheckpoint(Section):
+    """`lightning.modelcheckpoint`: how often a run saves."""
+
+    params: CheckpointParams | None = says(None, "see below")
+    target: str | None = says(None, UNUSED)
+
+
+class Lightning(Section):
+    """`lightning`: how the run goes."""
+
+    trainer: Trainer | None = says(None, "options of Lightning's Trainer")
+    callbacks: dict[str, Entry | None] | None = says(None, "{any name: {target, params}}; null takes one out again")
+    modelcheckpoint: ModelCheckpoint | None = says(None, "how often a run saves")
+    logger: Entry | None = says(None, "a logger of Lightning's (default: TensorBoard in the run's folder)")
+    find_unused_parameters: bool | None = says(None, UNUSED)
+
+
+class Training(Section):
+    """`training`: options of a run of `scripts/train.py`. An option of the command line wins."""
+
+    seed: Seed = says(23, "seed of everything random")
+    scale_lr: bool = says(False, "multiply the learning rate by processes, batch size and accumulation")
+    keep_memory: bool = says(True, "on a CPU, keep what a step frees for the next one")
+
+
+class DreamBooth(Section):
+    """`dreambooth`: options of a run of `main_dream_booth.py`. An option of the command line wins."""
+
+    class_word: str | None = says("dog", "what the subject is")
+    class_scale: Finite = says(7.5, "guidance scale of sampled class pictures: the higher, the less varied")
+    seed: Seed = says(23, "seed of everything random")
+    scale_lr: bool = says(False, "multiply the learning rate by processes, batch size and accumulation")
+    keep_memory: bool = says(True, "on a CPU, keep what a step frees for the next one")
+    cache: str = says("memory", "encode pictures and captions once, before training: memory, off or a folder")
+    base_precision: Literal["fp32", "bf16", "fp16"] = says("fp32", "of the frozen UNet; what learns is kept in fp32")
+    base: str | None = says(None, "checkpoint of the base model (default: the one that the config names)")
+    data_root: str | None = says(None, "folder with photographs of the subject")
+    reg_data_root: str | None = says(None, "folder with pictures of its class, for prior preservation")
+    words: str | None = says(None, "file of learnt words to add to the text encoder")
+    concepts: list[dict[str, str | None]] | None = says(None, "Custom Diffusion: datapath, caption, ... of each")
+
+
+class Checkpoint(Section):
+    """`checkpoint`: the base weights."""
+
+    path: str | None = says(None, ".ckpt or .safetensors file of the base model")
+    random_seed: AtLeast0 | None = says(None, "where that file is absent: start from random weights of this seed")
+
+
+class Config(Section):
+    """The top level of a config. A key of your own begins with `x_` or `_`; any other is refused."""
+
+    defaults: str | list[str] | None = says(None, "files to merge first, relative to this one; later ones win")
+    model: Model | None = says(None, "the model")
+    data: Data | None = says(None, "the pictures")
+    lightning: Lightning | None = says(None, "how the run goes")
+    checkpoint: Checkpoint | None = says(None, "the base weights")
+    dreambooth: DreamBooth | None = says(None, "options of a run of main_dream_booth.py")
+    training: Training | None = says(None, "options of a run of scripts/train.py")
+
+
+# Sections below the parameters of a target.
+DEEPER = {
+    "model.params.tuning": list[Tuning] | Tuning | None,
+    "model.params.unet_config.params.adapter_config": AdapterConfig | None,
+    "data.params": DataParams | None,
+}
+DATA_TARGET = "ldm.train.datamodule.DataModuleFromConfig"
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def check(config: Mapping[str, Any], source: str = "", data_target: str | None = None) -> None:
+    """Refuse misspelt keys and wrong types of a config, or of a part of one; what is absent is nobody's mistake here.
+
+    `config` is made of plain values; texts that refer to other keys (`${...}`) may stand for anything. `data_target`
+    is the class that `data.target` means. Raises `InputError`: the dotted key, what was found, what was expected.
+    """
+    own = {key: value for key, value in config.items() if not str(key).startswith(OWN_PREFIXES)}
+    check_part(Config, own, "", source)
+    for place, kind in DEEPER.items():
+        if place != "data.params" or data_target == DATA_TARGET:
+            check_part(kind, select(own, place), place, source)
+
+
+def check_part(kind: Any, value: Any, place: str = "", source: str = "") -> None:
+    """Refuse what a value of that kind may not hold. `place` is its dotted key. Raises `InputError`."""
+    value = _as_read(value)
+    try:
+        adapter(kind).validate_python(value)
+    except ValidationError as refused:
+        found = [(path_in(value, error["loc"]), error) for error in refused.errors(include_url=False)]
+        found = [(path, error) for path, error in found if not _is_reference(error["input"])]
+        paths = [path for path, _ in found]
+        for path, error in found:
+            if not any(path == other[: len(path)] and path != other for other in paths):  # another choice of a union
+                prefix = f"{source}: " if source else ""
+                raise InputError(prefix + _told(kind, path, error, place)) from None
+
+
+@functools.cache
+def adapter(kind: Any) -> TypeAdapter:
+    """What checks values of that kind; it takes longer to make than to use."""
+    return TypeAdapter(kind)
+
+
+def _told(kind: Any, path: tuple, error: Any, place: str) -> str:
+    dotted = ".".join([*([place] if place else []), *map(str, path)]).replace("--.", "--")
+    if error["type"] == "extra_forbidden":
+        known = [name for section in sections_of(at(kind, path[:-1])[0]) for name in section.model_fields]
+        return f"{dotted} is unknown{did_you_mean(path[-1], known)}"
+    annotation, metadata = at(kind, path)
+    return f"{dotted or 'the config'} must be {phrase(annotation, metadata)}, got {short(error['input'])}"
+
+
+def path_in(value: Any, location: Sequence[Any]) -> tuple:
+    """The keys and indices among a location of pydantic, which also names the choices of unions."""
+    path = []
+    for piece in location:
+        if isinstance(value, Mapping) and piece in value or isinstance(value, list) and isinstance(piece, int):
+            path.append(piece)
+            value = value[piece]
+    return tuple(path)
+
+
+def at(kind: Any, path: Sequence[Any]) -> tuple[Any, list]:
+    """The annotation, and what bounds it, of the value at a path below one of that kind."""
+    metadata: list = []
+    for piece in path:
+        below: tuple[Any, list] = (Any, [])
+        for choice in choices(kind):
+            if isinstance(choice, type) and issubclass(choice, BaseModel) and piece in choice.model_fields:
+                field = choice.model_fields[piece]
+                below = (field.annotation, field.metadata)
+            elif get_origin(choice) in (list, dict):
+                below = (get_args(choice)[-1], [])
+        kind, metadata = below
+    return kind, metadata
+
+
+def choices(kind: Any) -> list[Any]:
+    """The members of a union; of anything else, itself."""
+    return list(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else [kind]
+
+
+def sections_of(kind: Any) -> list[type[BaseModel]]:
+    return [choice for choice in choices(kind) if isinstance(choice, type) and issubclass(choice, BaseModel)]
+
+
+def phrase(kind: Any, metadata: Sequence[Any] = ()) -> str:
+    """A type in words, as in `batch_size must be a whole number of at least 1`."""
+    bounds = {}
+    for one in metadata:
+        for name in ("ge", "gt", "lt", "allow_inf_nan"):
+            for holder in (one, *getattr(one, "metadata", ())):
+                if getattr(holder, name, None) is not None:
+                    bounds[name] = getattr(holder, name)
+    if get_origin(kind) is Annotated:
+        return phrase(get_args(kind)[0], [*metadata, *get_args(kind)[1:]])
+    if len(parts := [part for part in choices(kind) if part is not type(None)]) > 1 or parts[0] is not kind:
+        return " or ".join(dict.fromkeys(phrase(part, metadata) for part in parts))
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    if get_origin(kind) is list:
+        return "a list"
+    if get_origin(kind) is dict or kind is dict:
+        return "a mapping"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return "a mapping"
+    if kind is float and bounds.get("gt") == 0:
+        return "a positive number"
+    word = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}.get(kind)
+    if kind is float and bounds.get("allow_inf_nan") is False:
+        word = "a finite number"
+    if "lt" in bounds:
+        return f"{word} from {bounds['ge']} to {bounds['lt'] - 1}"
+    return f"{word or 'a value'} of at least {bounds['ge']}" if "ge" in bounds else word or "a value"
+
+
+def select(config: Any, dotted: str) -> Any:
+    """The value at a dotted key; None where there is none."""
+    for piece in dotted.split("."):
+        config = config.get(piece) if isinstance(config, Mapping) else None
+    return config
+
+
+def _as_read(value: Any) -> Any:
+    """Keys as text, and 3e3 as the whole number that it is."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_read(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_read(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
+
+
+def unused(config: Mapping[str, Any], kind: Any = Config, place: str = "") -> Iterator[str]:
+    """The dotted keys in a config that have no effect."""
+    for section in sections_of(kind):
+        for name, field in section.model_fields.items():
+            if name not in config:
+                continue
+            dotted = f"{place}.{name}" if place else name
+            if field.description == UNUSED and config[name] is not None:
+                yield dotted
+            elif isinstance(config[name], Mapping):
+                yield from unused(config[name], field.annotation, dotted)
+
+
+# --- arguments of targets -------------------------------------------------------------------------------------------
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value of a config fits the annotation of a parameter; True where either is not of plain kinds."""
+    if not _is_plain_kind(annotation) or not _is_plain(value) or _is_reference(value):
+        return True
+    try:
+        adapter(annotation).validate_json(json.dumps(_as_read(value)), strict=True)  # JSON's lists can be tuples
+    except ValidationError:
+        return False
+    return True
+
+
+def _is_plain_kind(annotation: Any) -> bool:
+    if get_origin(annotation) is Literal or annotation in (int, float, bool, str, None, type(None), Any, ...):
+        return True
+    if annotation in (list, tuple, dict, Sequence, Mapping):
+        return True
+    origin = get_origin(annotation)
+    if origin in (list, tuple, dict, Sequence, Mapping, Union, types.UnionType):
+        return all(map(_is_plain_kind, get_args(annotation)))
+    return False
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, (str, int, float, bool)) and _is_plain(one) for key, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (int, float, bool, str))
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+PAGE = (
+    (Config, "Top level"), (Model, "model"), (Tuning, "model.params.tuning"),
+    (AdapterConfig, "adapter_config"), (Adapter, "entries of adapter_config"), (Data, "data"),
+    (DataParams, "data.params"), (Lightning, "lightning"), (Trainer, "lightning.trainer"),
+    (ModelCheckpoint, "lightning.modelcheckpoint"), (CheckpointParams, "lightning.modelcheckpoint.params"),
+    (DreamBooth, "dreambooth"), (Training, "training"), (Checkpoint, "checkpoint"),
+)  # fmt: skip
+
+BEGINNING = """\
+# Configuration
+
+This page is generated from `ldm/schema.py`: `python -m ldm.schema docs/configuration.md`.
+
+A config is a YAML file. `defaults:` names files that are merged first; mappings are merged, lists are replaced. Then
+come overrides of the command line: `model.base_learning_rate=1e-4 data.params.batch_size=2`. An entry of a list is
+named by its number, from 0: `model.params.tuning.0.params.rank=8`. `tuning.0.params.rank=8` is short for the same.
+
+A key that is not in these tables, and an argument that a `target` does not take, is refused with the nearest right one.
+So is a value of another type. Keys of your own may stand at the top level if they begin with `x_` or `_`.
+"""
+
+
+def page() -> str:
+    """`docs/configuration.md`."""
+    parts = [BEGINNING]
+    for section, title in PAGE:
+        rows = [
+            f"| `{name}` | {phrase(field.annotation, field.metadata)} | {_default(field)} | {field.description} |"
+            for name, field in section.model_fields.items()
+        ]
+        text = " ".join((section.__doc__ or "").split())
+        head = ["| key | value | default | |", "| --- | --- | --- | --- |"]
+        parts.append("\n".join([f"## {title}\n", text, "", *head, *rows]))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.default
+    return "" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def main(path: str | None = None) -> None:
+    from ldm.checkpoints import save_text
+
+    save_text(path or "docs/configuration.md", page())
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(*sys.argv[1:2])
