@@ -31,6 +31,8 @@ def why(error: BaseException, folder: Path | None = None) -> str:
         return "its name has a NUL character"
     if folder is not None and not has_space(folder):
         return os.strerror(errno.ENOSPC)
+    if isinstance(error, RuntimeError) and TORCH_WRITER.search(str(error)):
+        return "torch could not write all of it: is the disk full, or a quota or a limit on file sizes reached?"
     lines = [line for line in str(error).splitlines() if line.strip()]
     worker = "Original Traceback" in str(error)  # of a process that loads data: its last line is the error
     return lines[-1].strip() if worker else first_line(error)
@@ -60,7 +62,9 @@ def writing(path: Path) -> Iterator[None]:
         reason = why(error, path.parent)
         named = getattr(error, "filename", None)
         if named and Path(os.fsdecode(named)) in path.parents:
-            reason += f": {os.fsdecode(named)}"
+            place = os.fsdecode(named)
+            is_file = error.errno in (errno.EEXIST, errno.ENOTDIR)
+            reason = f"{place} is a file, not a folder" if is_file else f"{reason}: {place}"
         raise WriteError(path, reason, was_there) from error
 
 

@@ -78,7 +78,7 @@ CHECKPOINTS = {
 CONFIGS = {
     "missing.yaml": "config .*missing.yaml does not exist; the shipped ones are under configs/",
     "bad.yaml": "config .*bad.yaml is not valid YAML: .* line 2",
-    "latin.yaml": "config .*latin.yaml is not valid YAML",
+    "latin.yaml": "config .*latin.yaml cannot be read .*; expected",
     "list.yaml": "config .*list.yaml must be a mapping with keys such as model and data",
     "circle.yaml": "its defaults form a circle: circle.yaml -> circle2.yaml -> circle.yaml",
     "orphan.yaml": "nowhere.yaml does not exist .named in the defaults of .*orphan.yaml",
