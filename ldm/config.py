@@ -107,8 +107,9 @@ def check_entry(config: Mapping, place: str = "") -> None:
     for key, value in params.items():
         dotted = f"{where}params.{key}: " if place else ""
         if known is not None and key not in known:
-            near = did_you_mean(key, known).split("; expected")[0]
-            raise InputError(f"{dotted}params of {name}: unknown {key}{near}; it takes {', '.join(known)}")
+            near = did_you_mean(key, known)
+            near = near if near.endswith("?") else ";"
+            raise InputError(f"{dotted}params of {name}: unknown {key}{near} it takes {', '.join(known)}")
         if key in kinds and not schema.fits(value, kinds[key]) and not is_default(target, key, value):
             raise InputError(f"{dotted}params of {name}: {key} must be {schema.phrase(kinds[key])}, got {short(value)}")
 

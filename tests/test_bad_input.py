@@ -94,7 +94,7 @@ TARGETS = {
     "a number": ({"target": 5}, "target '5' is not a dotted name"),
     "an unknown parameter": (
         {"target": "ldm.modules.ema.LitEma", "params": {"model": 1, "decya": 0.9}},
-        "params of ldm.modules.ema.LitEma: unknown decya; did you mean decay.; it takes model, decay",
+        "params of ldm.modules.ema.LitEma: unknown decya; did you mean decay. it takes model, decay",
     ),
     "a missing parameter": ({"target": "ldm.modules.ema.LitEma"}, "params of ldm.modules.ema.LitEma: model missing"),
     "params as a list": ({"target": "torch.nn.Linear", "params": [1]}, r"params of torch.nn.Linear must be a mapping"),

@@ -278,7 +278,7 @@ def test_refusals_name_the_key(folder, changes, message):
 
 def test_unknown_keys_are_refused_by_name(folder):
     config = {"target": "ldm.data.personalized_dream.PersonalizedBase", "params": {"data_root": str(folder), "sise": 8}}
-    with pytest.raises(InputError, match="unknown sise; it takes data_root"):
+    with pytest.raises(InputError, match="unknown sise; did you mean .* it takes data_root"):
         instantiate_from_config(config)
 
 

@@ -229,9 +229,9 @@ def test_outside_its_steps_a_family_has_no_gradient(step, resting, monkeypatch):
         (LORA | {"family": "lora"}, "expected entries with family or target"),
         ({"family": "lroa"}, "there is no family 'lroa'; expected position, lora"),
         (LORA | {"lr": 1}, "tuning.lr is unknown; expected target, params, family, learning_rate, steps$"),
-        (LORA | {"learning_rate": 0}, "learning_rate of ldm.tuning.lora.LoRA must be a positive number"),
+        (LORA | {"learning_rate": 0}, "tuning.learning_rate must be a positive number, got 0"),
         (LORA | {"steps": [3, 2]}, r"steps of ldm.tuning.lora.LoRA must be \[first, end\]"),
-        (family("lora.LoRA", rang=3), "unknown rang; it takes targets, rank"),
+        (family("lora.LoRA", rang=3), "unknown rang; did you mean rank. it takes targets, rank"),
         (family("full.ByName", pattern="("), "is not a regular expression"),
     ],
 )

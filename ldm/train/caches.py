@@ -101,10 +101,11 @@ def _fitting(kept: dict[str, Tensor], model: Any, dataset: PersonalizedBase) -> 
     """The posteriors of a cache. Raises `InputError` where they are not those of these pictures."""
     moments = kept.get("moments")
     side = dataset.size // model.first_stage_model.downsampling_factor
-    wanted = (len(dataset.paths), 2, 2 * model.channels, side, side)
-    if moments is None or tuple(moments.shape) != wanted or not moments.is_floating_point():
+    wanted = (len(dataset.paths), 2, side, side)
+    shape = () if moments is None else tuple(moments.shape)
+    if (*shape[:2], *shape[3:]) != wanted or shape[2] % 2 or not moments.is_floating_point():
         found = {name: list(value.shape) for name, value in kept.items()}
-        raise InputError(f"it holds {short(found)}, expected moments of the shape {list(wanted)}")
+        raise InputError(f"it holds {short(found)}, expected moments of {wanted[0]} pictures, {side} x {side}")
     refuse_not_finite(kept, "it")
     return moments
 
