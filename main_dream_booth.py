@@ -13,14 +13,17 @@ from ldm.train.options import dreambooth_parser, parse
 def main(argv: list[str] | None = None) -> None:
     options, trainer_options, overrides = parse(dreambooth_parser(__doc__), argv)
     from ldm.train import dreambooth
+    from ldm.train.run import finished, outcome
 
     run = dreambooth.plan(options, trainer_options, overrides)
     if not options.train:
         print(dreambooth.report(run) + "\nnothing trained: add -t")
         return
-    trainer = dreambooth.train(run, options)
-    if trainer.is_global_zero:
-        print(f"adapters and checkpoints are in {run.checkpoints}, sample pictures in {run.folder / 'images'}")
+    if line := finished(run):
+        print(line)
+        return
+    if dreambooth.train(run, options).is_global_zero:
+        print(outcome(run))
 
 
 if __name__ == "__main__":

@@ -21,12 +21,16 @@ TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 def run_command(main: Callable[[list[str] | None], int | None]) -> None:
-    """Run a command's `main`, turning `InputError` into a line on stderr and exit code 2, Ctrl-C into exit code 130."""
+    """Run a command's `main`: `InputError` becomes a line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    SIGTERM ends it by `SystemExit` with code 143, so that what is begun is put in order.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files may hold bytes that are no text in this locale
             stream.reconfigure(errors="backslashreplace")
     threading.excepthook = _told_of_thread
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = main(None)
     except InputError as error:
@@ -65,6 +69,11 @@ def text(given: str) -> str:
         return os.fsencode(given).decode("utf-8")
     except UnicodeError:
         raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {printable(given)!r}") from None
+
+
+def _terminate(number: int, _frame: Any) -> None:
+    log.error("stopped by SIGTERM")
+    raise SystemExit(128 + number)
 
 
 def boolean(text: str) -> bool:

@@ -157,13 +157,19 @@ def fill_class_folder(
     names = missing_class_images(folder, number)
     unet = model.model.diffusion_model
     unet.adapters_enable(False)
-    with tqdm(total=len(names), desc=f"class pictures: {prompt}", disable=not names) as progress:
-        for start in range(0, len(names), batch_size):
-            chunk = names[start : start + batch_size]
-            seeds = [seed + int(Path(name).stem) for name in chunk]
-            for name, one, picture in zip(
-                chunk, seeds, generate(model, [prompt] * len(chunk), seeds, settings), strict=True
-            ):
-                save_png(picture, folder / name, {"prompt": prompt, "seed": one})
-            progress.update(len(chunk))
-    unet.adapters_enable(True)
+    try:
+        with tqdm(total=len(names), desc=f"class pictures: {prompt}", disable=not names) as progress:
+            for start in range(0, len(names), batch_size):
+                chunk = names[start : start + batch_size]
+                seeds = [seed + int(Path(name).stem) for name in chunk]
+                for name, one, picture in zip(
+                    chunk, seeds, generate(model, [prompt] * len(chunk), seeds, settings), strict=True
+                ):
+                    save_png(picture, folder / name, {"prompt": prompt, "seed": one})
+                progress.update(len(chunk))
+    except (KeyboardInterrupt, SystemExit):
+        there = number - len(missing_class_images(folder, number))
+        log.info("%d of %d class pictures are in %s; the same command draws the rest", there, number, folder)
+        raise
+    finally:
+        unet.adapters_enable(True)

@@ -18,14 +18,17 @@ from ldm.train.options import parse, parser  # noqa: E402
 def main(argv: list[str] | None = None) -> None:
     options, trainer_options, overrides = parse(parser(__doc__), argv)
     from ldm.train import general
+    from ldm.train.run import finished, outcome
 
     run = general.plan(options, trainer_options, overrides)
     if not options.train:
         print(f"nothing trained: add -t to train in {run.folder}")
         return
-    trainer = general.train(run, test=not options.no_test)
-    if trainer.is_global_zero:
-        print(f"checkpoints are in {run.checkpoints}")
+    if line := finished(run):
+        print(line)
+        return
+    if general.train(run, test=not options.no_test).is_global_zero:
+        print(outcome(run))
 
 
 if __name__ == "__main__":

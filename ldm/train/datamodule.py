@@ -14,7 +14,7 @@ from ldm.config import instantiate_from_config
 from ldm.data.custom import Concepts
 from ldm.data.dreambooth import DreamBoothPairs
 from ldm.data.sampling import ResumableBatches, as_draws
-from ldm.errors import InputError
+from ldm.errors import InputError, short
 
 
 class DataModuleFromConfig(pl.LightningDataModule):
@@ -121,4 +121,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return {"batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.ready}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.batches_done = state["batches_done"]
+        done = state.get("batches_done") if isinstance(state, Mapping) else None
+        if not isinstance(done, int) or done < 0:
+            raise InputError(f"the checkpoint is damaged: the state of its data is {short(state)}: no batches_done")
+        self.batches_done = done

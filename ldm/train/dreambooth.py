@@ -132,13 +132,14 @@ def report(run: Run) -> str:
 
 def train(run: Run, options: argparse.Namespace) -> pl.Trainer:
     """Load the base model, draw the class pictures that are missing, train, test."""
-    model = runs.base_model(run)
-    if file := run.config.dreambooth.get("words"):
-        words = load_words(model.cond_stage_model, file, "--embedding_manager_ckpt")
-        log.info("learnt words %s added to the text encoder", ", ".join(words))
-    if options.num_class_images:
-        for folder, caption in class_folders(run.config):
-            runs.prepare_class_pictures(run, model, folder, caption, options.num_class_images)
+    with runs.before_the_first_step():
+        model = runs.base_model(run)
+        if file := run.config.dreambooth.get("words"):
+            words = load_words(model.cond_stage_model, file, "--embedding_manager_ckpt")
+            log.info("learnt words %s added to the text encoder", ", ".join(words))
+        if options.num_class_images:
+            for folder, caption in class_folders(run.config):
+                runs.prepare_class_pictures(run, model, folder, caption, options.num_class_images)
     return runs.train(run, model, test=not options.no_test)
 
 

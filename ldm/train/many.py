@@ -35,7 +35,7 @@ from ldm.train import run as runs
 from ldm.train.callbacks import ImageLogger
 from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.options import TRAINER_OPTIONS, dreambooth_parser
-from ldm.train.resume import SaveRun, gathered, own_of
+from ldm.train.resume import SaveRun
 from ldm.train.run import Run
 
 BLOCKS = {"transformer_adp_config": BasicTransformerBlock, "resblock_adp_config": ResBlock}
@@ -128,7 +128,6 @@ class ManyRuns(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {name: p.detach() for name, p in self.learning().items()}
-        checkpoint["random_streams"] = gathered(self.trainer, [stream.states for stream in self.streams])
 
     def load_state_dict(self, state: dict[str, Tensor], **_: Any) -> None:
         with torch.no_grad():
@@ -138,7 +137,7 @@ class ManyRuns(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint["state_dict"].keys() != self.learning().keys():
             raise InputError("the checkpoint is of other trainings; resume with the same configs and subjects")
-        for stream, states in zip(self.streams, own_of(self.trainer, checkpoint["random_streams"]) or [], strict=False):
+        for stream, states in zip(self.streams, checkpoint["random_streams"][0], strict=True):
             stream.states = states
 
 
@@ -186,11 +185,9 @@ class SaveMany(SaveRun):
         super().__init__(folder, every_n_train_steps)
         self.parts = parts
 
-    def save(self, trainer: pl.Trainer, module: ManyRuns) -> None:
-        if trainer.is_global_zero:
-            for part, own in zip(self.parts, module.own(), strict=True):
-                self._write(part, module.model.model.diffusion_model, own)
-        super().save(trainer, module)
+    def save_folders(self, module: ManyRuns) -> None:
+        for part, own in zip(self.parts, module.own(), strict=True):
+            self._write(part, module.model.model.diffusion_model, own)
 
     def _write(self, part: Run, unet: nn.Module, own: dict[str, nn.Parameter]) -> None:
         told = adapter_files.about(unet, entries_of(adapters_of(part.config), own), {"step": self.step, **part.notes})
@@ -318,12 +315,13 @@ def train(parts: list[Run], folder: Path, num_class_images: int = 0) -> pl.Train
     group = Run(
         config=shared, folder=folder, base=first.base, resume=last if last.is_file() else None, seed=first.seed,
         debug=first.debug, base_precision=first.base_precision, cache=first.cache, keep_memory=first.keep_memory,
+        parts=parts,
     )  # fmt: skip
-    model = runs.base_model(group)
-    for part, pictures, caption in lacking:
-        runs.prepare_class_pictures(part, model, pictures, caption, num_class_images)
-    for part in parts:
-        runs.write_configs(part)
+    with runs.before_the_first_step():
+        model = runs.base_model(group)
+        for part, pictures, caption in lacking:
+            runs.prepare_class_pictures(part, model, pictures, caption, num_class_images)
+    folder.mkdir(parents=True, exist_ok=True)
     module = ManyRuns(model, configs, parts)
     data = ManyData([instantiate_from_config(part.config.data) for part in parts])
     saver = SaveMany(parts, group.checkpoints, runs.checkpoint_every(first.config))

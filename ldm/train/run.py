@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm import schema
-from ldm.checkpoints import is_added, save_text
+from ldm.checkpoints import is_added, read_object, save_text
 from ldm.config import (
     check,
     check_entries,
@@ -46,11 +46,12 @@ from ldm.files import read_text
 from ldm.generate import Settings, fill_class_folder
 from ldm.models.building import build_model, choose_checkpoint
 from ldm.modules.adapter_files import half_base
-from ldm.train import caches
+from ldm.train import caches, lock
 from ldm.train.callbacks import EpochReport, ImageLogger
 from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.memory import keep_freed_memory
-from ldm.train.resume import RandomStates, SafeCheckpointIO, SaveRun
+from ldm.train.rates import AsConfigured
+from ldm.train.resume import SafeCheckpointIO, SaveRun
 from ldm.writing import why
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Run:
     cache: str = "off"  # where encodings of pictures and captions are kept: memory, off, or a folder
     keep_memory: bool = True  # on a CPU: what one step frees stays with the process for the next
     notes: dict[str, Any] = field(default_factory=dict)  # go into adapter folders: class word, identifier
+    parts: Sequence[Run] = ()  # trainings side by side, with folders of their own
 
     @property
     def checkpoints(self) -> Path:
@@ -157,7 +159,6 @@ def new_folder(logdir: str, project: str, data: str, name: str, postfix: str) ->
     return next(path for path in (Path(logdir) / project / name for name in names) if not path.exists())
 
 
-@rank_zero_only
 @contextlib.contextmanager
 def unless_refused(run: Run, saver: SaveRun) -> Iterator[None]:
     """Takes the folder of a new run away again where an error ends it before its first step."""
@@ -169,6 +170,7 @@ def unless_refused(run: Run, saver: SaveRun) -> Iterator[None]:
         raise
 
 
+@rank_zero_only
 def claim_folder(run: Run) -> None:
     """Make the folder of a new run, or one with the next number where another run has made it in the meantime."""
     planned = run.folder
@@ -179,6 +181,17 @@ def claim_folder(run: Run) -> None:
                 return run.folder.mkdir(parents=True)
             except FileExistsError:
                 continue
+
+
+class KeepConfigs(pl.Callback):
+    """Writes the configs of a run when its training begins; what is refused before that has changed nothing."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_train_start(self, *_: Any) -> None:
+        for run in [self.run, *self.run.parts]:
+            write_configs(run)
 
 
 @rank_zero_only
@@ -312,8 +325,9 @@ def make_callbacks(run: Run, saver: SaveRun) -> list[pl.Callback]:
             callback.folder = run.folder / "images"
     often = 10 if torch.cuda.is_available() else 1  # to show the loss is to wait for the device
     progress = TQDMProgressBar(refresh_rate=often if sys.stderr.isatty() else 50)
-    own = [RandomStates(), EpochReport(), LearningRateMonitor("step"), progress]
-    return [*callbacks, *own, saver]
+    schedule = plain(OmegaConf.select(run.config, "model.params.scheduler_config"))
+    own = [AsConfigured(schedule), KeepConfigs(run), EpochReport(), LearningRateMonitor("step"), progress]
+    return [saver.done, *callbacks, *own, saver]
 
 
 def checkpoint_every(config: DictConfig) -> int:
@@ -384,12 +398,17 @@ def fit(
             log.warning("this CPU emulates %s slowly; --base_precision fp32 is faster", run.base_precision)
         refuse_mixed(base, trainer.precision)
         half_base(base.model.diffusion_model, PRECISIONS[run.base_precision])
-    write_configs(run)
     count = sum(p.numel() for p in module.parameters() if p.requires_grad)
     log.info("%s: %s weights learn, learning rate %g", run.folder, f"{count:,}", module.learning_rate)
     try:
-        with caches.encoded(base, data, run.cache, trainer.strategy.root_device):
+        with lock.held(run.folder), contextlib.ExitStack() as stack:
+            with before_the_first_step():
+                stack.enter_context(caches.encoded(base, data, run.cache, trainer.strategy.root_device))
             trainer.fit(module, data, ckpt_path=str(run.resume) if run.resume else None)
+    except SystemExit:
+        if saver.interrupted:  # Lightning's exit code for it is 1
+            raise KeyboardInterrupt from None
+        raise
     except OSError as error:
         path = error.filename or run.folder
         raise WriteError(os.fsdecode(path), why(error, run.folder), kept=last_good(run)) from error
@@ -399,6 +418,8 @@ def fit(
         if run.debug and trainer.is_global_zero:
             pdb.post_mortem()
         raise
+    finally:
+        saver.release_signals()
     return trainer
 
 
@@ -406,6 +427,56 @@ def last_good(run: Run) -> str:
     """What is still intact after a failure."""
     last = run.checkpoints / "last.ckpt"
     return f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint had been written"
+
+
+def finished(run: Run) -> str | None:
+    """The line that says so, where a run that is to go on has reached its end already."""
+    if run.resume is None:
+        return None
+    options, content = trainer_options(run), read_object(run.resume)
+    step = content.get("global_step") if isinstance(content, dict) else None
+    if not isinstance(step, int):
+        return None  # `SafeCheckpointIO` says what is wrong with it
+    steps, epochs = options.get("max_steps"), options.get("max_epochs")
+    if isinstance(steps, int) and 0 <= steps <= step:
+        return f"nothing to do: {run.folder} is at step {step} of {steps}; go on with a higher --max_steps"
+    done = epochs_done(content)
+    if isinstance(epochs, int) and 0 <= epochs <= done:
+        return f"nothing to do: {run.folder} is at epoch {done} of {epochs}; go on with a higher --max_epochs"
+    return None
+
+
+def epochs_done(content: Mapping[str, Any]) -> int:
+    """The whole epochs that a checkpoint has behind it. It was written before Lightning counted the one that ended."""
+    try:
+        loops = content["loops"]["fit_loop"]
+        ended = loops["epoch_loop.batch_progress"]["is_last_batch"]
+        return int(loops["epoch_progress"]["current"]["processed"]) + bool(ended)
+    except (KeyError, TypeError, ValueError):
+        return 0
+
+
+def outcome(run: Run) -> str:
+    """What a run has left, by what is there."""
+    kinds = {
+        "adapters": any(run.checkpoints.glob("*-adapters")),
+        "checkpoints": (run.checkpoints / "last.ckpt").is_file(),
+    }
+    there = " and ".join(kind for kind, is_there in kinds.items() if is_there)
+    images = run.folder / "images"
+    told = [f"{there} are in {run.checkpoints}"] if there else [f"nothing was saved in {run.folder}: no step was done"]
+    told += [f"sample pictures in {images}"] if images.is_dir() and any(images.iterdir()) else []
+    return ", ".join(told)
+
+
+@contextlib.contextmanager
+def before_the_first_step() -> Iterator[None]:
+    """Whoever is stopped within this context is told that nothing was learnt yet."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        log.info("stopped before the first step: nothing was learnt, nothing is saved")
+        raise
 
 
 def refuse_mixed(base: pl.LightningModule, precision: str) -> None:

@@ -1,0 +1,130 @@
+"""A resumed run trains with the optimizer options, learning rates and schedule of its config as it is now."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.optim import Optimizer
+
+from ldm.errors import InputError, short
+
+log = logging.getLogger(__name__)
+
+NOT_OPTIONS = ("params", "lr", "initial_lr")
+
+
+def optimizers_of(module: pl.LightningModule) -> list[Optimizer]:
+    """The optimizers that the config asks for, new."""
+    configured = module.configure_optimizers()
+    if isinstance(configured, tuple):
+        configured = configured[0]
+    return list(configured) if isinstance(configured, list) else [configured]
+
+
+def base_rates(optimizer: Optimizer | dict[str, Any]) -> list[float]:
+    """The learning rate of each group before any schedule, of an optimizer or of its state."""
+    groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else optimizer["param_groups"]
+    return [float(group.get("initial_lr", group["lr"])) for group in groups]
+
+
+def name_of(optimizer: Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
+class AsConfigured(pl.Callback):
+    """What a checkpoint brings of its optimizers' options gives way to what the config says now.
+
+    Options such as a weight decay are those of the config. A learning rate that the config has changed since is changed
+    in that proportion, so that what a schedule or a callback made of it stays. Another schedule begins at the step
+    where the run is. Raises `InputError` for another optimizer, whose state would not fit.
+    """
+
+    def __init__(self, schedule: Any) -> None:
+        self.schedule = schedule  # the config's section as plain values, None without
+        self.wanted: list[Optimizer] | None = None  # of a resumed run until its first step
+        self.then: dict[str, Any] = {}  # what the run was configured with when it was saved
+        self.now: dict[str, Any] = {}
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["configured"] = self.now
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.wanted, states = optimizers_of(module), checkpoint["optimizer_states"]
+        self.then = checkpoint.get("configured") or {"rates": [base_rates(state) for state in states]}
+        names = [name_of(optimizer) for optimizer in self.wanted]
+        if (was := self.then.get("optimizers", names)) != names:
+            raise InputError(
+                f"the run was trained with {', '.join(was)}, the config now names {', '.join(names)}: the state of one "
+                "does not fit the other; set optimizer_config back, or start a new run from the adapters"
+            )
+        sizes = [[len(group["params"]) for group in one.param_groups] for one in self.wanted]
+        if (stored := [[len(group["params"]) for group in state["param_groups"]] for state in states]) != sizes:
+            raise InputError(
+                f"the optimizer there has groups of {short(stored)} tensors, here they have {short(sizes)}: "
+                "families that learn at rates of their own must stay as they were, or start a new run"
+            )
+        for state, optimizer in zip(states, self.wanted, strict=True):
+            if not state["state"] and checkpoint["global_step"] and optimizer.defaults.get("momentum") != 0:
+                raise InputError("the checkpoint is incomplete: its optimizer has no state; go on from another one")
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        wanted = self.wanted or trainer.optimizers
+        self.now = {
+            "optimizers": [name_of(optimizer) for optimizer in wanted],
+            "rates": [base_rates(optimizer) for optimizer in wanted],
+            "schedule": self.schedule,
+        }
+        if self.wanted is None:
+            return
+        for optimizer, fresh in zip(trainer.optimizers, wanted, strict=True):
+            for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+                group.update({key: value for key, value in new.items() if key not in NOT_OPTIONS})
+        if self._has_other_schedule(trainer):
+            self._begin_schedule(trainer)
+        elif self.then["rates"] != self.now["rates"]:
+            self._change_rates(trainer)
+        self.wanted = None
+
+    def _has_other_schedule(self, trainer: pl.Trainer) -> bool:
+        if "schedule" in self.then:
+            return self.then["schedule"] != self.schedule
+        had = any("initial_lr" in group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        return had != bool(trainer.lr_scheduler_configs)  # an earlier version's checkpoint tells no more
+
+    def _change_rates(self, trainer: pl.Trainer) -> None:
+        for optimizer, were, rates in zip(trainer.optimizers, self.then["rates"], self.now["rates"], strict=True):
+            for group, then, rate in zip(optimizer.param_groups, were, rates, strict=True):
+                group["lr"] = rate if group["lr"] == then else group["lr"] * (rate / then)
+                if "initial_lr" in group:
+                    group["initial_lr"] = rate
+            self._set_bases(trainer, optimizer, rates)
+        self._tell(trainer, "learning rate")
+
+    def _begin_schedule(self, trainer: pl.Trainer) -> None:
+        """Every group at the rate that the config's schedule has at this step; without one, at its own rate."""
+        for optimizer, rates in zip(trainer.optimizers, self.now["rates"], strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+                group.pop("initial_lr", None)
+                if trainer.lr_scheduler_configs:
+                    group["initial_lr"] = rate
+            self._set_bases(trainer, optimizer, rates)
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
+            scheduler.last_epoch = trainer.global_step
+            for group, rate, factor in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = rate * factor(trainer.global_step)
+        self._tell(trainer, "schedule")
+
+    def _set_bases(self, trainer: pl.Trainer, optimizer: Optimizer, rates: list[float]) -> None:
+        for config in trainer.lr_scheduler_configs:
+            if config.scheduler.optimizer is optimizer:
+                config.scheduler.base_lrs = list(rates)
+                config.scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+    def _tell(self, trainer: pl.Trainer, what: str) -> None:
+        rates = ", ".join(f"{group['lr']:g}" for one in trainer.optimizers for group in one.param_groups)
+        log.info("another %s than before: from step %d on at %s", what, trainer.global_step, rates)
