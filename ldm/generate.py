@@ -55,6 +55,21 @@ class Settings:
         return model.channels, height // factor, width // factor
 
 
+class NotFinite(InputError):
+    """A part of the model gave numbers that are not finite, of which no picture can be made."""
+
+    def __init__(self, part: str, model: Any, half: bool) -> None:
+        bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
+        halves = half or any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+        if bad:
+            cause = f"its weight {bad[0]} is not finite: check the file that holds it"
+        elif halves:
+            cause = "half precision may overflow: try --precision full, or weights in fp32"
+        else:
+            cause = "try another adapter, a lower scale of it, or another seed"
+        super().__init__(f"{part} gave numbers that are not finite (nan or infinite), so no picture is made; {cause}")
+
+
 @torch.inference_mode()
 def generate(
     model: Any, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, verbose: bool = False
@@ -62,7 +77,7 @@ def generate(
     """Pictures [b, 3, H, W] in [0, 1] on the CPU, one for each prompt and seed.
 
     Each picture has its own generator, so that it does not depend on the batch that it is made in.
-    Raises `InputError` for settings that the model or the sampler cannot take.
+    Raises `InputError` for settings that the model or the sampler cannot take, `NotFinite` for numbers that are none.
     """
     row = sampler(settings.sampler)
     if getattr(model, "cond_stage_model", None) is None:
@@ -74,13 +89,26 @@ def generate(
     with evaluating(model), model.ema_scope(), precision, remembering:
         condition = model.get_learned_conditioning(list(prompts))
         empty = None if settings.scale == 1 else model.get_learned_conditioning([""] * len(prompts))
+        if isinstance(condition, Tensor) and not torch.isfinite(condition).all():
+            raise NotFinite("the text encoder", model, half)
         steps = row.steps(model.alphas_cumprod, settings.steps, settings.eta)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         draw_noise = partial(draw, (len(prompts), *settings.latent_shape(model)), device, generators)
         denoise = guided(model.predict_noise, condition, empty, settings.scale)
         progress = partial(tqdm, desc=row.title, disable=not verbose)
-        latents = row.function(denoise, draw_noise(), steps, draw_noise, progress=progress)
+        finite: list[Tensor] = []  # of each step, on the device: to look at them is to wait for it
+
+        def on_step(i: int, total: int, x: Tensor, pred_x0: Tensor) -> None:
+            finite.append(torch.isfinite(pred_x0).all())
+
+        latents = row.function(denoise, draw_noise(), steps, draw_noise, on_step=on_step, progress=progress)
+        if not torch.isfinite(latents).all():
+            seen = torch.stack(finite).tolist() if finite else []
+            where = f" at step {seen.index(False) + 1} of {len(seen)}" if False in seen else ""
+            raise NotFinite(f"the UNet{where}", model, half)
         pictures = decoded(model, latents, settings.decoded_pixels)
+        if not torch.isfinite(pictures).all():
+            raise NotFinite("the first stage", model, half)
     return ((pictures.float() + 1) / 2).clamp(0, 1).cpu()
 
 

@@ -1,15 +1,20 @@
 """Two processes on the CPU train on different draws to the same parameters, into one folder, and resume exactly."""
 
+import os
+import signal
 import textwrap
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.data.sampling import ResumableBatches
+from ldm.data.sampling import ResumableBatches, SharedBatches
+from ldm.errors import InputError
 from tests.conftest import ROOT
-from tests.runs import arguments, command, differences, find_run, last, pictures
+from tests.runs import arguments, command, differences, events, find_run, last, pictures, resume, start, train
 from tests.test_published_models import narrow
 
 TWO = ("--accelerator", "cpu", "--devices", "2")
@@ -83,6 +88,81 @@ def test_two_processes_resume_exactly(whole):
     assert differences(last(find_run(work, "whole")), last(find_run(work, "parts"))) == []
 
 
+# --- a step is a function of its pictures, not of how processes and accumulated batches share them
+
+PLAIN = ("data.params.num_workers=0", "--max_steps", "8", "lightning.trainer.log_every_n_steps=1")
+
+
+@pytest.fixture(scope="module")
+def as_one(tmp_path_factory):
+    """A run of 8 steps on four pictures at once, on one process; an epoch of six photographs has four steps."""
+    work = tmp_path_factory.mktemp("one")
+    pictures(work / "photos", 6), pictures(work / "class", 3)
+    return work, train(work, "one", *PLAIN, "data.params.batch_size=4")
+
+
+SHARED = {
+    "two processes": (2, *TWO),
+    "accumulated": (2, "--accelerator", "cpu", "--accumulate_grad_batches", "2"),
+    "two processes, accumulated": (1, *TWO, "--accumulate_grad_batches", "2"),
+}
+
+
+@pytest.mark.parametrize("variant", SHARED)
+def test_a_step_is_the_same_however_it_is_shared(as_one, variant):
+    work, one = as_one
+    size, *how = SHARED[variant]
+    name = variant.replace(" ", "-").replace(",", "")
+    done = command("main_dream_booth.py", *arguments(work, "-n", name, *how, *PLAIN, f"data.params.batch_size={size}"))
+    assert done.returncode == 0, done.stderr
+    run = find_run(work, name)
+    # Validation draws by batch, and batches of another size are other ones: accumulation has no say there.
+    for tag in ("train/loss", "train/loss_prior", *(["val/loss"] if "accumulated" not in variant else [])):
+        ours, theirs = ([e.value for e in events(r).Scalars(tag)] for r in (run, one))
+        assert len(ours) == len(theirs) and ours == pytest.approx(theirs, rel=1e-5), tag
+    for key, value in last(one)["state_dict"].items():
+        assert torch.allclose(last(run)["state_dict"][key], value, rtol=0, atol=1e-4), key
+
+
+def test_a_run_on_two_processes_goes_on_on_one(as_one):
+    work, one = as_one
+    words = arguments(work, "-n", "moved", *TWO, *PLAIN, "data.params.batch_size=2", "--max_steps", 5)
+    assert command("main_dream_booth.py", *words).returncode == 0
+    run = find_run(work, "moved")
+    resume(run, "--devices", 1, "--max_steps", 8, "data.params.batch_size=4")
+    for key, value in last(one)["state_dict"].items():
+        assert torch.allclose(last(run)["state_dict"][key], value, rtol=0, atol=1e-4), key
+    with pytest.raises(InputError, match="steps of 1 processes x batches of 4 .* now 1 x 3"):
+        resume(run, "--max_steps", 9, "data.params.batch_size=3")
+
+
+@pytest.mark.parametrize("victim", ["the first", "the second"])
+def test_a_killed_process_ends_the_other(tmp_path, victim):
+    how = ("--max_steps", "-1", "lightning.modelcheckpoint.params.every_n_train_steps=1")
+    process = start("main_dream_booth.py", *arguments(tmp_path, "-n", "run", *TWO, *how))
+    try:
+        seen = ""
+        while "epoch 0:" not in seen:
+            line = process.stdout.readline()
+            assert line, seen
+            seen += line
+        (second,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+        began = time.monotonic()
+        os.kill(process.pid if victim == "the first" else second, signal.SIGKILL)
+        rest = process.communicate(timeout=30)[0]  # both have the pipe: it ends with the last of them
+        assert time.monotonic() - began < 30
+        assert "Traceback" not in rest, rest
+        (line,) = [line for line in rest.splitlines() if "error:" in line]
+        told = {"the first": "the first process was killed", "the second": "process 1 of 2 was killed by SIGKILL"}
+        assert told[victim] in line
+        assert f"go on with -r {find_run(tmp_path, 'run')}" in line
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
 def test_class_pictures_are_made_once_for_all(tmp_path):
     pictures(tmp_path / "photos", 2)
     words = ["--base", "tests/data/tiny.yaml", "-t", "--data_root", tmp_path / "photos", "--logdir", tmp_path / "logs"]
@@ -116,3 +196,15 @@ def test_draws_are_disjoint_and_without_gaps(start):
     ranks = [list(ResumableBatches(3, start, batches_per_epoch=8, rank=rank, world_size=2)) for rank in range(2)]
     drawn = sorted(k for batches in ranks for batch in batches for k in batch)
     assert drawn == list(range(start * 6, 8 * 6))
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 9])
+def test_validation_is_shared_without_gaps(length):
+    ranks = [SharedBatches(length, 2, rank, 3) for rank in range(3)]
+    assert {len(list(batches)) for batches in ranks} == {len(ranks[0])}
+    seen = {k for batches in ranks for batch in batches for k in batch}
+    assert seen == set(range(length))
+    for batches in ranks:
+        for number, batch in enumerate(batches):
+            first, whole = batches.rows(number)
+            assert batch[0] == 6 * number + first and first + len(batch) <= whole <= 6

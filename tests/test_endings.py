@@ -131,7 +131,7 @@ run.make_callbacks = lambda *parts: (lambda first, *rest: [first, Fails(), *rest
 def test_an_error_of_a_callback_leaves_the_last_finished_step(tmp_path, hook):
     done, run = run_with(FAILS_AT_3.format(hook=hook), tmp_path)
     assert done.returncode == 1 and "RuntimeError: of the user's own" in done.stderr
-    assert f"RuntimeError after step 3, which is saved; go on with -r {run}" in done.stderr
+    assert f"RuntimeError: what was learnt up to step 3 is saved; go on with -r {run}" in done.stderr
     assert (run / "checkpoints" / "3-adapters").is_dir()
     resume(run, "--max_steps", 6)
     assert differences(whole_of(tmp_path, 6), last(run)) == []
@@ -140,7 +140,7 @@ def test_an_error_of_a_callback_leaves_the_last_finished_step(tmp_path, hook):
 def test_an_error_in_the_midst_of_accumulated_batches_leaves_the_last_finished_step(tmp_path):
     code = FAILS_AT_3.format(hook="on_after_backward")
     done, run = run_with(code, tmp_path, "--accumulate_grad_batches", 2)
-    assert done.returncode == 1 and "RuntimeError after step 3, which is saved" in done.stderr
+    assert done.returncode == 1 and "RuntimeError: what was learnt up to step 3 is saved" in done.stderr
     resume(run, "--max_steps", 6)
     whole = train(tmp_path / "whole", "whole", "--max_steps", 6, *ENDLESS, "--accumulate_grad_batches", 2)
     assert differences(last(whole), last(run)) == []
@@ -159,7 +159,7 @@ def test_an_error_within_a_step_of_the_optimizer_saves_no_half_step(tmp_path):
     """
     done, run = run_with(code, tmp_path)
     assert done.returncode == 130
-    assert "KeyboardInterrupt before the end of the first step that could be saved: nothing is saved" in done.stderr
+    assert "KeyboardInterrupt: nothing was learnt that could be saved" in done.stderr
     assert list((run / "checkpoints").iterdir()) == []
 
 
@@ -174,7 +174,7 @@ def test_an_error_of_the_data_leaves_the_last_finished_step(tmp_path):
     EncodedDraws.__getitem__ = fails
     """
     done, run = run_with(code, tmp_path)
-    assert done.returncode != 0 and "OSError after step" in done.stderr
+    assert done.returncode != 0 and "OSError: what was learnt up to step" in done.stderr
     resume(run, "--max_steps", 6)
     assert differences(whole_of(tmp_path, 6), last(run)) == []
 
@@ -221,7 +221,7 @@ def test_twice_ctrl_c_saves_the_last_finished_step(tmp_path):
     """
     done, run = run_with(code, tmp_path)
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
-    assert f"KeyboardInterrupt after step 3, which is saved; go on with -r {run}" in done.stderr
+    assert f"KeyboardInterrupt: what was learnt up to step 3 is saved; go on with -r {run}" in done.stderr
     resume(run, "--max_steps", 6)
     assert differences(whole_of(tmp_path, 6), last(run)) == []
 

@@ -57,6 +57,34 @@ class ResumableBatches(Sampler[list[int]]):
             yield list(range(first, first + self.batch_size))
 
 
+class SharedBatches(Sampler[list[int]]):
+    """A dataset from its beginning to its end, in order, as batches of which each process takes its share.
+
+    With B = `batch_size` and W = `world_size`, whole batch k holds the items kBW ... kBW + BW - 1, fewer at the end. A
+    process whose share of a whole batch is empty takes its first item, so that all go along.
+    """
+
+    def __init__(self, length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.length, self.batch_size, self.rank, self.world_size = length, batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        return -(-self.length // (self.batch_size * self.world_size))
+
+    def rows(self, batch: int) -> tuple[int, int]:
+        """(the first row of this process, the rows of all) of a whole batch."""
+        size = self.batch_size * self.world_size
+        whole = min(size, self.length - batch * size)
+        first, last = (whole * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return (first if last > first else 0), whole
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = self.batch_size * self.world_size
+        for batch in range(len(self)):
+            first, whole = self.rows(batch)
+            count = max(1, whole * (self.rank + 1) // self.world_size - whole * self.rank // self.world_size)
+            yield list(range(batch * size + first, batch * size + first + count))
+
+
 class Draws(Dataset):
     """Any finite dataset as draws without end: draw k shows the item at place `k % len` of epoch `k // len`.
 

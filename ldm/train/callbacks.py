@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import sys
 import time
@@ -69,7 +70,11 @@ class ImageLogger(pl.Callback):
 
     def draw(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
         """Write the grid of this step."""
-        rows = self.of_batch(module, batch) if hasattr(module, "log_images") else self.of_prompts(trainer, module)
+        try:
+            rows = self.of_batch(module, batch) if hasattr(module, "log_images") else self.of_prompts(trainer, module)
+        except generate.NotFinite as error:
+            log.warning("no sample pictures at step %d: %s", trainer.global_step, error)
+            return
         if not rows:
             log.warning("no sample pictures: neither the image logger nor the data has a prompt")
             self.disabled = True
@@ -97,6 +102,9 @@ class ImageLogger(pl.Callback):
         """What the model's own `log_images` gives, in [0, 1]. Neither its mode nor the random numbers change."""
         with generate.evaluating(module), forked_rng(module.device):
             shown = module.log_images(batch, **self.kwargs)
+        for name, one in shown.items():
+            if not torch.isfinite(one).all():
+                raise generate.NotFinite(f"{name} of {type(module).__name__}", module, False)
         return {name: ((one[: self.max_images].float() + 1) / 2).clamp(0, 1).cpu() for name, one in shown.items()}
 
 
@@ -124,11 +132,13 @@ class EpochReport(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if "val/loss" in trainer.callback_metrics:
             self.validated = {"val/loss": float(trainer.callback_metrics["val/loss"])}
+            if not math.isfinite(self.validated["val/loss"]):
+                log.warning("the loss of validation is %s at step %d", self.validated["val/loss"], trainer.global_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         seconds, steps = time.perf_counter() - self.start, trainer.global_step - self.first_step
         self.seconds, self.steps = self.seconds + seconds, self.steps + steps
-        told = {"loss": torch.stack(self.losses).mean()} if self.losses else {}
+        told = {"loss": trainer.strategy.reduce(torch.stack(self.losses).mean())} if self.losses else {}
         told |= self.validated
         if trainer.is_global_zero:
             log.info(

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.config import instantiate_from_config
 from ldm.data.custom import Concepts
 from ldm.data.dreambooth import DreamBoothPairs
-from ldm.data.sampling import ResumableBatches, as_draws
+from ldm.data.sampling import ResumableBatches, SharedBatches, as_draws
 from ldm.errors import InputError, short
 
 
@@ -52,6 +52,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.configs = {"reg": reg, "validation": validation, "test": test}
         self.datasets: dict[str, Dataset] = {}
         self.batches_done = 0
+        self.per_epoch = 0  # batches
+        self.was: Mapping[str, int] = {}  # what `state_dict` said when the run that goes on was saved
 
     def setup(self, stage: str | None = None) -> None:
         """Build the datasets, once."""
@@ -76,14 +78,41 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def batches_of(self, draws: Dataset) -> DataLoader:
         """Batches of draws without end, from the one on that comes after those that were drawn before."""
         world = self.trainer.world_size
+        self.per_epoch = self._limited(self._whole_steps(len(draws) // (self.batch_size * world)))
+        self._check_resumed()
         batches = ResumableBatches(
             self.batch_size,
             start_batch=self.batches_done,
-            batches_per_epoch=self._limited(max(1, len(draws) // (self.batch_size * world))),
+            batches_per_epoch=self.per_epoch,
             rank=self.trainer.global_rank,
             world_size=world,
         )
         return self._loader(draws, batch_sampler=batches)
+
+    def _check_resumed(self) -> None:
+        """Raises `InputError` where a run that goes on would not see the batches that follow those it saw.
+
+        Its processes may be other ones as long as they show the same pictures together.
+        """
+        told = self.state_dict()
+        was = told | self.was  # checkpoints of earlier versions say only how many batches were done
+        size, processes = "batch_size", "processes"
+        if was[size] * was[processes] != told[size] * told[processes] or was["accumulated"] != told["accumulated"]:
+            raise InputError(
+                f"the run had steps of {was[processes]} processes x batches of {was[size]} x {was['accumulated']} "
+                f"accumulated, now {told[processes]} x {told[size]} x {told['accumulated']}: a resume needs as many "
+                "pictures in a batch of all processes; set data.params.batch_size, or start a new run"
+            )
+        if was["per_epoch"] != told["per_epoch"]:
+            raise InputError(
+                f"its epochs had {was['per_epoch']} batches, now {told['per_epoch']}: the pictures, their "
+                "repeats or --limit_train_batches are others; set them back, or start a new run"
+            )
+
+    def _whole_steps(self, batches: int) -> int:
+        """As many batches as make whole steps of the optimizer, but at least one step."""
+        each = self.trainer.accumulate_grad_batches
+        return max(each, batches // each * each)
 
     def _limited(self, batches: int) -> int:
         """The batches of an epoch under --limit_train_batches, which is done with then.
@@ -104,8 +133,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if name not in self.datasets:
             return []
         dataset, world, rank = self.datasets[name], self.trainer.world_size, self.trainer.global_rank
-        places = range(rank, len(dataset), world) or [rank % len(dataset)]  # each process needs one to go along
-        return self._loader(dataset, batch_size=self.batch_size, sampler=places)
+        return self._loader(dataset, batch_sampler=SharedBatches(len(dataset), self.batch_size, rank, world))
 
     def _loader(self, dataset: Dataset, **how: Any) -> DataLoader:
         return DataLoader(
@@ -118,10 +146,16 @@ class DataModuleFromConfig(pl.LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, int]:
-        return {"batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.ready}
+        return {
+            "batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.ready,
+            "processes": self.trainer.world_size,
+            "batch_size": self.batch_size,
+            "accumulated": self.trainer.accumulate_grad_batches,
+            "per_epoch": self.per_epoch,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         done = state.get("batches_done") if isinstance(state, Mapping) else None
-        if not isinstance(done, int) or done < 0:
+        if not isinstance(done, int) or any(not isinstance(value, int) or value < 0 for value in state.values()):
             raise InputError(f"the checkpoint is damaged: the state of its data is {short(state)}: no batches_done")
-        self.batches_done = done
+        self.batches_done, self.was = done, state

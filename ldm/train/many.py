@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import get_obj_from_str, instantiate_from_config, override, plain, stored_config
 from ldm.data.dreambooth import DreamBoothPairs
-from ldm.devices import forked_rng
 from ldm.errors import InputError
+from ldm.models.diffusion.draws import Stream
 from ldm.models.diffusion.losses import dreambooth_loss
 from ldm.modules import adapter_files
 from ldm.modules.adapters import read_adapter_config
@@ -44,32 +43,6 @@ ADAPTERS = "model.params.unet_config.params.adapter_config"
 RESUMES = ("resume", "train", "debug", "gpus", "trust_config", "allow_family", *TRAINER_OPTIONS)
 
 
-class Stream:
-    """The random numbers of one training among several: those that it would have alone, on each kind of device."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.states: dict[str, Tensor] = {}  # of the generators, by the type of their device
-
-    @contextmanager
-    def drawing_from(self, device: torch.device) -> Iterator[None]:
-        """Within this context the generators of the CPU and, if it is another, of `device` are those of this stream."""
-        generators = [torch.default_generator]
-        if device.type == "cuda":
-            generators.append(torch.cuda.default_generators[device.index or 0])
-        if device.type == "mps":
-            generators.append(torch.mps._get_default_mps_generator())
-        with forked_rng(device):
-            for generator in generators:
-                kind = generator.device.type
-                if kind in self.states:
-                    generator.set_state(self.states[kind])
-                else:
-                    generator.manual_seed(self.seed)
-            yield
-            self.states = {generator.device.type: generator.get_state() for generator in generators}
-
-
 class ManyRuns(pl.LightningModule):
     """K trainings as one module: `model` is the base, `configs` the adapters of each of `parts`."""
 
@@ -86,8 +59,8 @@ class ManyRuns(pl.LightningModule):
                 parameter.requires_grad_(True)
 
     def setup(self, stage: str) -> None:
-        """Other noise in every process, as `runs.fit` has it for one training."""
-        self.streams = [Stream(part.seed + self.global_rank) for part in self.parts]
+        """Each draws what it would draw alone."""
+        self.streams = [Stream(part.seed) for part in self.parts]
 
     def own(self) -> list[dict[str, nn.Parameter]]:
         """What each training lets learn, by the names that it would have alone."""
@@ -97,13 +70,13 @@ class ManyRuns(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         drawn = []
         for stream, pair in zip(self.streams, batch, strict=True):
-            with stream.drawing_from(self.device):
+            with stream.drawing_from(self.device), self.model.sharing(self._trainer, batch_idx, stream.draws):
                 drawn += [self.model.draw(part) for part in pair]
         losses = iter(self.model.losses_of(drawn))
         total = torch.zeros((), device=self.device)
         for number, pair in enumerate(batch):
             (loss, _), *prior = [next(losses) for _ in pair]
-            self.log(f"train/loss_{number}", loss, batch_size=1)
+            self.log(f"train/loss_{number}", loss, batch_size=1, sync_dist=self.trainer.world_size > 1)
             for prior_loss, _ in prior:
                 loss = dreambooth_loss(loss, prior_loss, self.model.reg_weight)
             total = total + loss
@@ -137,8 +110,6 @@ class ManyRuns(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint["state_dict"].keys() != self.learning().keys():
             raise InputError("the checkpoint is of other trainings; resume with the same configs and subjects")
-        for stream, states in zip(self.streams, checkpoint["random_streams"][0], strict=True):
-            stream.states = states
 
 
 class SideBySide(Dataset):

@@ -20,6 +20,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from ldm.checkpoints import read_object, save_torch
 from ldm.errors import InputError, first_line
 from ldm.train import manifest as manifests
+from ldm.train.workers import is_of_lost_peer
 from ldm.tuning import files
 
 log = logging.getLogger(__name__)
@@ -168,6 +169,9 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.mps.set_rng_state(states["mps"])
 
 
+GENERATORS = {"cpu": "torch", "cuda": "cuda", "mps": "mps"}  # their names in `random_states`, by the type of device
+
+
 def gathered(trainer: pl.Trainer, value: Any) -> list[Any]:
     """The values that all processes have, in their order."""
     values = [value]
@@ -261,9 +265,16 @@ class LastStep(pl.Callback):
             raise InputError(f"the checkpoint is incomplete: it lacks the state of the data, {type(data).__qualname__}")
         self.begins_epoch = end_epoch(loops)
         states = checkpoint["random_states"]
+        own = getattr(module, "streams", [])
+        streams = checkpoint.get("random_streams", [[]])[0]
+        if own and not streams:  # of a run on one process, whose draws go on
+            streams = [{kind: states[0][name] for kind, name in GENERATORS.items() if states[0].get(name) is not None}]
+        if streams and not own:
+            named = {GENERATORS[kind]: state for kind, state in streams[0].items()}
+            states = [states[0] | named] * trainer.world_size
+        for stream, told in zip(own, streams, strict=True):
+            stream.states = told
         self.pending = own_of(trainer, states)
-        if self.pending is None:
-            log.warning("resuming on %d processes what ran on %d: other random draws", trainer.world_size, len(states))
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.begins_epoch:  # nothing of it is to be made up for
@@ -301,6 +312,9 @@ class SaveRun(Checkpoint):
     @property
     def last(self) -> Path:
         return self.folder / "last.ckpt"
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self.folder = trainer.strategy.broadcast(self.folder)  # the first process has made it, under its own name
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.step = self.saved = trainer.global_step
@@ -423,16 +437,18 @@ class SaveRun(Checkpoint):
         if not trainer.is_global_zero:
             return
         self.done.alone = trainer.world_size > 1  # the others may be anywhere
-        name = type(exception).__name__
         finished = self.done.step
         if finished is not None and finished != self.saved and not (self.saving or self.is_bad or self.done.stepping):
             self.step = finished
             if self.unchecked is None or torch.isfinite(self.unchecked).all():
                 self.save(trainer, module)
-        if finished is not None and finished == self.saved:
-            log.info("%s after step %d, which is saved; go on with -r %s", name, finished, self.folder.parent)
-        elif self.last.exists():
-            log.info("%s; what was learnt since step %d is not saved; go on with -r %s", name, self.saved,
-                     self.folder.parent)  # fmt: skip
-        else:
-            log.info("%s before the end of the first step that could be saved: nothing is saved", name)
+        if not is_of_lost_peer(exception):
+            log.info("%s: %s", type(exception).__name__, self.kept())
+
+    def kept(self) -> str:
+        """What a run that has ended leaves."""
+        if self.done.step is not None and self.done.step == self.saved:
+            return f"what was learnt up to step {self.saved} is saved; go on with -r {self.folder.parent}"
+        if self.last.exists():
+            return f"what was learnt after step {self.saved} is not saved; go on with -r {self.folder.parent}"
+        return "nothing was learnt that could be saved"

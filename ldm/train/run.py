@@ -45,6 +45,7 @@ from ldm.errors import InputError, WriteError, explain
 from ldm.files import read_text
 from ldm.generate import Settings, fill_class_folder
 from ldm.models.building import build_model, choose_checkpoint
+from ldm.models.diffusion.draws import Stream
 from ldm.modules.adapter_files import half_base
 from ldm.train import caches, lock
 from ldm.train.callbacks import EpochReport, ImageLogger
@@ -52,6 +53,7 @@ from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.memory import keep_freed_memory
 from ldm.train.rates import AsConfigured
 from ldm.train.resume import SafeCheckpointIO, SaveRun
+from ldm.train.workers import Workers
 from ldm.writing import why
 
 log = logging.getLogger(__name__)
@@ -389,7 +391,9 @@ def fit(
 ) -> pl.Trainer:
     """Train `module`, which is `base` or trains adapters of it, on `data`."""
     trainer = make_trainer(run, saver, module.automatic_optimization)
-    pl.seed_everything(run.seed + trainer.global_rank, verbose=False)  # other noise in every process
+    pl.seed_everything(run.seed + trainer.global_rank, verbose=False)  # other masks of dropout in every process
+    if trainer.world_size > 1 and hasattr(module, "streams"):
+        module.streams = [Stream(run.seed)]  # noise is drawn together, see `ldm.models.diffusion.draws`
     module.learning_rate = learning_rate(run, trainer.world_size)
     if run.keep_memory and trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
@@ -404,6 +408,7 @@ def fit(
         with lock.held(run.folder), contextlib.ExitStack() as stack:
             with before_the_first_step():
                 stack.enter_context(caches.encoded(base, data, run.cache, trainer.strategy.root_device))
+            stack.enter_context(Workers(saver.kept).watched(trainer))
             trainer.fit(module, data, ckpt_path=str(run.resume) if run.resume else None)
     except SystemExit:
         if saver.interrupted:  # Lightning's exit code for it is 1

@@ -134,8 +134,10 @@ class LatentDiffusion(DDPM):
 
     def get_first_stage_encoding(self, encoder_posterior: Any) -> Tensor:
         """Latents, drawn from a posterior, at the scale that diffusion works at."""
-        drawn = isinstance(encoder_posterior, DiagonalGaussianDistribution)
-        return self.scale_factor * (encoder_posterior.sample() if drawn else encoder_posterior)
+        latents = encoder_posterior
+        if isinstance(encoder_posterior, DiagonalGaussianDistribution):
+            latents = encoder_posterior.sample(noise=self.draws.normal(encoder_posterior.mean.shape))
+        return self.scale_factor * latents
 
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,6 +16,7 @@ from ldm.config import instantiate_from_config
 from ldm.devices import forked_rng
 from ldm.errors import InputError
 from ldm.models.building import load_weights
+from ldm.models.diffusion.draws import Draws, SharedDraws, Stream, rows_of_step
 from ldm.models.diffusion.guidance import batched
 from ldm.models.diffusion.losses import diffusion_loss, dreambooth_loss, simple_loss
 from ldm.models.diffusion.prediction import prediction
@@ -114,6 +115,9 @@ class DDPM(DiffusionProcess, pl.LightningModule):
         else:
             self.register_buffer("logvar", logvar, persistent=False)
         self.use_ema = use_ema
+        self.draws = Draws()
+        self.streams: list[Stream] = []  # where several processes draw together; the run sets it
+        self._shared, self._sums = SharedDraws(), {}
         self._install(use_ema, ckpt_path)
 
     def _install(self, use_ema: bool, ckpt_path: str | None) -> None:
@@ -216,12 +220,32 @@ class DDPM(DiffusionProcess, pl.LightningModule):
     def draw(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any, Tensor, Tensor]:
         """x_0, condition, steps t [b] and noise for one batch, drawn in the order of the published code."""
         x_start, cond = self.clean(batch)
-        t = torch.randint(0, self.num_timesteps, (len(x_start),), device=x_start.device)
-        return x_start, cond, t, torch.randn_like(x_start)
+        t = self.draws.steps(self.num_timesteps, len(x_start), x_start.device)
+        return x_start, cond, t, self.draws.normal_like(x_start)
+
+    @contextmanager
+    def drawing(self, draws: Draws) -> Iterator[None]:
+        """Within this context random numbers come from `draws`."""
+        usual, self.draws = self.draws, draws
+        try:
+            yield
+        finally:
+            self.draws = usual
+
+    def sharing(self, trainer: pl.Trainer | None, batch_idx: int, shared: SharedDraws) -> AbstractContextManager:
+        """`drawing` the rows of a training batch, where several of them make a step."""
+        processes, batches = (trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)
+        if processes * batches == 1:
+            return nullcontext()
+        place = batch_idx % batches
+        shared.begin(rows_of_step(trainer.global_rank, processes, place, batches), is_first=place == 0)
+        return self.drawing(shared)
 
     def losses(self, batches: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """The loss of each batch, from one call of the UNet for all of them."""
-        drawn = [self.draw(batch) for batch in batches]
+        stream = self.streams[0].drawing_from(self.device) if self.streams and self.training else nullcontext()
+        with stream:
+            drawn = [self.draw(batch) for batch in batches]
         return self.losses_of(
             drawn, [mask_of(batch, x.shape[2:]) for batch, (x, *_) in zip(batches, drawn, strict=True)]
         )
@@ -243,13 +267,27 @@ class DDPM(DiffusionProcess, pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch, or of DreamBooth's pair [subject, class] (arXiv 2208.12242, eq. 2)."""
         batches = batch if isinstance(batch, (list, tuple)) else [batch]
-        (loss, parts), *prior = self.losses(batches)
-        self.log_dict(self._prefixed(parts), batch_size=len(batches[0][self.first_stage_key]))
+        with self.sharing(self._trainer, batch_idx, self._shared):
+            (loss, parts), *prior = self.losses(batches)
+        told = self._prefixed(parts)
         for prior_loss, _ in prior:
-            self.log("train/loss_prior", prior_loss, batch_size=len(batches[0][self.first_stage_key]))
+            told["train/loss_prior"] = prior_loss
             loss = dreambooth_loss(loss, prior_loss, self.reg_weight)
-        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=1)
+        *named, total = self._means_of_step({**told, "loss": loss}, batch_idx).items()
+        size, several = len(batches[0][self.first_stage_key]), bool(self.streams)
+        self.log_dict(dict(named), batch_size=size, sync_dist=several)
+        self.log(*total, prog_bar=True, logger=False, batch_size=1, sync_dist=several)
         return loss
+
+    def _means_of_step(self, told: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """What to log, as means over the batches that were accumulated for this step so far."""
+        told = {name: value.detach() for name, value in told.items()}
+        batches = self._trainer.accumulate_grad_batches if self._trainer else 1
+        if batches == 1:
+            return told
+        place = batch_idx % batches
+        self._sums = {name: value + (self._sums[name] if place else 0) for name, value in told.items()}
+        return {name: value / (place + 1) for name, value in self._sums.items()}
 
     @torch.no_grad()
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -257,11 +295,21 @@ class DDPM(DiffusionProcess, pl.LightningModule):
         batch = batch[0] if isinstance(batch, (list, tuple)) else batch
         scopes = {"": nullcontext, "_ema": self.ema_scope} if self.use_ema else {"": nullcontext}
         for suffix, scope in scopes.items():
-            with scope(), fixed_draws(batch_idx, self.device):
+            with scope(), fixed_draws(batch_idx, self.device), self._validating(batch_idx):
                 [(_, parts)] = self.losses([batch])
             parts = {name + suffix: value for name, value in self._prefixed(parts).items()}
             size = len(batch[self.first_stage_key])
             self.log_dict(parts, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+
+    def _validating(self, batch_idx: int) -> AbstractContextManager:
+        """`drawing` the rows of a validation batch, where several processes share it."""
+        loader = self._trainer.val_dataloaders if self.streams else None
+        share = getattr(getattr(loader, "batch_sampler", None), "rows", None)
+        if share is None:
+            return nullcontext()
+        shared = SharedDraws()
+        shared.begin(lambda _: share(batch_idx))
+        return self.drawing(shared)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """A step of the optimizer, which the averages follow before any callback saves them."""

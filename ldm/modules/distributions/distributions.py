@@ -21,10 +21,10 @@ class DiagonalGaussianDistribution:
         self.std = torch.zeros_like(self.mean) if deterministic else torch.exp(0.5 * self.logvar)
         self.var = torch.zeros_like(self.mean) if deterministic else torch.exp(self.logvar)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
         """mean + std * noise; the noise is drawn on the CPU, so that a seed means the same on every device."""
         # Auto-Encoding Variational Bayes (arXiv 1312.6114) Sec. 3
-        noise = torch.randn(self.mean.shape, generator=generator)
+        noise = torch.randn(self.mean.shape, generator=generator) if noise is None else noise
         return self.mean + self.std * noise.to(self.mean, non_blocking=True)
 
     def mode(self) -> Tensor:
