@@ -23,6 +23,9 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.train import many
 
     parts, folder = many.plan(options, trainer_options, overrides)
+    if options.train and (line := many.finished(parts, folder)):
+        print(line)
+        return
     if options.train:
         many.train(parts, folder, options.num_class_images)
     print("\n".join(str(part.checkpoints) for part in parts))

@@ -149,8 +149,8 @@ def test_an_error_in_the_midst_of_accumulated_batches_leaves_the_last_finished_s
 def test_an_error_within_a_step_of_the_optimizer_saves_no_half_step(tmp_path):
     code = """
     step, count = torch.optim.AdamW.step, []
-    def fails(self, *args):
-        loss = step(self, *args)
+    def fails(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
         count.append(1)
         if len(count) == 3:
             raise KeyboardInterrupt

@@ -66,7 +66,7 @@ def trained(tmp_path_factory):
 def test_the_folder_of_a_run(trained):
     run = trained.run
     assert run.name.startswith("photos20") and run.name.endswith("_run")
-    assert {path.name for path in run.iterdir()} == {"configs", "checkpoints", "images", "tensorboard"}
+    assert {path.name for path in run.iterdir()} == {".lock", "configs", "checkpoints", "images", "tensorboard"}
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"12-adapters", "24-adapters", "last.ckpt"}
     assert {path.name for path in trained.adapters.iterdir()} == {"adapters.safetensors", "adapter_config.json"}
     config = load_config(run / "configs" / "project.yaml")
@@ -196,7 +196,7 @@ def test_losses_are_told_whole_however_many_batches_make_a_step(tmp_path, caplog
         caplog.clear()
         with caplog.at_level("INFO", "ldm"):
             train(tmp_path, f"run{count}", "--accumulate_grad_batches", count, "--max_epochs", 1, "--max_steps", -1,
-                  "model.base_learning_rate=1e-12")  # fmt: skip
+                  "model.base_learning_rate=1e-12", f"data.params.batch_size={3 // count}")  # fmt: skip
         told[count] = re.search(r"epoch 0: loss ([\d.]+)", caplog.text)[1]
     assert told[1] == told[3]
 

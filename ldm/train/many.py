@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,12 @@ def class_folders(parts: list[Run]) -> list[tuple[Run, Path, str]]:
             if other != caption:
                 raise InputError(f"{folder} would be filled with {other!r} and with {caption!r}; name two folders")
     return [(part, folder, caption) for folder, (part, caption) in found.items()]
+
+
+def finished(parts: list[Run], folder: Path) -> str | None:
+    """The line that says so, where trainings that are to go on have reached their end already."""
+    last = folder / "checkpoints" / "last.ckpt"
+    return runs.finished(replace(parts[0], folder=folder, resume=last)) if last.is_file() else None
 
 
 def train(parts: list[Run], folder: Path, num_class_images: int = 0) -> pl.Trainer:
