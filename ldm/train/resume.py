@@ -333,7 +333,8 @@ class SaveRun(Checkpoint):
 
     def release_signals(self) -> None:
         for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._ask:  # after an error Lightning has put back what was there first
+                signal.signal(number, handler)
         self.handlers = {}
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
