@@ -272,7 +272,7 @@ class LastStep(pl.Callback):
         if streams and not own:
             named = {GENERATORS[kind]: state for kind, state in streams[0].items()}
             states = [states[0] | named] * trainer.world_size
-        for stream, told in zip(own, streams, strict=True):
+        for stream, told in zip(own, streams if own else [], strict=True):
             stream.states = told
         self.pending = own_of(trainer, states)
 
