@@ -259,3 +259,33 @@ def test_a_second_resume_is_refused_and_a_dead_process_holds_no_lock(tmp_path):
     step = last(run)["global_step"]
     resume(run, "--max_steps", step + 1)
     assert last(run)["global_step"] == step + 1
+
+
+# --- no picture of numbers that are not finite
+
+
+@pytest.mark.parametrize("part", ["the text encoder", "the UNet at step 2 of 3", "the first stage"])
+def test_no_picture_is_made_of_numbers_that_are_not_finite(monkeypatch, part):
+    from ldm.generate import NotFinite, Settings, generate
+    from tests.runs import tiny_model
+
+    model = tiny_model()
+    calls = []
+
+    def spoilt(function, at=0):
+        def call(*args, **kwargs):
+            calls.append(1)
+            return function(*args, **kwargs) * (torch.nan if len(calls) > at else 1)
+
+        return call
+
+    functions = {"text": ("get_learned_conditioning", 0), "UNet": ("apply_model", 1), "first": ("decode_first_stage", 0)}
+    name, at = functions[part.split()[1]]
+    monkeypatch.setattr(model, name, spoilt(getattr(model, name), at))
+    with pytest.raises(NotFinite, match=f"^{part} gave numbers that are not finite .* try another adapter"):
+        generate(model, ["a dog"], [0], Settings(steps=3))
+    monkeypatch.undo()
+    with torch.no_grad():
+        model.model.diffusion_model.out[2].bias.fill_(torch.nan)
+    with pytest.raises(NotFinite, match="the UNet at step 1 of 3 .* model.diffusion_model.out.2.bias is not finite"):
+        generate(model, ["a dog"], [0], Settings(steps=3))
