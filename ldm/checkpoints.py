@@ -1,7 +1,7 @@
 """Floor 0: every read and write of weights.
 
-Weights are untrusted: pickles are read with `weights_only=True`, nothing else is ever unpickled. Files are
-memory-mapped.
+Weights are untrusted: nothing is ever unpickled (`ldm.pickles` reads what torch writes), and what a file claims is
+bounded by what it holds. Files are memory-mapped.
 Nothing is left half-written: files and folders are written beside their place and renamed.
 """
 
@@ -12,12 +12,10 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import platform
 import re
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm import pickles
 from ldm.errors import InputError, first_line, short
 from ldm.writing import printable, writing
 
@@ -73,7 +72,7 @@ def read_object(path: str | Path) -> Any:
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a Git LFS pointer, not the checkpoint itself; run 'git lfs pull'")
     if head.startswith(b"PK") or head[0] == 0x80:
-        return _read_torch(path, mmap=head.startswith(b"PK"))
+        return pickles.read(path)
     raise InputError(f"{path} is neither a safetensors nor a torch file (it begins with {head[:8]!r})")
 
 
@@ -96,107 +95,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is truncated or damaged ({first_line(error)}); download or save it again") from None
-
-
-def _read_torch(path: Path, mmap: bool) -> Any:
-    if mmap and not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is truncated: its table of contents is missing; download or save it again")
-    try:
-        with torch.serialization.safe_globals(_inert_globals()):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)|`?([\w.]+)`? was not an allowed global|class ([\w.]+)", str(error))
-        name = next((group for group in wanted.groups() if group), None) if wanted else None
-        if name:
-            raise InputError(
-                f"{path} refused: its pickle asks for {name}, which is code, not weights; get a .safetensors file"
-            ) from None
-        raise InputError(f"{path} is damaged or not a torch file ({first_line(error)})") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError, IndexError) as error:
-        raise InputError(f"{path} is truncated or damaged ({first_line(error)}); download or save it again") from None
-
-
-def _inert_globals() -> list[Any]:
-    """What released files name beside tensors, with empty classes in the place of those that could do something.
-
-    SD v1 checkpoints hold Lightning's bookkeeping and numpy numbers, textual-inversion files a `ParameterDict`.
-    """
-    import numpy as np
-
-    def empty(dotted: str) -> type:
-        module, _, name = dotted.rpartition(".")
-        return type(name, (), {"__module__": module})
-
-    scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
-    classes = (
-        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-        "torch.nn.modules.container.ParameterDict",
-    )
-    known = {
-        **{dotted: empty(dotted) for dotted in classes},
-        "builtins.set": set,
-        "numpy.core.multiarray.scalar": scalar,
-        "numpy._core.multiarray.scalar": scalar,
-        "numpy.dtype": np.dtype,
-        **{
-            f"numpy.dtypes.{kind.__name__}": kind
-            for kind in (type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "?"))
-        },
-    }
-    takes_names = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
-    return [(value, name) for name, value in known.items()] if takes_names else list(dict.fromkeys(known.values()))
-
-
-@contextmanager
-def open_folder(path: Path) -> Iterator[tuple[Path, Callable[[], bool]]]:
-    """Yields a path that stays with this folder when another takes its place, and whether it is still in its place.
-
-    Where the system has no such paths (Linux does), it is the folder's own path, and the second answer tells.
-    """
-    try:
-        number = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    except OSError:  # Windows opens no folders
-        number = None
-    try:
-        opened = os.stat(path if number is None else number)
-        pinned = Path(f"/proc/self/fd/{number}")
-
-        def is_current() -> bool:
-            try:
-                now = os.stat(path)
-            except OSError:
-                return False
-            return (now.st_dev, now.st_ino) == (opened.st_dev, opened.st_ino)
-
-        yield pinned if number is not None and pinned.is_dir() else path, is_current
-    finally:
-        if number is not None:
-            os.close(number)
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def refuse_not_finite(tensors: Mapping[str, Tensor], source: str, advice: str = "get an undamaged copy") -> None:
-    """Raises `InputError`, with the first name, where a value is infinite or not a number. One pass over the data."""
-    bad = [name for name, value in tensors.items() if not is_finite(value)]
-    if bad:
-        raise InputError(f"{source}: {len(bad)} of {len(tensors)} tensors are not finite, e.g. {bad[0]}; {advice}")
-
-
-def is_finite(value: Tensor) -> bool:
-    """Whether a tensor holds neither infinities nor NaN."""
-    if not (value.is_floating_point() or value.is_complex()) or not value.numel() or value.is_meta:
-        return True
-    value = torch.view_as_real(value) if value.is_complex() else value
-    value = value.float() if value.element_size() == 1 else value
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(value.detach()))  # no copy, unlike isfinite(value)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

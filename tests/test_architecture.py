@@ -18,6 +18,8 @@ FLOORS = {
     "ldm.writing": 0,
     "ldm.devices": 0,
     "ldm.cli": 0,
+    "ldm.files": 0,
+    "ldm.pickles": 0,
     "ldm.trust": 0,
     "ldm.checkpoints": 0,
     "ldm.modules": 1,
