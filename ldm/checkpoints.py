@@ -97,6 +97,58 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is truncated or damaged ({first_line(error)}); download or save it again") from None
 
 
+@contextmanager
+def open_folder(path: Path) -> Iterator[tuple[Path, Callable[[], bool]]]:
+    """Yields a path that stays with this folder when another takes its place, and whether it is still in its place.
+
+    Where the system has no such paths (Linux does), it is the folder's own path, and the second answer tells.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    except OSError:  # Windows opens no folders
+        number = None
+    try:
+        opened = os.stat(path if number is None else number)
+        pinned = Path(f"/proc/self/fd/{number}")
+
+        def is_current() -> bool:
+            try:
+                now = os.stat(path)
+            except OSError:
+                return False
+            return (now.st_dev, now.st_ino) == (opened.st_dev, opened.st_ino)
+
+        yield pinned if number is not None and pinned.is_dir() else path, is_current
+    finally:
+        if number is not None:
+            os.close(number)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], source: str, advice: str = "get an undamaged copy") -> None:
+    """Raises `InputError`, with the first name, where a value is infinite or not a number. One pass over the data."""
+    bad = [name for name, value in tensors.items() if not is_finite(value)]
+    if bad:
+        raise InputError(f"{source}: {len(bad)} of {len(tensors)} tensors are not finite, e.g. {bad[0]}; {advice}")
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor holds neither infinities nor NaN."""
+    if not (value.is_floating_point() or value.is_complex()) or not value.numel() or value.is_meta:
+        return True
+    value = torch.view_as_real(value) if value.is_complex() else value
+    value = value.float() if value.element_size() == 1 else value
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(value.detach()))  # no copy, unlike isfinite(value)
+
+
 # --- writing --------------------------------------------------------------------------------------------------------
 
 

@@ -258,6 +258,13 @@ def _same(value: Any, *_: Any) -> Any:
     return value
 
 
+def _with_attributes(function: Any, _kind: Any, args: Any, _attributes: Any) -> Any:
+    """A tensor that had attributes of Python, which are left out."""
+    if not isinstance(function, _Name) or not function.dotted.startswith("torch._utils."):
+        raise ValueError(f"{short(function)} in place of a tensor")
+    return BUILDERS[function.dotted](*_only(args, tuple))
+
+
 def _mapping(pairs: Any = ()) -> dict:
     return dict([(_key(name), value) for name, value in (pairs.items() if isinstance(pairs, dict) else pairs)])
 
@@ -293,6 +300,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _same,
     "torch._utils._rebuild_parameter_with_state": _same,
+    "torch._tensor._rebuild_from_type_v2": _with_attributes,
     "torch.nn.modules.container.ParameterDict": lambda: _Parameters(),
     "torch.Size": lambda sizes=(): tuple(sizes),
     "torch.device": lambda *parts: ":".join(str(part) for part in parts if isinstance(part, (str, int))),
@@ -306,7 +314,11 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "numpy._core.multiarray.scalar": _numpy_number,
 }
 # Classes that are mere names in the files: Lightning's bookkeeping in SD v1 has one as a key.
-CLASSES = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
+CLASSES = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "torch.Tensor",
+    "torch.nn.parameter.Parameter",
+)
 SPECIAL = ("torch._utils._rebuild_", "torch._tensor.", "torch.sparse.", "torch.nested.")
 
 

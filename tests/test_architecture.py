@@ -110,10 +110,8 @@ def test_weights_are_read_safely_and_on_any_device(path):
         if not isinstance(call.func, ast.Attribute):
             continue
         spoken = ast.unparse(call.func)
-        if spoken in ("torch.load", "pickle.load", "pickle.loads", "torch.jit.load", "np.load", "numpy.load"):
-            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-            assert spoken == "torch.load" and keywords.get("weights_only") == "True", f"line {call.lineno}"
-            assert name(path) == "ldm/checkpoints.py", "every read of weights is on floor 0"
+        unsafe = ("torch.load", "pickle.load", "pickle.loads", "torch.jit.load", "np.load", "numpy.load")
+        assert spoken not in unsafe, f"line {call.lineno}: ldm.checkpoints reads weights"
         assert call.func.attr != "cuda", f"line {call.lineno}: no device is assumed"
 
 

@@ -88,9 +88,9 @@ FORMATS = {"zip": zipped, "old": old}
 
 # --- mutants
 
-PIECES = [b"(", b"t", b"R", b"b", b"\x81", b"}", b"]", b"u", b"e", b"s", b"a", b"\x85", b"\x86", b"\x87", b"h\x00", b"q\x00",
-          b"Q", b"N", b"\x88", b"0", b"2", b")", number(-1), number(2**31 - 1), number(2**62), number(2**70), text("0"),
-          name("numpy.dtype"), name("numpy._core.multiarray.scalar"), name("collections.OrderedDict"),
+PIECES = [b"(", b"t", b"R", b"b", b"\x81", b"}", b"]", b"u", b"e", b"s", b"a", b"\x85", b"\x86", b"\x87", b"h\x00",
+          b"q\x00", b"Q", b"N", b"\x88", b"0", b"2", b")", number(-1), number(2**31 - 1), number(2**62), number(2**70),
+          text("0"), name("numpy.dtype"), name("numpy._core.multiarray.scalar"), name("collections.OrderedDict"),
           name("torch.FloatStorage"), name("torch.Size"), name("builtins.set"), name("os.system"), storage(),
           tensor([8], [1]), tensor([2, 4], [4, 1]), tensor([4], [0])]  # fmt: skip
 
@@ -124,8 +124,10 @@ def bodies() -> list[bytes]:
     kind = call("numpy.dtype", text("f8"), b"\x89", b"\x88") + many(number(3), text("<"), b"NNN", number(-1)) + b"b"
     score = call("numpy.core.multiarray.scalar", kind, raw(struct.pack("<d", 0.5)))
     words = name("torch.nn.modules.container.ParameterDict") + b")\x81" + mapping(
-        {"_parameters": mapping({"*": tensor([1, 8], [8, 1])}), "hooks": call("collections.OrderedDict")}) + b"b"  # fmt: skip
-    ordered = call("collections.OrderedDict") + b"(" + text("a") + tensor([2, 4], [4, 1]) + b"u" + mapping({"_metadata": b"}"}) + b"b"
+        {"_parameters": mapping({"*": tensor([1, 8], [8, 1])}), "hooks": call("collections.OrderedDict")}
+    ) + b"b"  # fmt: skip
+    ordered = call("collections.OrderedDict") + b"(" + text("a") + tensor([2, 4], [4, 1]) + b"u"
+    ordered += mapping({"_metadata": b"}"}) + b"b"
     return [
         mapping({"a": tensor([2, 4], [4, 1]), "b": tensor([4, 2], [1, 4]), "score": score}),
         mapping({"state_dict": ordered, "epoch": number(3), "seen": call("builtins.set", b"](K\x01K\x02e")}),
