@@ -27,6 +27,7 @@ setup(
         "kornia>=0.7",
         "peft>=0.18",
         "pillow>=10",
+        "regex>=2023.3",  # patterns out of files, which `re` cannot be stopped at
         "numpy>=1.26",
         "tqdm>=4.66",
         "safetensors>=0.4.3",

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -29,6 +30,9 @@ from ldm.errors import InputError, first_line, short
 from ldm.writing import printable, writing
 
 log = logging.getLogger(__name__)
+
+HEADER_BYTES = 2**24  # of a safetensors file: names and shapes of some 150,000 tensors
+EMPTY_SIZE = 2**20  # what the sizes of an empty tensor that are not 0 may come to
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -91,10 +95,18 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if HEADER_BYTES < header <= path.stat().st_size:
+        raise InputError(f"{path} refused: its header has {header} bytes; expected at most {HEADER_BYTES}")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise InputError(f"{path} is truncated or damaged ({first_line(error)}); download or save it again") from None
+    for name, value in tensors.items():
+        if not value.numel() and math.prod(size or 1 for size in value.shape) > EMPTY_SIZE:
+            raise InputError(f"{path} refused: {short(name)} is empty, with the shape {short(list(value.shape))}")
+    return tensors
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm import trust
 from ldm.errors import InputError, did_you_mean, explain, first_line, short
-from ldm.files import read_text
+from ldm.files import read_yaml_text
 
 # Targets which the configs of the published repositories name, and what they mean here.
 # In the originals these are copies of the class on the right, in files of their own.
@@ -356,10 +356,10 @@ def _read_yaml(path: Path, named: str) -> Any:
     if not path.is_file():
         raise InputError(f"config {path} does not exist{named}; the shipped ones are under configs/")
     try:
-        config = OmegaConf.load(io.StringIO(read_text(path)))
+        config = OmegaConf.load(io.StringIO(read_yaml_text(path)))
     except InputError as error:
         raise InputError(f"config {error}") from None
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise InputError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(config):
         raise InputError(

@@ -19,6 +19,7 @@ FLOORS = {
     "ldm.devices": 0,
     "ldm.cli": 0,
     "ldm.files": 0,
+    "ldm.patterns": 0,
     "ldm.pickles": 0,
     "ldm.trust": 0,
     "ldm.checkpoints": 0,

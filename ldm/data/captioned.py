@@ -9,7 +9,6 @@ Draw k is a function of (seed, k) alone, whatever was drawn before, in whatever 
 from __future__ import annotations
 
 import io
-import json
 import logging
 import math
 import tarfile
@@ -22,10 +21,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.errors import InputError, explain
+from ldm.errors import InputError, explain, short
+from ldm.files import parse_json
 
 log = logging.getLogger(__name__)
 
+MEMBER_BYTES = 2**26  # of one record or picture
 COLOURS = {
     "white": (255, 255, 255), "black": (20, 20, 24), "grey": (150, 150, 155), "red": (215, 45, 45),
     "orange": (240, 145, 40), "yellow": (248, 215, 70), "green": (60, 160, 75), "blue": (50, 105, 215),
@@ -127,9 +128,16 @@ def read_records(path: str | Path, splits: set[str] | None = None) -> Iterator[t
             record = {}
             for member in archive:
                 if member.name.endswith(".json"):
-                    record = json.load(archive.extractfile(member))
+                    record = parse_json(_bytes(archive, member, path).decode(), f"{path}: {short(member.name)}")
                 elif splits is None or record.get("split") in splits:
-                    yield record, archive.extractfile(member).read()
+                    yield record, _bytes(archive, member, path)
+
+
+def _bytes(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:
+    """One file of the archive. Raises `InputError` for what is none, or too large for a record or a picture."""
+    if not member.isfile() or member.size > MEMBER_BYTES:
+        raise InputError(f"{path}: {short(member.name)} is no file of at most {MEMBER_BYTES} bytes; build it again")
+    return archive.extractfile(member).read()
 
 
 def decode(encoded: bytes, size: int, what: str) -> np.ndarray:

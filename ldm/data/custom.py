@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.pictures import INTERPOLATIONS, find_pictures, fit_square, normalize, read_picture
 from ldm.errors import InputError, first_line, short
-from ldm.files import read_text
+from ldm.files import read_json, read_text
 
 OBJECT_TEMPLATES = ("photo of a {}", "a photo of the {}", "a picture of a {}", "a cropped photo of a {}", "one {}")
 STYLE_TEMPLATES = (
@@ -187,10 +186,7 @@ def read_concepts(path: str | Path) -> list[dict[str, str]]:
 
     Raises `InputError` for an unreadable file, unknown or missing keys, and folders that do not exist.
     """
-    try:
-        entries = json.loads(read_text(path))
-    except ValueError as error:
-        raise InputError(f"--concepts_list {path} cannot be read ({first_line(error)}); expected a JSON list") from None
+    entries = read_json(path)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"--concepts_list {path}: expected a JSON list of mappings with {', '.join(CONCEPT)}")
     concepts = []

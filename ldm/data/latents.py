@@ -14,6 +14,9 @@ from torch.utils.data import Dataset
 from ldm.checkpoints import read_weights, save_safetensors
 from ldm.data.captioned import uniforms
 from ldm.errors import InputError, explain
+from ldm.files import parse_json
+
+CAPTIONS_LENGTH = 2**26  # letters: a million captions
 
 
 class CachedLatents(Dataset):
@@ -29,7 +32,7 @@ class CachedLatents(Dataset):
         with explain(f"{path} is no cache of latents; make it with scripts/cache_latents.py", KeyError, TypeError):
             self.latents = weights["latents"].movedim(1, -1)
             with safe_open(path, framework="pt") as file:
-                self.captions = json.loads(file.metadata()["captions"])
+                self.captions = parse_json(file.metadata()["captions"], f"{path}: captions", CAPTIONS_LENGTH)
         if len(self.captions) != len(self.latents):
             raise InputError(f"{path} has {len(self.latents)} latents but {len(self.captions)} captions; make it again")
         self.ucg_rate, self.seed = ucg_rate, seed

@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
+# What Pillow may take a file for, whatever its name says: no kind (EPS, for one) for which it runs another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
+
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "linear": Image.Resampling.BILINEAR,
@@ -72,10 +75,26 @@ def read_picture(path: str | Path) -> Image.Image:
     Raises `InputError`, naming the file, if it is missing, broken, cut off, or larger than Pillow's safety limit.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=_formats()) as picture:
+            _check_size(picture)
             return _rgb(ImageOps.exif_transpose(picture))
     except Exception as error:  # Pillow's decoders raise a dozen different kinds for a damaged file
         raise InputError(f"cannot read the picture {path}: {first_line(error)}; replace or remove it") from error
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _check_size(picture: Image.Image) -> None:
+    """Before any pixel is decoded. Raises `InputError` for a picture that would take more than a gigabyte."""
+    width, height = picture.size
+    is_plain = picture.mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB") and "transparency" not in picture.info
+    if width * height * (10 if is_plain else 15) > 2**30:  # bytes for a pixel, with the copies of `read_picture`
+        raise InputError(f"it has {width} x {height} pixels; make it smaller than {8000 if is_plain else 6000} squared")
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import save_json
-from ldm.errors import explain
-from ldm.files import read_text
+from ldm.errors import InputError
+from ldm.files import read_json
 
 
 def kept(file: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -19,8 +19,12 @@ def kept(file: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, A
     Both the settings and the result are JSON; raises `InputError` where `file` is something else.
     """
     settings = json.loads(json.dumps(settings))  # as they are read again
-    with explain(f"{file} cannot be read; remove it", ValueError):
-        found = json.loads(read_text(file)) if file.is_file() else {}
+    try:
+        found = read_json(file) if file.is_file() else {}
+    except InputError as error:
+        raise InputError(f"{file} cannot be read; remove it: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file} is no mapping, as an evaluation keeps it; remove it")
     if found.get("settings") != settings:
         found = {**make(), "settings": settings}
         save_json(file, found)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from ldm.errors import explain
-from ldm.files import read_text
+from ldm.errors import InputError, first_line
+from ldm.files import read_json
 
 
 def class_word_of(subject: Path) -> str:
     """What the subject is. Raises `InputError` for a folder that does not say."""
-    wrong = (OSError, ValueError, LookupError, TypeError)
-    with explain(f"{subject} is no subject, a folder with pictures and subject.json", *wrong):
-        return json.loads(read_text(subject / "subject.json"))["class_word"]
+    try:
+        return read_json(subject / "subject.json")["class_word"]
+    except (InputError, LookupError, TypeError) as error:
+        told = first_line(error)
+        raise InputError(f"{subject} is no subject, a folder with pictures and subject.json: {told}") from None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import read_metadata, read_object, refuse_not_finite, save_safetensors, save_torch
 from ldm.errors import InputError
+from ldm.files import parse_json
 from ldm.interchange import layers
 from ldm.interchange.lora import Factors, Lora, first_of, fitted, folded
 from ldm.modules.encoders.tokens import EMBEDDED, grouped
@@ -24,6 +25,7 @@ from ldm.modules.encoders.tokens import EMBEDDED, grouped
 log = logging.getLogger(__name__)
 
 PARTS = ("unet", "text_encoder")
+CLASSES_LENGTH = 10_000  # letters of the JSON that lists the classes
 # What the published code searches by default, and what it can be told to; the first that covers a LoRA is written.
 CLASSES = {
     "unet": [
@@ -67,9 +69,16 @@ def read_safetensors(path: str | Path) -> Published:
                 factors[part] = [
                     Factors(tensors.pop(f"{part}:{i}:down"), tensors.pop(f"{part}:{i}:up")) for i in range(count)
                 ]
-        classes = {part: sorted(json.loads(about[part])) for part in factors}
-    except (KeyError, ValueError, IndexError) as error:
+        classes = {part: sorted(parse_json(about[part], f"{path}: {part}", CLASSES_LENGTH)) for part in factors}
+    except InputError:
+        raise
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         raise InputError(f"{path} is not a cloneofsimo LoRA: {error} is missing or malformed") from None
+    for part, held in factors.items():
+        for number, (down, up, _) in enumerate(held):
+            if min(down.dim(), up.dim()) < 2 or not len(down) or up.flatten(1).shape[1] != len(down):
+                shapes = f"{list(down.shape)} and {list(up.shape)}"
+                raise InputError(f"{path} is not a cloneofsimo LoRA: {part}:{number} has factors of {shapes}")
     if tensors or not (factors or tokens):
         raise InputError(
             f"{path} is not a cloneofsimo LoRA: unknown tensors {', '.join(list(tensors)[:3]) or '(none)'}"

@@ -84,6 +84,9 @@ def read(path: str | Path, words: Sequence[str] = ()) -> Delta:
         names = translate_all(state, table, str(path))
         state = {UNET + names[name]: value for name, value in state.items()}
         found = content.get("modifier_token") or {}
+        vectors = found.values() if isinstance(found, Mapping) else [found]
+        if not all(isinstance(one, Tensor) and one.dim() in (1, 2) for one in vectors):
+            raise InputError(f"{path}: modifier_token must map words to vectors, got {short(found)}")
         tokens = {word: vector.float().reshape(-1, vector.shape[-1]) for word, vector in found.items()}
     entries = {name: _entry(value, name, path) for name, value in state.items()}
     flat = {name: [one] if isinstance(one, Tensor) else [one.u, one.v] for name, one in entries.items()}
@@ -100,13 +103,17 @@ def _entry(value: Any, name: str, path: str | Path) -> Tensor | LowRank:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping) and value.keys() == {"u", "v"}:
-        return LowRank(value["u"], value["v"])
+        u, v = value["u"], value["v"]
+        if all(isinstance(one, Tensor) and one.dim() == 2 for one in (u, v)) and u.shape[1] == v.shape[0]:
+            return LowRank(u, v)
     raise InputError(f"{path}: {name} is neither a weight nor its compression {{u, v}}, got {short(value)}")
 
 
 def _named(rows: Tensor | None, words: Sequence[str], path: str | Path) -> dict[str, Tensor]:
     if rows is None:
         return {}
+    if not isinstance(rows, Tensor) or rows.dim() != 2:
+        raise InputError(f"{path}: embed must be vectors [words, width], got {short(rows)}")
     words = list(words) or [f"<new{i + 1}>" for i in range(len(rows))]
     if len(words) != len(rows):
         raise InputError(f"{path} has {len(rows)} new words, --modifier_token names {len(words)}: {'+'.join(words)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from torch import Tensor
 from ldm.checkpoints import atomic_write, is_added, read_weights, save_json, save_safetensors
 from ldm.config import find_file, plain
 from ldm.errors import InputError
-from ldm.files import read_text
+from ldm.files import read_json
 from ldm.interchange import layers
 from ldm.interchange.names import (
     TEXT,
@@ -173,7 +172,7 @@ def configurations(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _text(params: Mapping[str, Any]) -> dict[str, Any]:
     version = (params["cond_stage_config"].get("params") or {}).get("version", "openai/clip-vit-large-patch14")
     file = find_file(version) / "config.json"
-    config = json.loads(read_text(file)) if file.is_file() else CLIP_VIT_L_14
+    config = read_json(file) if file.is_file() else CLIP_VIT_L_14
     return {key: value for key, value in config.get("text_config", config).items() if key not in ("architectures",)}
 
 

@@ -12,7 +12,7 @@ from ldm.checkpoints import fingerprint, is_adapter, read_weights
 from ldm.interchange import DELTAS, KINDS, cloneofsimo, custom_diffusion, diffusers_model, embeddings, identify
 from ldm.interchange import lora_keys as keys
 from ldm.interchange.custom_diffusion import LowRank
-from ldm.interchange.lora import Lora, delta
+from ldm.interchange.lora import Factors, Lora, norm
 from ldm.interchange.names import UNET
 from ldm.modules.folders import read_folder
 
@@ -41,7 +41,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _lora(lora: Lora) -> dict[str, Any]:
-    norms = {name: delta(factors).norm().item() for name, factors in lora.layers.items()}
+    norms = {name: norm(factors) for name, factors in lora.layers.items()}
     widths = sorted({factors.down.flatten(1).shape[1] for factors in lora.layers.values()})
     return {
         "layers": len(lora.layers),
@@ -74,7 +74,7 @@ def _delta(delta: custom_diffusion.Delta) -> dict[str, Any]:
         "compressed": len(packed),
         **({"ranks": sorted({value.v.shape[0] for value in packed.values()})} if packed else {}),
         "base": f"not named; input widths {', '.join(map(str, widths))}",
-        **_norms({name: (value.u @ value.v).norm().item() for name, value in packed.items()}),
+        **_norms({name: norm(Factors(value.v, value.u)) for name, value in packed.items()}),
         **_words(delta.tokens),
     }
 

@@ -52,6 +52,15 @@ def delta(factors: Factors) -> Tensor:
     return change.reshape(up.shape[0], *down.shape[1:])
 
 
+def norm(factors: Factors) -> float:
+    """The Frobenius norm of the change, without a product that is much larger than the factors."""
+    down, up = factors.down.float().flatten(1), factors.up.float().flatten(1)
+    if len(up) * down.shape[1] <= max(2**24, down.numel() + up.numel()):
+        return delta(factors).norm().item()
+    # |U D|^2 = tr((U^T U) (D D^T)); a rank above both widths would have had a small product
+    return abs(factors.scale) * ((up.double().T @ up.double()) * (down.double() @ down.double().T)).sum().item() ** 0.5
+
+
 def from_delta(change: Tensor, rank: int) -> Factors:
     """The best factors of a given rank for a change of a weight (Eckart-Young); u holds the singular values."""
     u, s, vh = torch.linalg.svd(change.float().flatten(1), full_matrices=False)

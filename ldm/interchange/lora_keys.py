@@ -5,7 +5,7 @@ All spellings are read by one table: what a key ends in says its role, what is b
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import read_metadata, read_weights, refuse_not_finite, save_safetensors
-from ldm.errors import InputError
-from ldm.files import read_text
+from ldm.errors import InputError, short
+from ldm.files import parse_json, read_json
 from ldm.interchange.layers import dialects
 from ldm.interchange.lora import Factors, Lora, fitted, folded, rank_of
 from ldm.interchange.names import UNET
+from ldm.patterns import Patterns
 
 # Ends of keys: of PEFT and recent diffusers, of kohya, of earlier diffusers' text encoder, layers and processors.
 ROLES = {
@@ -76,13 +77,23 @@ def read_factors(path: str | Path) -> dict[str, Factors]:
         raise _unknown(path, unknown)
     factors = {}
     try:
-        configurations = _configurations(path)
+        configurations, patterns = _configurations(path), Patterns(str(path))
         for layer, roles in found.items():
             down, up, alpha = roles["down"], roles["up"], roles.get("alpha")
             rank = rank_of(down, layer, str(path))
-            scale = _scale(plain_name(layer), rank, configurations) if alpha is None else float(alpha) / rank
+            if min(down.dim(), up.dim()) < 2 or up.flatten(1).shape[1] != rank:
+                raise InputError(
+                    f"{path}: {short(layer)} has factors of {list(down.shape)} and {list(up.shape)}; "
+                    "expected [rank, inputs] and [outputs, rank]"
+                )
+            if alpha is None:
+                scale = _scale(plain_name(layer), rank, configurations, patterns)
+            else:
+                scale = _finite(alpha.item() if alpha.numel() == 1 else alpha.shape, layer, path) / rank
             factors[layer] = Factors(down, up, scale)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except InputError:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: PEFT's configuration is damaged ({error!r})") from None
     return factors
 
@@ -98,20 +109,28 @@ def _configurations(file: Path) -> dict[str, dict[str, Any]]:
     """
     beside = file.with_name("adapter_config.json")
     if file.name in PEFT and beside.is_file():
-        return {"": json.loads(read_text(beside))}
+        return {"": read_json(beside)}
     found: dict[str, dict[str, Any]] = {}
-    for key, value in json.loads(read_metadata(file).get("lora_adapter_metadata", "{}")).items():
+    about = parse_json(read_metadata(file).get("lora_adapter_metadata", "{}"), f"{file}: lora_adapter_metadata")
+    for key, value in about.items():
         part, dot, name = key.partition(".")
         found.setdefault(part + dot, {})[name] = value
     return found
 
 
-def _scale(name: str, rank: int, configurations: Mapping[str, Mapping[str, Any]]) -> float:
+def _finite(alpha: Any, layer: str, path: str | Path) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise InputError(f"{path}: alpha of {short(layer)} must be a finite number, got {short(alpha)}")
+    return float(alpha)
+
+
+def _scale(name: str, rank: int, configurations: Mapping[str, Mapping[str, Any]], patterns: Patterns) -> float:
     """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732), as PEFT has it for a layer."""
     part, about = next(((p, a) for p, a in configurations.items() if name.startswith(p)), ("", {}))
-    patterns = (about.get("alpha_pattern") or {}).items()
-    own = (alpha for key, alpha in patterns if re.fullmatch(rf"(.*\.)?({key})", name.removeprefix(part)))
-    return float(next(own, about.get("lora_alpha", rank))) / (rank**0.5 if about.get("use_rslora") else rank)
+    alphas = (about.get("alpha_pattern") or {}).items()
+    own = (alpha for key, alpha in alphas if patterns.fullmatch(rf"(.*\.)?({key})", name.removeprefix(part)))
+    alpha = _finite(next(own, about.get("lora_alpha", rank)), name, patterns.source)
+    return alpha / (rank**0.5 if about.get("use_rslora") else rank)
 
 
 def read(path: str | Path, model: nn.Module) -> Lora:

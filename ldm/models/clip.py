@@ -15,6 +15,7 @@ from ldm.checkpoints import atomic_write, read_weights
 from ldm.config import find_file, instantiate_from_config
 from ldm.errors import InputError
 from ldm.models.building import load_weights
+from ldm.modules.encoders.claims import check_clip, check_tokenizer
 from ldm.modules.encoders.tokenizers import refuse_code
 
 
@@ -41,6 +42,7 @@ class CLIP(pl.LightningModule):
         self.folder = find_file(folder)
         if not (self.folder / "config.json").is_file():
             raise InputError(f"no CLIP in {folder}: expected config.json, vocab.json and merges.txt there")
+        check_clip(self.folder), check_tokenizer(self.folder)
         self.clip = CLIPModel(CLIPConfig.from_pretrained(refuse_code(self.folder)))
         self.tokenizer = CLIPTokenizer.from_pretrained(self.folder)
         self.weight_decay, self.scheduler_config = weight_decay, scheduler_config

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import fingerprint, is_adapter, is_added
-from ldm.errors import InputError
+from ldm.errors import InputError, short
 from ldm.modules.adapters import ENTRY, FORMS, KINDS, check_entry, tapped_blocks
 from ldm.modules.folders import Folder, read_folder, write_folder
 from ldm.modules.taps import Route, TappedBlock
@@ -181,12 +181,23 @@ def _attach_and_fill(
                 reads, writes = checked["din"], checked["dout"]
                 block.check_route(reads, writes)
                 width = block.width(reads), block.width(writes)
+                old, new = f"{prefix}.{entry['name']}.", f"{prefix}.{name}."
+                own = {new + key.removeprefix(old): value for key, value in tensors.items() if key.startswith(old)}
+                if not own or renamed.keys() & own.keys():
+                    raise InputError(f"{source} is damaged: no tensors of its own for an adapter in {short(prefix)}")
+                with torch.device("meta"):  # what it claims, without the memory
+                    claimed = FORMS[kind](*width, checked["mid_dim"], checked["method"], checked["init"])
+                if sum(value.numel() for value in claimed.parameters()) > sum(value.numel() for value in own.values()):
+                    raise InputError(
+                        f"{source} does not fit this model: an adapter with mid_dim {checked['mid_dim']} in "
+                        f"{short(prefix)} has more numbers than its tensors, whose shapes are "
+                        f"{short([list(value.shape) for value in own.values()])}"
+                    )
                 form = FORMS[kind](*width, checked["mid_dim"], checked["method"], checked["init"])
                 like = next(model.parameters())
                 block.attach(name, form.to(like.device, like.dtype), reads, writes, checked["scale"] * scale)
                 attached.append((block, name))
-                old, new = f"{prefix}.{entry['name']}.", f"{prefix}.{name}."
-                renamed |= {new + key.removeprefix(old): value for key, value in tensors.items() if key.startswith(old)}
+                renamed |= own
         _fill(model, renamed, source, only={name for _, name in attached})
     except Exception:
         for block, name in attached:

@@ -7,7 +7,6 @@ Folders of the published code are `.pt` files alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from ldm.checkpoints import (
     sha256_of,
 )
 from ldm.errors import InputError, short
-from ldm.files import read_text
+from ldm.files import read_json
 
 TENSORS, TUNED, CONFIG = "adapters.safetensors", "tuned.safetensors", "adapter_config.json"
 ATTEMPTS = 20  # at reading a folder that is being replaced
@@ -99,14 +98,16 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        config = json.loads(read_text(file))
+        config = read_json(file)
         for entry in config["adapters"]:
             entry["kind"], entry["name"], entry["din"], entry["dout"], entry["blocks"], float(entry["scale"])
         for family in config.get("families", []):
             family["family" if "family" in family else "target"], family["params"], list(family["tensors"])
         for about in config.get("files", {}).values():
             about["tensors"], about["sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({error!r}); expected what save_adapter_to_dir writes") from None
     return config
 

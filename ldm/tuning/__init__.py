@@ -30,7 +30,9 @@ LEVELS = {"adapter": "position", "unet": "unet", "embeder": "text-encoder"}
 class Family(Protocol):
     """One way of tuning a latent diffusion model.
 
-    It may also have `strength(model, scale)`, which lets what it has learnt act `scale` times as trained, and
+    It may also have `adds(model, source)`, how many numbers `install` will put beside the model's at least, so that a
+    folder cannot ask for more than it holds, `strength(model, scale)`, which lets what it has learnt act `scale` times
+    as trained, and
     `after_step(model, rate)`, called after each optimizer step in which it learns, with its learning rate.
     """
 

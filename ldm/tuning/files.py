@@ -90,6 +90,12 @@ def _installed(
         chosen = same[0]
     else:
         chosen = choose({"target": entry["target"], "params": entry["params"]})
+        claimed = chosen.family.adds(model, source) if hasattr(chosen.family, "adds") else 0
+        if claimed > (there := sum(tensors[name].numel() for name in entry["tensors"])):
+            raise InputError(
+                f"{source} does not fit its tensors: by its parameters {chosen.target} has at least {claimed} numbers, "
+                f"its tensors have {there}"
+            )
         chosen.family.install(model)
     own = _matched(chosen, model, {name: tensors[name] for name in entry["tensors"]}, source)
     if hasattr(chosen.family, "strength"):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import nn
 
 from ldm.checkpoints import is_adapter, is_added
 from ldm.errors import InputError
+from ldm.patterns import Patterns
 from ldm.tuning import named
 
 
@@ -18,17 +17,16 @@ class ByName:
     """
 
     def __init__(self, pattern: str) -> None:
-        try:
-            self.pattern = re.compile(pattern)
-        except re.error as error:
-            raise InputError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+        self.pattern = pattern
+        Patterns("pattern").search(pattern, "")
 
     def install(self, model: nn.Module) -> None:
         if not self.trainable(model):
-            raise InputError(f"no weight of this model has a name that matches {self.pattern.pattern!r}")
+            raise InputError(f"no weight of this model has a name that matches {self.pattern!r}")
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return named(model, lambda name: self.pattern.search(name) is not None and not is_added(name))
+        patterns = Patterns("pattern")
+        return named(model, lambda name: patterns.search(self.pattern, name) and not is_added(name))
 
 
 class UNet:

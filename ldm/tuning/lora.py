@@ -6,6 +6,7 @@ BOFT (2311.06243). The base weights keep their released names in the state dict,
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,11 @@ OPTIONS = (
     "decompose_factor", "coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms",
     "boft_n_butterfly_factor", "fan_in_fan_out",
 )  # fmt: skip
+
+PATTERNS = ("rank_pattern", "alpha_pattern")
+# What a folder may bring along of them: fewer than Python's cache of patterns holds, and none that can take long.
+MOST_PATTERNS = 256
+PLAIN_PATTERN = re.compile(r"[\w.\\^$-]{0,200}([*+][\w.\\^$-]{0,200})?")
 
 UNET_ATTENTION = ("model.diffusion_model.*.attn[12].to_[qkv]", "model.diffusion_model.*.attn[12].to_out.0")
 TEXT_ATTENTION = ("cond_stage_model.*.self_attn.*_proj",)
@@ -81,6 +87,9 @@ class LoRA:
         for pattern, size in self.targets.items():
             if not isinstance(size["rank"], int) or isinstance(size["rank"], bool) or size["rank"] < 1:
                 raise InputError(f"LoRA: rank of {pattern!r} must be at least 1, got {size['rank']!r}")
+            alpha_of = size.get("alpha", 1)
+            if isinstance(alpha_of, bool) or not isinstance(alpha_of, (int, float)) or not math.isfinite(alpha_of):
+                raise InputError(f"LoRA: alpha of {pattern!r} must be a finite number, got {alpha_of!r}")
         if not 0 <= dropout < 1:
             raise InputError(f"LoRA: dropout must be at least 0 and below 1, got {dropout!r}")
         if foreign := [name for name in options or {} if name not in OPTIONS]:
@@ -103,6 +112,34 @@ class LoRA:
                 from ldm.tuning.rotation import rotate_filters
 
                 rotate_filters(layer)
+
+    def adds(self, model: nn.Module, source: str) -> int:
+        """The numbers in the factors of low-rank kinds; others are no larger than the layers that they change."""
+        for patterns in (self.targets, *(self.options.get(name) or {} for name in PATTERNS)):
+            if not isinstance(patterns, Mapping) or len(patterns) > MOST_PATTERNS:
+                raise InputError(f"{source}: LoRA: expected at most {MOST_PATTERNS} patterns, got {short(patterns)}")
+        ranks = self._ranks(source)
+        if self.kind not in ("lora", "rslora", "dora", "loha"):
+            return 0
+        total = 0
+        for (rank, _), layers in self._match(model).items():
+            for layer in layers:
+                outputs, inputs = model.get_submodule(layer).weight.shape[:2]
+                own = (r for pattern, r in ranks.items() if re.match(rf"(.*\.)?({pattern})$", layer))  # as peft has it
+                total += next(own, rank) * (outputs + inputs)
+        return total
+
+    def _ranks(self, source: str) -> dict[str, int]:
+        """`rank_pattern` of a folder. peft matches patterns for as long as that takes, so they must be plain."""
+        for name in PATTERNS:
+            for pattern, value in (self.options.get(name) or {}).items():
+                is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+                if not is_number or not PLAIN_PATTERN.fullmatch(pattern):
+                    raise InputError(
+                        f"{source}: LoRA: {name}: expected names of layers, with one * or + at most, and numbers; got "
+                        f"{short(pattern)}: {short(value)}"
+                    )
+        return self.options.get("rank_pattern") or {}
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         own = re.compile(rf"\.(lora|hada|lokr|oft|boft)_\w+\.{self.name}(\.weight)?$")

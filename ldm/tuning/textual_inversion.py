@@ -59,6 +59,9 @@ class TextualInversion:
                 raise InputError(f"the text encoder knows {word!r} already; name the new word otherwise, e.g. <{word}>")
             encoder.add_token(word, self._start(encoder, word, number, **how))
 
+    def adds(self, model: nn.Module, _source: str) -> int:
+        return sum(how["vectors"] for how in self.words.values()) * released_table(model.cond_stage_model).shape[1]
+
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         tokens = getattr(model.cond_stage_model, "new_tokens", None)
         names = [name for word in self.words if tokens and word in tokens.words for name in tokens.words[word].split()]

@@ -14,6 +14,7 @@ from ldm.checkpoints import read_weights
 from ldm.config import find_file
 from ldm.errors import InputError
 from ldm.modules.encoders.bert import BERTEmbedder  # noqa: F401 (YAML files name it here)
+from ldm.modules.encoders.claims import check_clip
 from ldm.modules.encoders.tokenizers import load_tokenizer, refuse_code
 from ldm.modules.encoders.tokens import NewTokens, read_embeddings
 
@@ -58,6 +59,7 @@ class FrozenCLIPEmbedder(nn.Module):
         self.version, self.tokenizer_folder = version, tokenizer
         folder = find_file(version)
         if (folder / "config.json").is_file():
+            check_clip(folder)
             config = CLIPTextConfig.from_pretrained(refuse_code(folder))
         elif version == "openai/clip-vit-large-patch14":
             config = CLIPTextConfig(**CLIP_VIT_L_14)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm.config import find_file
-from ldm.errors import InputError, first_line
+from ldm.errors import InputError
+from ldm.files import read_json
+from ldm.modules.encoders.claims import check_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +24,7 @@ def refuse_code(folder: Path) -> Path:
         file = folder / name
         if not file.is_file():
             continue
-        try:
-            about = json.loads(file.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{file} is damaged ({first_line(error)}); get the folder again") from None
+        about = read_json(file)
         if isinstance(about, dict) and "auto_map" in about:
             raise InputError(f"{file} refused: its auto_map asks for code, and a folder is data; take that entry out")
     return folder
@@ -42,6 +40,7 @@ def load_tokenizer(kind: str, version: str, files: Sequence[str], folder: str | 
     folders = [folder, version, f"models/{Path(version).name}"]
     for place in (find_file(name) for name in folders if name):
         if all((place / file).is_file() for file in files):
+            check_tokenizer(place)
             return getattr(transformers, kind).from_pretrained(refuse_code(place))
     if place := _from_hub(version, files):
         return getattr(transformers, kind).from_pretrained(refuse_code(place))
