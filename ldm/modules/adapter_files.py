@@ -166,6 +166,7 @@ def _attach_and_fill(
     attached: list[tuple[TappedBlock, str]] = []
     try:
         renamed: dict[str, Tensor] = {}
+        seen: set[tuple[str, str]] = set()
         for entry in entries:
             kind = entry["kind"]
             if kind not in FORMS:
@@ -183,7 +184,7 @@ def _attach_and_fill(
                 width = block.width(reads), block.width(writes)
                 old, new = f"{prefix}.{entry['name']}.", f"{prefix}.{name}."
                 own = {new + key.removeprefix(old): value for key, value in tensors.items() if key.startswith(old)}
-                if not own or renamed.keys() & own.keys():
+                if not own or (prefix, entry["name"]) in seen:
                     raise InputError(f"{source} is damaged: no tensors of its own for an adapter in {short(prefix)}")
                 with torch.device("meta"):  # what it claims, without the memory
                     claimed = FORMS[kind](*width, checked["mid_dim"], checked["method"], checked["init"])
@@ -198,6 +199,7 @@ def _attach_and_fill(
                 block.attach(name, form.to(like.device, like.dtype), reads, writes, checked["scale"] * scale)
                 attached.append((block, name))
                 renamed |= own
+                seen.add((prefix, entry["name"]))
         _fill(model, renamed, source, only={name for _, name in attached})
     except Exception:
         for block, name in attached:
