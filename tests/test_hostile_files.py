@@ -7,11 +7,13 @@ import sys
 
 import pytest
 
+from ldm.errors import InputError
+from ldm.patterns import Patterns
 from tests.campaign.fuzz_torch_files import run
 from tests.conftest import ROOT
 from tests.runs import ENVIRONMENT
 
-SECONDS, BYTES = 30, 10**9  # a machine under load; most take a few hundredths of a second
+SECONDS, BYTES = 20, 10**9  # of the processor; most take a few hundredths of a second
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +45,12 @@ def test_each_ends_soon_and_takes_little_memory(told):
 def test_mutants_of_torch_files():
     tried = run(300, seed=3)
     assert tried["read"] + tried["refused"] == 300 and tried["read"] and tried["tensors"]
+
+
+def test_patterns_of_files_have_a_time_limit():
+    patterns = Patterns("file", seconds=0)
+    with pytest.raises(InputError, match="file refused: matching its pattern 'a' takes too long"):
+        patterns.search("a", "a")
+    assert Patterns("file").fullmatch(r"(.*\.)?to_[qk]", "a.to_q") and not Patterns("file").fullmatch("to_q", "a.to_q")
+    with pytest.raises(InputError, match="is not a regular expression"):
+        Patterns("file").search("(", "a")

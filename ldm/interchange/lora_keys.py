@@ -109,7 +109,10 @@ def _configurations(file: Path) -> dict[str, dict[str, Any]]:
     """
     beside = file.with_name("adapter_config.json")
     if file.name in PEFT and beside.is_file():
-        return {"": read_json(beside)}
+        try:
+            return {"": read_json(beside)}
+        except InputError as error:
+            raise InputError(f"{file}: PEFT's configuration is damaged: {error}") from None
     found: dict[str, dict[str, Any]] = {}
     about = parse_json(read_metadata(file).get("lora_adapter_metadata", "{}"), f"{file}: lora_adapter_metadata")
     for key, value in about.items():

@@ -19,6 +19,7 @@ from ldm.modules.taps import Route, TappedBlock
 
 log = logging.getLogger(__name__)
 
+SMALL = 2**20  # numbers that a folder may claim without having them: what does not fit is told better later
 COMPARED = ("kind", "din", "dout", "mid_dim", "method")  # what must agree between a folder and a model
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "position-adapters-ldm")
 
@@ -188,7 +189,8 @@ def _attach_and_fill(
                     raise InputError(f"{source} is damaged: no tensors of its own for an adapter in {short(prefix)}")
                 with torch.device("meta"):  # what it claims, without the memory
                     claimed = FORMS[kind](*width, checked["mid_dim"], checked["method"], checked["init"])
-                if sum(value.numel() for value in claimed.parameters()) > sum(value.numel() for value in own.values()):
+                there = sum(value.numel() for value in own.values())
+                if sum(value.numel() for value in claimed.parameters()) > max(there, SMALL):
                     raise InputError(
                         f"{source} does not fit this model: an adapter with mid_dim {checked['mid_dim']} in "
                         f"{short(prefix)} has more numbers than its tensors, whose shapes are "

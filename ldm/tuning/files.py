@@ -91,7 +91,8 @@ def _installed(
     else:
         chosen = choose({"target": entry["target"], "params": entry["params"]})
         claimed = chosen.family.adds(model, source) if hasattr(chosen.family, "adds") else 0
-        if claimed > (there := sum(tensors[name].numel() for name in entry["tensors"])):
+        there = sum(tensors[name].numel() for name in entry["tensors"])
+        if claimed > max(there, adapter_files.SMALL):
             raise InputError(
                 f"{source} does not fit its tensors: by its parameters {chosen.target} has at least {claimed} numbers, "
                 f"its tensors have {there}"
