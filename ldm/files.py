@@ -50,7 +50,7 @@ def parse_json(text: str, source: str, limit: int = TEXT_BYTES) -> Any:
     except RecursionError:
         raise InputError(f"{source} refused: its JSON is nested more than {DEPTH} deep") from None
     except ValueError as error:
-        raise InputError(f"{source} is no valid JSON ({first_line(error)})") from None
+        raise InputError(f"{source} is damaged: no valid JSON ({first_line(error)})") from None
     layer = [value]
     for _ in range(DEPTH):
         layer = [

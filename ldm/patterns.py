@@ -41,7 +41,7 @@ class Patterns:
                 raise TimeoutError
             return getattr(self.compiled[pattern], how)(text, timeout=self.left) is not None
         except (TimeoutError, RecursionError, MemoryError):
-            raise InputError(f"{self.source} refused: matching its pattern {short(pattern)} takes too long") from None
+            raise InputError(f"{self.source}: matching its pattern {short(pattern)} takes too long") from None
         except regex.error as error:
             raise InputError(f"{self.source}: {short(pattern)} is not a regular expression ({error})") from None
         finally:

@@ -77,7 +77,7 @@ def read_factors(path: str | Path) -> dict[str, Factors]:
         raise _unknown(path, unknown)
     factors = {}
     try:
-        configurations, patterns = _configurations(path), Patterns(str(path))
+        configurations, patterns = _configurations(path), Patterns(f"{path}: PEFT's configuration is damaged")
         for layer, roles in found.items():
             down, up, alpha = roles["down"], roles["up"], roles.get("alpha")
             rank = rank_of(down, layer, str(path))
@@ -121,9 +121,9 @@ def _configurations(file: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _finite(alpha: Any, layer: str, path: str | Path) -> float:
+def _finite(alpha: Any, layer: str, source: str | Path) -> float:
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise InputError(f"{path}: alpha of {short(layer)} must be a finite number, got {short(alpha)}")
+        raise InputError(f"{source}: alpha of {short(layer)} must be a finite number, got {short(alpha)}")
     return float(alpha)
 
 
