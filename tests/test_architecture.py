@@ -18,7 +18,6 @@ FLOORS = {
     "ldm.writing": 0,
     "ldm.devices": 0,
     "ldm.cli": 0,
-    "ldm.files": 0,
     "ldm.patterns": 0,
     "ldm.pickles": 0,
     "ldm.trust": 0,

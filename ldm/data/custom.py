@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.pictures import INTERPOLATIONS, find_pictures, fit_square, normalize, read_picture
-from ldm.errors import InputError, first_line, short
+from ldm.errors import InputError, short
 from ldm.files import read_json, read_text
 
 OBJECT_TEMPLATES = ("photo of a {}", "a photo of the {}", "a picture of a {}", "a cropped photo of a {}", "one {}")
