@@ -307,7 +307,7 @@ def texts(folder: Path, _: random.Random) -> Iterator[Case]:
         "deep blocks": ("".join(" " * i + "a:\n" for i in range(300)), "nested more than"),
         "huge": ("a: 1\n" * 100_000, "more than"),
         "a long number": ("a: " + "9" * 5000, "is not valid YAML"),
-        "a good one with a mark": ("\ufeffa: 1\n", None),
+        "a good one with a mark": ("\ufeffmodel: {target: a.b}\n", None),
     }
     for name, (text, expectation) in yamls.items():
         path = folder / f"{_slug(name)}.yaml"
