@@ -4,7 +4,17 @@ from setuptools import find_packages, setup
 
 TEST = ["hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9"]
 PEERS = ["diffusers>=0.31"]  # the other side of file formats, and what timings are compared with
-LORA_COMMANDS = ["lora_add", "lora_distill", "lora_pti"]
+LORA_COMMANDS = [
+    "lora_add = ldm.__main__:lora_add",
+    "lora_distill = ldm.__main__:lora_distill",
+    "lora_pti = ldm.__main__:lora_pti",
+]
+# What travels with the package, so that it works anywhere.
+DATA = {
+    "ldm._data.configs": ["**/*.yaml"],
+    "ldm._data.models": ["sd-mini/**/*"],
+    "ldm._data.examples": ["subjects/**/*"],
+}
 
 setup(
     name="position-adapters-ldm",
@@ -13,11 +23,13 @@ setup(
     author="the authors",
     license="MIT",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["ldm", "ldm.*"]), "ldm_scripts"],
-    package_dir={"ldm_scripts": "scripts"},  # a name of its own among the installed packages
+    packages=[*find_packages(include=["ldm", "ldm.*"]), *DATA],
+    package_dir={package: package.removeprefix("ldm._data.") for package in DATA},  # found by ldm.config.find_file
+    package_data={"ldm": ["py.typed"], **DATA},
     py_modules=["main_dream_booth", "sample"],
-    entry_points={"console_scripts": [f"{name} = ldm_scripts.{name}:command" for name in LORA_COMMANDS]},
+    entry_points={"console_scripts": ["ldm = ldm.__main__:command", *LORA_COMMANDS]},
     install_requires=[
+        "argcomplete>=3.3",  # completion in shells, by the parsers as they are
         "torch>=2.4",
         "pytorch-lightning>=2.2,<3",
         "transformers>=4.46,<6",

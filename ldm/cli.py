@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ldm import trust
@@ -98,28 +98,75 @@ def count(text: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows descriptions as they are written, and whose complaints are one line."""
+    """An argument parser that shows descriptions as they are written, and whose complaints are one line.
+
+    A program may set `respell`, which changes the words before they are parsed, and `rest`, which is given the parser,
+    the options and the words that are none of them.
+    """
+
+    respell: Callable[[Sequence[str]], Sequence[str]] | None = None
+    rest: Callable[[Parser, argparse.Namespace, list[str]], None] | None = None
 
     def __init__(self, *args: Any, formatter_class: Any = argparse.RawDescriptionHelpFormatter, **options: Any) -> None:
         super().__init__(*args, formatter_class=formatter_class, **options)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         options, rest = self.parse_known_args(args, namespace)
-        if rest:
-            unknown = next((word for word in rest if word.startswith("-")), rest[0]).partition("=")[0]
-            near = did_you_mean(unknown, self._option_string_actions) if unknown.startswith("-") else ""
-            self.error(f"unrecognized arguments: {' '.join(rest)}{near if 'did you mean' in near else ''}")
+        (self.rest or refuse)(self, options, rest)
         return options
 
     def error(self, message: str) -> None:
         raise InputError(f"{message}; see --help")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
-        known, rest = super().parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        known, rest = super().parse_known_args(self.respell(words) if self.respell else words, namespace)
         # by this command line and no earlier one
         trust.allowed_families = list(getattr(known, "allow_family", []))
         trust.trust_config = getattr(known, "trust_config", False)
         return known, rest
+
+
+def refuse(parser: Parser, _options: argparse.Namespace, rest: list[str]) -> None:
+    """Refuse words that are no options, naming the option that is nearest. Raises `InputError`."""
+    if rest:
+        unknown = next((word for word in rest if word.startswith("-")), rest[0]).partition("=")[0]
+        near = did_you_mean(unknown, parser._option_string_actions) if unknown.startswith("-") else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{near if 'did you mean' in near else ''}")
+
+
+def keep_rest(_parser: Parser, options: argparse.Namespace, rest: list[str]) -> None:
+    """Keep words that are no options in `options.rest`, for a program that hands them on."""
+    options.rest = rest
+
+
+def underscores(words: Sequence[str]) -> list[str]:
+    """`--alpha-1 x` and `--alpha_1=x` alike: dashes in the names of options become underscores."""
+
+    def spelled(word: str) -> str:
+        name, equals, value = word.partition("=")
+        return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
+
+    return [spelled(word) for word in words]
+
+
+def in_order(values: Sequence[str], named: Mapping[str, str | None], usage: str) -> list[str]:
+    """Arguments by position or by name (`a b` or `--one a --two b`, as python-fire takes them), in their order."""
+    rest = list(values)
+    found = [value if value is not None else rest.pop(0) if rest else None for value in named.values()]
+    if rest or None in found:
+        raise InputError(f"expected {usage}, by position or as --name value; got {len(values)} by position")
+    return found
+
+
+BASE = "configs/stable-diffusion/v1-inference.yaml"
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """What commands on files share: `--config`, the model that files belong to, `--force`, and `--allow_family`."""
+    parser.add_argument("--config", default=BASE, help=f"config of the base model (default {BASE})")
+    parser.add_argument("--force", action="store_true", help="overwrite what exists")
+    add_allow_family(parser)
 
 
 def add_allow_family(group: argparse._ActionsContainer) -> None:
@@ -136,3 +183,11 @@ def add_compile(group: argparse._ArgumentGroup) -> None:
     """The option `--compile [MODE]`."""
     group.add_argument("--compile", nargs="?", const="default", choices=COMPILE_MODES,
                        help="torch.compile the UNet; with reduce-overhead a GPU replays CUDA graphs")  # fmt: skip
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answer the shell and exit, where it asks how the command line could go on; see argcomplete."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)

@@ -242,10 +242,15 @@ def stored_config(path: str | Path) -> Any:
     return config
 
 
+# configs/, models/sd-mini and examples/subjects: within an installed package, else in the checkout (see setup.py).
+PACKAGE = Path(__file__).resolve().parent
+SHIPPED = PACKAGE / "_data" if (PACKAGE / "_data").is_dir() else PACKAGE.parent
+
+
 def find_file(path: str | Path) -> Path:
-    """A relative path as seen from here or, where that does not exist, from the checkout that this package lies in."""
+    """A relative path as seen from here or, where that does not exist, in what comes with this package (`SHIPPED`)."""
     path = Path(path).expanduser()
-    shipped = Path(__file__).resolve().parent.parent / path
+    shipped = SHIPPED / path
     return shipped if not path.exists() and shipped.exists() else path
 
 

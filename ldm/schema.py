@@ -177,7 +177,7 @@ class Lightning(Section):
 
 
 class Training(Section):
-    """`training`: options of a run of `scripts/train.py`. An option of the command line wins."""
+    """`training`: options of a run of `ldm fit`. An option of the command line wins."""
 
     seed: Seed = says(23, "seed of everything random")
     scale_lr: bool = says(False, "multiply the learning rate by processes, batch size and accumulation")
@@ -185,7 +185,7 @@ class Training(Section):
 
 
 class DreamBooth(Section):
-    """`dreambooth`: options of a run of `main_dream_booth.py`. An option of the command line wins."""
+    """`dreambooth`: options of a run of `ldm train`. An option of the command line wins."""
 
     class_word: str | None = says("dog", "what the subject is")
     class_scale: Finite = says(7.5, "guidance scale of sampled class pictures: the higher, the less varied")
@@ -216,8 +216,8 @@ class Config(Section):
     data: Data | None = says(None, "the pictures")
     lightning: Lightning | None = says(None, "how the run goes")
     checkpoint: Checkpoint | None = says(None, "the base weights")
-    dreambooth: DreamBooth | None = says(None, "options of a run of main_dream_booth.py")
-    training: Training | None = says(None, "options of a run of scripts/train.py")
+    dreambooth: DreamBooth | None = says(None, "options of a run of ldm train")
+    training: Training | None = says(None, "options of a run of ldm fit")
 
 
 # Sections below the parameters of a target.

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 
 import torch
 from omegaconf import OmegaConf
@@ -61,8 +60,4 @@ def unet_output(model, seed=1):
 
 def run(name, *args):
     """A command of `scripts/` through its `main`."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        importlib.import_module(name).main([str(arg) for arg in args])
-    finally:
-        sys.path.pop(0)
+    importlib.import_module(f"scripts.{name}").main([str(arg) for arg in args])

@@ -33,13 +33,16 @@ FLOORS = {
     "ldm.interchange": 4,
     "ldm.train": 5,
     "ldm.evaluate": 5,
-    "main_dream_booth": 6,
-    "sample": 6,
-    "scripts": 6,
+    "ldm.commands": 7,
+    "ldm.__main__": 7,
+    "main_dream_booth": 7,
+    "sample": 7,
+    "scripts": 7,
 }
 FILES = sorted([*(ROOT / "ldm").rglob("*.py"), *(ROOT / "scripts").rglob("*.py"), *ROOT.glob("*.py")])
 FILES = [path for path in FILES if path.name != "setup.py"]
-LIBRARY = [path for path in FILES if path.is_relative_to(ROOT / "ldm")]
+PROGRAMS = [ROOT / "ldm/__main__.py", *(ROOT / "ldm/commands").glob("*.py")]
+LIBRARY = [path for path in FILES if path.is_relative_to(ROOT / "ldm") and path not in PROGRAMS]
 
 
 def module_of(path: Path) -> str:
@@ -91,6 +94,12 @@ def test_a_lazy_import_counts():
 @pytest.mark.parametrize("path", [p for p in LIBRARY if {"modules", "tuning"} & set(p.parts)], ids=name)
 def test_modules_and_tuning_do_not_know_lightning(path):
     assert not {module for module in imports(path) if module.split(".")[0] in ("pytorch_lightning", "lightning")}
+
+
+def test_programs_change_no_search_path():
+    """They import what is installed, or what lies beside them."""
+    for path in FILES:
+        assert "sys.path" not in path.read_text() and "noqa: E402" not in path.read_text(), name(path)
 
 
 def test_no_torchvision():

@@ -183,8 +183,8 @@ def test_the_newest_run_is_the_one_begun_last(folder):
 
 def test_a_run_is_begun_and_gone_on_with(folder):
     begun = command.training(folder, ["configs/x.yaml"], ["--max_steps", "5"])
-    assert begun[1:] == [str(ROOT / "scripts" / "train.py"), "-t", "--logdir", str(folder), "--name", "x", "--base",
-                         "configs/x.yaml", "--max_steps", "5"]  # fmt: skip
+    assert begun[1:] == ["-m", "ldm", "fit", "-t", "--logdir", str(folder), "--name", "x", "--base", "configs/x.yaml",
+                         "--max_steps", "5"]  # fmt: skip
     with pytest.raises(InputError, match="no run to go on with"):
         command.training(folder, [], [])
     run = make_run(folder, "2026-01-01T00-00-00_x", [])
@@ -192,7 +192,7 @@ def test_a_run_is_begun_and_gone_on_with(folder):
         command.training(folder, [], [])
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "last.ckpt").touch()
-    assert command.training(folder, [], [])[2:] == ["-t", "-r", str(run)]
+    assert command.training(folder, [], [])[4:] == ["-t", "-r", str(run)]
 
 
 def test_report_and_signals_by_command(folder, counting, capsys):
@@ -226,8 +226,7 @@ def test_bad_input_is_told(folder, words, wrong):
 
 
 def test_bad_input_is_one_line_and_exit_code_2(folder):
-    script = ROOT / "scripts" / "sd_mini" / "background.py"
-    words = [sys.executable, script, "report", "--folder", folder]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    words = [sys.executable, "-m", "scripts.sd_mini.background", "report", "--folder", folder]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: nothing was started in")
     assert done.stderr.count("\n") == 1 and not done.stdout

@@ -7,15 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.build.archive import write_records
-from ldm.data.build.assemble import all_drawings, drawing_records, photo_records
-from ldm.data.build.emoji import Emoji, plain_code, plain_name
-from ldm.data.build.splits import SUBJECTS, Subject, split_drawings
-from ldm.data.build.subjects import write_subjects
-from ldm.data.build.words import article, class_word, drawing_captions, photo_captions, phrase
 from ldm.data.captioned import COLOURS, CaptionedPictures, draw_backgrounds, row_weights, uniforms
 from ldm.data.sampling import as_draws
 from ldm.errors import InputError
+from scripts.sd_mini.build.archive import write_records
+from scripts.sd_mini.build.assemble import all_drawings, drawing_records, photo_records
+from scripts.sd_mini.build.emoji import Emoji, plain_code, plain_name
+from scripts.sd_mini.build.splits import SUBJECTS, Subject, split_drawings
+from scripts.sd_mini.build.subjects import write_subjects
+from scripts.sd_mini.build.words import article, class_word, drawing_captions, photo_captions, phrase
 
 CATS = ["grinning_cat", "crying_cat", "pouting_cat", "kissing_cat", "weary_cat"]
 THINGS = ["robot", "house", "pizza", "green_apple", "kite", "anchor", "violin", "balloon", "bus", "cactus"]

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from omegaconf import OmegaConf
 
-from scripts.compare_families import COLUMNS, FAMILIES, stretch_stages, table, write_table
+from scripts.sd_mini.compare_families import COLUMNS, FAMILIES, stretch_stages, table, write_table
 from tests.conftest import ROOT
 
 
@@ -14,7 +14,8 @@ def test_every_family_is_a_config():
 
 def test_the_table_takes_its_place(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# Before\n\n<!-- table: scripts/compare_families.py -->\nold\n<!-- end of table -->\n\nafter\n")
+    begin, end = "<!-- table: scripts/sd_mini/compare_families.py -->", "<!-- end of table -->"
+    page.write_text(f"# Before\n\n{begin}\nold\n{end}\n\nafter\n")
     write_table(page, "new")
     text = page.read_text()
     assert text.startswith("# Before\n") and text.endswith("\n\nafter\n") and "new" in text and "old" not in text

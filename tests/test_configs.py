@@ -62,7 +62,7 @@ def test_opens_with_its_command_and_what_it_needs(path):
     header = [line for line in path.read_text().split("\n\n")[0].splitlines() if line.startswith("#")]
     text = "\n".join(header)
     assert path.read_text().startswith("# ")
-    assert "# Run:    python " in text and "# Needs: " in text
+    assert ("# Run:    ldm " in text or "# Run:    python " in text) and "# Needs: " in text
     assert len(header) <= 8
 
 

@@ -8,7 +8,7 @@ import pytest
 from ldm.errors import InputError
 from ldm.evaluate.kept import class_folder, kept
 from ldm.evaluate.subjects import class_word_of
-from scripts import compare_families, evaluate_dreambooth
+from scripts.sd_mini import compare_families, evaluate_dreambooth
 from tests.runs import TINY, pictures
 
 

@@ -8,11 +8,11 @@ from torch.utils.data import DataLoader
 
 from ldm.checkpoints import save_torch
 from ldm.config import instantiate_from_config, load_config
-from ldm.data.build.archive import write_records
 from ldm.data.latents import CachedLatents, save_latents
 from ldm.data.sampling import as_draws
 from ldm.errors import InputError
 from scripts import cache_latents
+from scripts.sd_mini.build.archive import write_records
 
 
 @pytest.fixture

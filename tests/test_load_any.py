@@ -5,8 +5,8 @@ import pickle
 import pytest
 import torch
 
-import sample
 from ldm.checkpoints import read_metadata, read_object, save_safetensors
+from ldm.commands import Program, sample
 from ldm.errors import InputError
 from ldm.interchange import cloneofsimo, custom_diffusion, dealt, embeddings, identify, load_any, lora_keys, own
 from ldm.interchange.lora import Lora, delta
@@ -147,7 +147,8 @@ def test_folders_of_our_own(config, model, tmp_path):
 )
 def test_names_are_dealt_out_over_the_files(made, model, given, named, taught):
     given = [word for name in given for word in ("--adapter_path", str(made / name))]
-    sample.add_adapters(model, sample.parser().parse_args(given + (["--modifier_token", named] if named else [])))
+    options = Program("sample").parser().parse_args(given + (["--modifier_token", named] if named else []))
+    sample.add_adapters(model, options)
     assert list(model.cond_stage_model.new_tokens.words) == taught
 
 

@@ -1,28 +1,22 @@
 """lora_pti: the published arguments, both stages in one run, and a LoRA that the published format holds."""
 
-import importlib
 import json
-import sys
 
 import pytest
 import torch
 
+from ldm.commands import Program, lora_pti
 from ldm.config import instantiate_from_config
 from ldm.errors import InputError
 from ldm.interchange import cloneofsimo
 from ldm.interchange.command import skeleton
 from ldm.interchange.lora import delta
-from tests.conftest import ROOT
 from tests.runs import TINY, pictures
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield importlib.import_module("lora_pti")
-    sys.path.pop(0)
+main = Program("lora-pti")
 
 
 def arguments(tmp_path, *more):
@@ -45,10 +39,10 @@ def arguments(tmp_path, *more):
     return [str(word) for word in [*words, *more]]
 
 
-def test_both_stages(script, tmp_path, capsys):
+def test_both_stages(tmp_path, capsys):
     more = ["--placeholder_tokens", "<s1>|<s2>", "--initializer_tokens", "dog|<rand-0.05>", "--use_template", "object"]
     more += ["--lora_rank", "2", "--learning_rate_unet=0.01", "--learning-rate-text=0.01", "--save_steps", "3"]
-    script.main(arguments(tmp_path, *more))
+    main(arguments(tmp_path, *more))
     content = cloneofsimo.read_safetensors(tmp_path / "out/final_lora.safetensors")
     assert list(content.tokens) == ["<s1>", "<s2>"]
     found = cloneofsimo.to_lora(content, skeleton(tmp_path / "tiny.yaml"), "final")
@@ -66,18 +60,18 @@ def test_both_stages(script, tmp_path, capsys):
     ups = [name for name in before if ".lora_B." in name]
     assert not any(before[name].any() for name in ups) and any(after[name].any() for name in ups)
     with pytest.raises(InputError, match="final_lora.safetensors exists"):
-        script.main(arguments(tmp_path, *more))
+        main(arguments(tmp_path, *more))
 
 
-def planned(script, tmp_path, *more):
+def planned(tmp_path, *more):
     """The config of a run of the tiny model, as `config_of` changes it, and the model that learns."""
     from omegaconf import OmegaConf
 
     from ldm.train import dreambooth, run
     from ldm.train.options import dreambooth_parser, parse
 
-    given = script.parser().parse_args(arguments(tmp_path, *more))
-    OmegaConf.save(OmegaConf.create(script.config_of(given)), tmp_path / "pti.yaml")
+    given = main.parser().parse_args(arguments(tmp_path, *more))
+    OmegaConf.save(OmegaConf.create(lora_pti.config_of(given)), tmp_path / "pti.yaml")
     words = ["--base", given.config, tmp_path / "pti.yaml", "--data_root", given.instance_data_dir]
     plan = dreambooth.plan(*parse(dreambooth_parser(""), [str(word) for word in words]))
     return plan.config, run.base_model(plan)
@@ -91,22 +85,22 @@ def planned(script, tmp_path, *more):
         (["--use_template", "object"], ["<s1>", "a close-up of <s1>", "a photo of <s1>", "a picture of <s1>"]),
     ],
 )
-def test_captions_name_a_class_only_where_one_is_given(script, tmp_path, more, captions):
-    config, _ = planned(script, tmp_path, "--placeholder_tokens", "<s1>", *more)
+def test_captions_name_a_class_only_where_one_is_given(tmp_path, more, captions):
+    config, _ = planned(tmp_path, "--placeholder_tokens", "<s1>", *more)
     assert instantiate_from_config(config.data.params.train).all_captions() == captions
 
 
-def test_rates_can_be_scaled_by_the_pictures_of_a_step(script, tmp_path):
+def test_rates_can_be_scaled_by_the_pictures_of_a_step(tmp_path):
     more = ["--placeholder_tokens", "<s1>", "--train_batch_size", "4", "--gradient_accumulation_steps", "2"]
-    _, plain = planned(script, tmp_path, *more)
-    _, scaled = planned(script, tmp_path, *more, "--scale_lr")
+    _, plain = planned(tmp_path, *more)
+    _, scaled = planned(tmp_path, *more, "--scale_lr")
     rates, larger = ([chosen.learning_rate for chosen in model.families] for model in (plain, scaled))
     assert rates == [5e-4, 1e-4, 1e-5] and larger == pytest.approx([8 * rate for rate in rates])
 
 
-def test_without_inversion_words_stay_at_their_start(script, tmp_path):
+def test_without_inversion_words_stay_at_their_start(tmp_path):
     more = ["--placeholder_tokens", "<s1>", "--initializer_tokens", "dog", "--perform_inversion", "False"]
-    script.main(arguments(tmp_path, *more, "--learning_rate_unet", "0.01"))
+    main(arguments(tmp_path, *more, "--learning_rate_unet", "0.01"))
     content = cloneofsimo.read_safetensors(tmp_path / "out/final_lora.safetensors")
     from ldm.tuning.textual_inversion import released_table, word_ids
     from tests.runs import tiny_model
@@ -127,19 +121,19 @@ def test_without_inversion_words_stay_at_their_start(script, tmp_path):
         ("auto", ["--accelerator", "auto"]),
     ],
 )
-def test_the_index_of_a_device_counts(script, device, options):
-    assert script.device_options(device) == options
+def test_the_index_of_a_device_counts(device, options):
+    assert lora_pti.device_options(device) == options
 
 
-def test_the_published_arguments(script, golden):
-    ours = {action.dest: action for action in script.parser()._actions}
+def test_the_published_arguments(golden):
+    ours = {action.dest: action for action in main.parser()._actions}
     published = json.loads((golden / "manifests/published_cli.json").read_text())[
         "lora/lora_diffusion/cli_lora_pti.py:train"
     ]
     for argument in published:
         action = ours[argument["name"]]
         assert action.required == argument["required"]
-        other = ("device", "resolution", "gradient_accumulation_steps", *script.FIXED, *script.IGNORED)
+        other = ("device", "resolution", "gradient_accumulation_steps", *lora_pti.FIXED, *lora_pti.IGNORED)
         if not argument["required"] and argument["name"] not in other:
             assert action.default == argument["default"], argument["name"]
 
@@ -155,6 +149,6 @@ def test_the_published_arguments(script, golden):
         (["--device", "cuda:7"], "--gpus 7,: this machine has"),
     ],
 )
-def test_refusals(script, tmp_path, more, message):
+def test_refusals(tmp_path, more, message):
     with pytest.raises(InputError, match=message):
-        script.main(arguments(tmp_path, *more))
+        main(arguments(tmp_path, *more))

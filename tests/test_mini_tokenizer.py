@@ -1,22 +1,15 @@
 """SD-mini's tokenizer: CLIP's format, identifiers as tokens of their own, any text encodes."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 from transformers import CLIPConfig, CLIPTokenizer
 
+from scripts.sd_mini import train_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "models/sd-mini/clip"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_tokenizer", ROOT / "scripts/train_tokenizer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +51,17 @@ def test_the_numbering_is_frozen():
     assert (len(vocab), vocab["sks</w>"], vocab["a</w>"], vocab["cat</w>"]) == (5579, 2090, 320, 1115)
 
 
-def test_training_gives_identifiers_tokens_without_captions_having_them(script, tmp_path):
+def test_training_gives_identifiers_tokens_without_captions_having_them(tmp_path):
     captions = tmp_path / "captions.txt"
     captions.write_text("an emoji of a cat, noto style\nan emoji of ducks\n")
-    script.main(["--captions", str(captions), "--out", str(tmp_path / "clip")])
+    train_tokenizer.main(["--captions", str(captions), "--out", str(tmp_path / "clip")])
     trained = CLIPTokenizer.from_pretrained(tmp_path / "clip")
     assert pieces(trained, "sks ducks") == ["sks</w>", "ducks</w>"]
     vocab = json.loads((tmp_path / "clip/vocab.json").read_text())
     assert len(vocab) == len(set(vocab.values())) == max(vocab.values()) + 1 == len(trained)
 
 
-def test_vocabulary_is_bounded(script):
-    vocab, merges = script.train_bpe(script.count_words(["many different words in one line"] * 3), 520)
+def test_vocabulary_is_bounded():
+    words = train_tokenizer.count_words(["many different words in one line"] * 3)
+    vocab, merges = train_tokenizer.train_bpe(words, 520)
     assert len(vocab) <= 520 and len(merges) <= 520 - 514

@@ -1,4 +1,4 @@
-"""scripts/pack_sd_mini.py writes weights that fit, and refuses others before anything is overwritten."""
+"""scripts/sd_mini/pack.py writes weights that fit, and refuses others before anything is overwritten."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from ldm.config import find_file
 from ldm.errors import InputError
-from scripts.pack_sd_mini import averaged_unet, main
+from scripts.sd_mini.pack import averaged_unet, main
 
 
 def pack(work, *words):

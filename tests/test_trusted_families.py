@@ -16,6 +16,7 @@ from ldm.interchange import own
 from ldm.tuning import files, table
 from tests.conftest import ROOT
 from tests.interchange_models import run
+from tests.runs import ENVIRONMENT
 from tests.tuned_models import answer, family, model, shake
 
 LORA = family("lora.LoRA", rank=2)
@@ -99,7 +100,7 @@ def test_every_program_refuses_it_and_runs_nothing(folder, tmp_path):
 def test_a_command_ends_with_one_line_and_exit_code_2(folder, tmp_path):
     rename(folder, target="downloads.cat.evil.Family")
     command = [sys.executable, str(ROOT / "scripts/inspect_adapter.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert done.returncode == 2 and "is not one of ours" in done.stderr.splitlines()[-1]
     assert not list(tmp_path.rglob("ran"))
 

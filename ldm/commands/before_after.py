@@ -1,30 +1,17 @@
 """One picture that shows what an adapter has learnt: the subject, the base model before, and after.
 
-    python scripts/before_after.py --config configs/sd-mini/attn2o-ffni.yaml --data_root photos --class_word cat
+    ldm before-after --config configs/sd-mini/attn2o-ffni.yaml --data_root photos --class_word cat
         --adapter_path logs/<run>/checkpoints/800-adapters --out before-after.png
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import argparse
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
-
-from ldm.cli import (  # noqa: E402
-    Parser,
-    add_allow_family,
-    count,
-    run_command,  # noqa: E402
-    seed_number,
-)
-from ldm.config import find_file, load_config  # noqa: E402
-from ldm.devices import best_device  # noqa: E402
-from ldm.util import load_model_from_config  # noqa: E402
+from ldm.cli import Parser, add_allow_family, count, seed_number
 
 
-def parser() -> Parser:
-    p = Parser(description=__doc__)
+def add_arguments(p: Parser) -> None:
     p.add_argument("--config", required=True)
     p.add_argument("--ckpt", help="checkpoint of the base model; by default the one that the config names")
     p.add_argument("--adapter_path", required=True, metavar="DIR")
@@ -39,17 +26,17 @@ def parser() -> Parser:
     p.add_argument("--seed", type=seed_number, default=0)
     p.add_argument("--device")
     p.add_argument("--out", required=True, metavar="PNG")
-    return p
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parser().parse_args(argv)
-
+def run(options: argparse.Namespace) -> None:
     from ldm.checkpoints import atomic_write
+    from ldm.config import find_file, load_config
     from ldm.data.pictures import find_pictures, read_picture, to_tensor
+    from ldm.devices import best_device
     from ldm.evaluate.figures import labelled_rows
     from ldm.generate import Settings, generate
     from ldm.interchange import load_any
+    from ldm.util import load_model_from_config
 
     photographs = find_pictures(options.data_root)[: options.columns]
     model = load_model_from_config(load_config(find_file(options.config)), options.ckpt)
@@ -74,7 +61,3 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_write(options.out) as beside:
         labelled_rows(rows).save(beside, format="PNG")
     print(options.out)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,6 +1,6 @@
 """Custom Diffusion: concepts that were trained one by one, in one delta, by the closed form (arXiv 2212.04488).
 
-    python scripts/compose.py --paths cat/delta.ckpt+pot/delta.ckpt --categories "cat+wooden pot"
+    ldm compose --paths cat/delta.ckpt+pot/delta.ckpt --categories "cat+wooden pot"
         --ckpt models/sd-v1-4.ckpt --regularization_prompt captions.txt
 
 writes <save_path>/<categories>/checkpoints/delta_epoch=000000.ckpt with the new words <new1>, <new2>, ... in order.
@@ -8,23 +8,17 @@ writes <save_path>/<categories>/checkpoints/delta_epoch=000000.ckpt with the new
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
-
-from ldm.cli import (
-    Parser,  # noqa: E402
-    run_command,  # noqa: E402
-)
-from ldm.errors import InputError  # noqa: E402
-from ldm.files import read_text  # noqa: E402
+from ldm.cli import Parser, add_files
+from ldm.errors import InputError
+from ldm.files import read_text
 
 MOST = 200  # captions read of each file
 
 
-def parser() -> Parser:
-    p = Parser(description=__doc__)
+def add_arguments(p: Parser) -> None:
     p.add_argument("--paths", required=True, help="deltas, joined by +")
     p.add_argument("--categories", required=True, help="what each concept is, joined by +")
     p.add_argument("--ckpt", required=True, help="the pretrained model: a checkpoint or a diffusers folder")
@@ -39,10 +33,7 @@ def parser() -> Parser:
         help=f"captions on which the weights are to stay, one per line, the first {MOST} count (default %(default)s)",
     )
     p.add_argument("--device", help="cuda, mps or cpu; by default the best there is")
-    from ldm.interchange.command import add_common
-
-    add_common(p)
-    return p
+    add_files(p)
 
 
 def read_lines(path: str) -> list[str]:
@@ -56,9 +47,7 @@ def read_lines(path: str) -> list[str]:
     return [line for line in lines if line][:MOST]
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parser().parse_args(argv)
-
+def run(options: argparse.Namespace) -> None:
     from ldm.config import instantiate_from_config
     from ldm.devices import best_device
     from ldm.interchange import custom_diffusion
@@ -85,7 +74,3 @@ def main(argv: list[str] | None = None) -> None:
     custom_diffusion.write(output, joint)
     named = ", ".join(f"{word} ({category})" for word, category in zip(joint.tokens, categories, strict=False))
     print(f"{output}  {len(joint.weights)} weights; {named or 'no new words'}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,26 +1,20 @@
 """Custom Diffusion: a delta with low-rank changes of keys and values in place of whole weights.
 
-    python scripts/compress.py --delta_ckpt logs/<run>/checkpoints/delta_epoch=000004.ckpt --ckpt models/sd-v1-4.ckpt
+    ldm compress --delta_ckpt logs/<run>/checkpoints/delta_epoch=000004.ckpt --ckpt models/sd-v1-4.ckpt
 
 writes compressed_delta_... beside the delta.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
-
-from ldm.cli import (
-    Parser,  # noqa: E402
-    run_command,  # noqa: E402
-)
-from ldm.errors import InputError  # noqa: E402
+from ldm.cli import Parser
+from ldm.errors import InputError
 
 
-def parser() -> Parser:
-    p = Parser(description=__doc__)
+def add_arguments(p: Parser) -> None:
     p.add_argument("--delta_ckpt", required=True, help="the delta, in LDM's or in diffusers' layout")
     p.add_argument("--ckpt", required=True, help="the pretrained model: a checkpoint or a diffusers folder")
     p.add_argument("--diffuser", action="store_true", help="write diffusers' layout (default: that of the input)")
@@ -28,12 +22,9 @@ def parser() -> Parser:
         "--compression_ratio", type=float, default=0.6, help="share of the sum of singular values (default 0.6)"
     )
     p.add_argument("--force", action="store_true", help="overwrite what exists")
-    return p
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parser().parse_args(argv)
-
+def run(options: argparse.Namespace) -> None:
     from ldm.interchange import DELTAS, custom_diffusion, identify
     from ldm.interchange.command import read_model, to_be_written
 
@@ -50,7 +41,3 @@ def main(argv: list[str] | None = None) -> None:
     custom_diffusion.write(output, packed, "diffusers" if options.diffuser or kind == "delta-diffusers" else "ldm")
     before, after = (path.stat().st_size / 2**20 for path in (source, output))
     print(f"{output}  {before:.2f} MB -> {after:.2f} MB")
-
-
-if __name__ == "__main__":
-    run_command(main)

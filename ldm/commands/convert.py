@@ -1,9 +1,9 @@
 """Any format to any: LoRAs, Custom Diffusion deltas, learnt words, whole models.
 
-    python scripts/convert.py lora.safetensors out.safetensors --to kohya
-    python scripts/convert.py logs/<run>/checkpoints/500-adapters out.safetensors --to diffusers
-    python scripts/convert.py models/sd-v1-4.ckpt folder --to diffusers-model
-    python scripts/convert.py --mode compvis-to-diffuser --ckpt models/sd-v1-4.ckpt --delta_ckpt delta.ckpt
+    ldm convert lora.safetensors out.safetensors --to kohya
+    ldm convert logs/<run>/checkpoints/500-adapters out.safetensors --to diffusers
+    ldm convert models/sd-v1-4.ckpt folder --to diffusers-model
+    ldm convert --mode compvis-to-diffuser --ckpt models/sd-v1-4.ckpt --delta_ckpt delta.ckpt
 
 What the input is, is seen by looking at it. It can become:
   a LoRA, or a folder of ours that holds one      cloneofsimo, cloneofsimo-pt, diffusers, kohya
@@ -15,32 +15,25 @@ What the input is, is seen by looking at it. It can become:
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
-
-from ldm.cli import run_command  # noqa: E402
-from ldm.errors import InputError  # noqa: E402
+from ldm.cli import Parser, add_files
+from ldm.errors import InputError
 
 LORAS = ("cloneofsimo", "cloneofsimo-pt", "diffusers", "kohya")
 TARGETS = (*LORAS, "delta", "delta-diffusers", "words", "words-ldm", "checkpoint", "diffusers-model")
+ORDERS = ("diffusers", "ldm", "diffusers-new")  # of ldm.interchange.layers, whose import would slow --help
 MODES = ("diffuser-to-webui", "compvis-to-webui", "compvis-to-diffuser", "diffuser-to-compvis")
 
 
-def parser() -> argparse.ArgumentParser:
-    from ldm.cli import Parser
-    from ldm.interchange.command import add_common
-    from ldm.interchange.layers import ORDERS
-
-    p = Parser(description=__doc__)
+def add_arguments(p: Parser) -> None:
     p.add_argument("paths", nargs="*", metavar="INPUT OUTPUT")
     p.add_argument("--to", choices=TARGETS, metavar="FORMAT", help=", ".join(TARGETS))
-    p.add_argument("--order", choices=tuple(ORDERS),
+    p.add_argument("--order", choices=ORDERS,
                    help="of the layers of a cloneofsimo file: of the input where its shapes do not tell it (default: "
                    "what fits first), of the output (default diffusers)")  # fmt: skip
     p.add_argument("--modifier_token", help="names of a delta's new words, joined by + (default <new1>+<new2>...)")
-    add_common(p)
+    add_files(p)
     published = p.add_argument_group("the published interface for deltas; the output lies beside the delta")
     published.add_argument("--mode", choices=MODES,
                            help="to-diffuser, to-compvis: the delta's layout; to-webui: a whole model")  # fmt: skip
@@ -48,11 +41,9 @@ def parser() -> argparse.ArgumentParser:
     published.add_argument("--delta_ckpt")
     published.add_argument("--sd_version", help="accepted for compatibility; the base is --ckpt")
     published.add_argument("--modelname", default="model.ckpt", help="name of the checkpoint (default model.ckpt)")
-    return p
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parser().parse_args(argv)
+def run(options: argparse.Namespace) -> None:
     if options.mode:
         print(convert_delta(options))
         return
@@ -133,7 +124,3 @@ def convert_delta(options: argparse.Namespace) -> str:
     for word, file in files.items():
         embeddings.write_ldm(file, {word: delta.tokens[word]})
     return "  ".join(map(str, [output, *files.values()]))
-
-
-if __name__ == "__main__":
-    run_command(main)

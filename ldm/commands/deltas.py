@@ -1,6 +1,6 @@
 """Custom Diffusion: the small part of checkpoints that was trained, as delta files beside them.
 
-    python scripts/get_deltas.py --path logs/<run> --newtoken 1
+    ldm deltas --path logs/<run> --newtoken 1
 
 writes checkpoints/delta_<name>.ckpt for each checkpoint of the run; last.ckpt counts only where there is no other, as
 after a run of this code. The checkpoints stay.
@@ -8,20 +8,14 @@ after a run of this code. The checkpoints stay.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
-
-from ldm.cli import (
-    Parser,  # noqa: E402
-    run_command,  # noqa: E402
-)
-from ldm.errors import InputError  # noqa: E402
+from ldm.cli import Parser
+from ldm.errors import InputError
 
 
-def parser() -> Parser:
-    p = Parser(description=__doc__)
+def add_arguments(p: Parser) -> None:
     p.add_argument("--path", required=True, help="a run's folder, a folder of checkpoints, or one checkpoint")
     p.add_argument("--newtoken", type=int, default=1, help="how many new words were trained (default 1)")
     p.add_argument(
@@ -31,7 +25,6 @@ def parser() -> Parser:
         help="what was trained; crossattn also saves queries and outputs, which the published program loses",
     )
     p.add_argument("--force", action="store_true", help="overwrite what exists")
-    return p
 
 
 def checkpoints(path: Path) -> list[Path]:
@@ -45,9 +38,7 @@ def checkpoints(path: Path) -> list[Path]:
     return [f for f in found if f.name != "last.ckpt"] or found
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parser().parse_args(argv)
-
+def run(options: argparse.Namespace) -> None:
     from ldm.checkpoints import read_weights
     from ldm.interchange import custom_diffusion
     from ldm.interchange.command import to_be_written
@@ -58,7 +49,3 @@ def main(argv: list[str] | None = None) -> None:
         delta = custom_diffusion.extract(read_weights(file), options.newtoken, options.freeze_model, str(file))
         custom_diffusion.write(output, delta)
         print(f"[{number}/{len(files)}] {output}  {len(delta.weights)} weights, {len(delta.tokens)} new words")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,6 +1,6 @@
 """A LoRA from the difference of two models, e.g. a fully fine-tuned one and its base.
 
-    lora_distill tuned.ckpt base.ckpt --rank 4 --clamp_quantile 0.99 --save_path svd_distill.safetensors
+    ldm distill tuned.ckpt base.ckpt --rank 4 --clamp_quantile 0.99 --save_path svd_distill.safetensors
 
 Attention, feed-forward gates and residual blocks of the UNet, attention of the text encoder.
 """
@@ -8,22 +8,15 @@ Attention, feed-forward gates and residual blocks of the UNet, attention of the 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
-
-from ldm.cli import run_command  # noqa: E402
-from ldm.errors import InputError  # noqa: E402
+from ldm.cli import Parser, add_files, in_order, underscores
+from ldm.errors import InputError
 
 MODELS = ("target_model", "base_model")
 
 
-def parser() -> argparse.ArgumentParser:
-    from ldm.cli import Parser
-    from ldm.interchange.command import add_common
-
-    p = Parser(description=__doc__)
+def add_arguments(p: Parser) -> None:
+    p.respell = underscores
     p.add_argument("models", nargs="*", metavar="TARGET_MODEL BASE_MODEL", help="checkpoints or diffusers folders")
     for name in MODELS:
         p.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -36,17 +29,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--save_path", default="svd_distill.safetensors", help="(default svd_distill.safetensors)")
     p.add_argument("--format", choices=("cloneofsimo", "cloneofsimo-pt", "diffusers", "kohya"), default="cloneofsimo",
                    help="(default cloneofsimo)")  # fmt: skip
-    add_common(p)
-    return p
+    add_files(p)
 
 
-def main(argv: list[str] | None = None) -> None:
+def run(options: argparse.Namespace) -> None:
     from ldm.devices import best_device
     from ldm.interchange import cloneofsimo, layers
-    from ldm.interchange.command import dashes, in_order, read_model, skeleton, to_be_written, write_lora
+    from ldm.interchange.command import read_model, skeleton, to_be_written, write_lora
     from ldm.interchange.lora import Lora, distilled
 
-    options = parser().parse_args(dashes(sys.argv[1:] if argv is None else argv))
     paths = in_order(options.models, {name: getattr(options, name) for name in MODELS}, " ".join(MODELS))
     if options.rank < 1 or not 0 < options.clamp_quantile <= 1:
         raise InputError(
@@ -77,12 +68,3 @@ def main(argv: list[str] | None = None) -> None:
         found[name] = factors._replace(down=factors.down.cpu(), up=factors.up.cpu())
     write_lora(output, Lora(found), model, options.format)
     print(f"{output}  {len(found)} layers, rank {options.rank}")
-
-
-def command() -> None:
-    """The console script."""
-    run_command(main)
-
-
-if __name__ == "__main__":
-    command()

@@ -1,22 +1,23 @@
 """Train any model of the LDM family from its config: autoencoders, latent diffusion, CLIP.
 
-    python scripts/train.py --base configs/sd-mini/train/autoencoder.yaml -t -n autoencoder
-    python scripts/train.py -t -r logs/<run>            # go on with it
+    ldm fit --base configs/sd-mini/train/autoencoder.yaml -t -n autoencoder
+    ldm fit -t -r logs/<run>            # go on with it
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import argparse
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
-
-from ldm.cli import run_command  # noqa: E402
-from ldm.train.options import parse, parser  # noqa: E402
+from ldm.cli import Parser
+from ldm.train.options import add_training, sorted_out
 
 
-def main(argv: list[str] | None = None) -> None:
-    options, trainer_options, overrides = parse(parser(__doc__), argv)
+def add_arguments(p: Parser) -> None:
+    add_training(p)
+
+
+def run(options: argparse.Namespace) -> None:
+    options, trainer_options, overrides = sorted_out(options)
     from ldm.train import general
     from ldm.train.run import finished, outcome
 
@@ -29,7 +30,3 @@ def main(argv: list[str] | None = None) -> None:
         return
     if general.train(run, test=not options.no_test).is_global_zero:
         print(outcome(run))
-
-
-if __name__ == "__main__":
-    run_command(main)

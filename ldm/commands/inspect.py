@@ -1,28 +1,22 @@
 """What is in a file or folder: kind, routes, layers, ranks, words, size, norms, and its base as far as it is named.
 
-python scripts/inspect_adapter.py logs/<run>/checkpoints/500-adapters some_lora.safetensors
+    ldm inspect logs/<run>/checkpoints/500-adapters some_lora.safetensors
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import argparse
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
-
-from ldm.cli import Parser, add_allow_family, run_command  # noqa: E402
+from ldm.cli import Parser, add_allow_family
 
 
-def parser() -> Parser:
-    p = Parser(description=__doc__)
+def add_arguments(p: Parser) -> None:
     p.add_argument("paths", nargs="+", metavar="PATH")
     add_allow_family(p)
     p.add_argument("--json", action="store_true", help="one JSON object per file")
-    return p
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parser().parse_args(argv)
+def run(options: argparse.Namespace) -> None:
     import json
 
     from ldm.interchange.inspection import describe
@@ -38,7 +32,3 @@ def main(argv: list[str] | None = None) -> None:
             if isinstance(value, dict):
                 lines = [f"{name}: {told}" for name, told in value.items()]
             print("\n".join(f"  {key if i == 0 else '':24} {line}" for i, line in enumerate(lines)))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,7 +1,7 @@
 """Merge LoRAs with each other, or one into a model.
 
-    lora_add one.safetensors two.safetensors both.safetensors --alpha_1 0.5 --alpha_2 0.5 --mode sum --rank 8
-    lora_add models/sd-v1-4.ckpt one.safetensors merged.ckpt --alpha_1 0.8 --mode upl-ckpt-v2
+    ldm lora-add one.safetensors two.safetensors both.safetensors --alpha_1 0.5 --alpha_2 0.5 --mode sum --rank 8
+    ldm lora-add models/sd-v1-4.ckpt one.safetensors merged.ckpt --alpha_1 0.8 --mode upl-ckpt-v2
 
 Modes:
   lpl          average the factors, ups and downs separately, as the published program does, which is not the average
@@ -17,23 +17,17 @@ Modes:
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
-
-from ldm.cli import run_command  # noqa: E402
-from ldm.errors import InputError  # noqa: E402
+from ldm.cli import Parser, add_files, boolean, in_order, underscores
+from ldm.errors import InputError
 
 MODES = ("lpl", "ljl", "sum", "upl", "upl-ckpt-v2")
 PATHS = ("path_1", "path_2", "output_path")
 
 
-def parser() -> argparse.ArgumentParser:
-    from ldm.cli import Parser, boolean
-    from ldm.interchange.command import add_common
-
-    p = Parser(description=__doc__)
+def add_arguments(p: Parser) -> None:
+    p.respell = underscores
     p.add_argument("paths", nargs="*", metavar="PATH_1 PATH_2 OUTPUT_PATH")
     for name in PATHS:
         p.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -47,14 +41,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rank", type=int, help="for sum: reduce to this rank by SVD")
     p.add_argument("--format", choices=("cloneofsimo", "cloneofsimo-pt", "diffusers", "kohya"),
                    help="of the output of sum (default: that of the first file)")  # fmt: skip
-    add_common(p)
-    return p
+    add_files(p)
 
 
-def main(argv: list[str] | None = None) -> None:
-    from ldm.interchange.command import dashes, in_order
-
-    options = parser().parse_args(dashes(sys.argv[1:] if argv is None else argv))
+def run(options: argparse.Namespace) -> None:
     one, two, output = in_order(options.paths, {name: getattr(options, name) for name in PATHS}, " ".join(PATHS))
     if options.rank is not None and options.rank < 1:
         raise InputError(f"expected --rank >= 1, got {options.rank}")
@@ -134,12 +124,3 @@ def into_model(model_path: str, lora_path: str, output: Path, options: argparse.
         return str(output)
     files = embeddings.write_diffusers(beside, tokens)
     return f"{output}; the words {', '.join(tokens)} are in {', '.join(map(str, files))}"
-
-
-def command() -> None:
-    """The console script."""
-    run_command(main)
-
-
-if __name__ == "__main__":
-    command()

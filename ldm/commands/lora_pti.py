@@ -1,24 +1,21 @@
 """Pivotal tuning: first the new words learn, then LoRA on the UNet and the text encoder around them, in one run.
 
-    lora_pti --instance_data_dir photos --pretrained_model_name_or_path models/sd-v1-4.ckpt --output_dir out
+    ldm lora-pti --instance_data_dir photos --pretrained_model_name_or_path models/sd-v1-4.ckpt --output_dir out
         --placeholder_tokens "<s1>|<s2>" --initializer_tokens "dog|<rand-0.017>" --use_template object
 
 writes <output_dir>/final_lora.safetensors (cloneofsimo's format, with the words inside) and the run beside it. The run
-is that of main_dream_booth.py with --config; overrides of the config may follow: data.params.num_workers=0.
+is that of `ldm train` with --config; overrides of the config may follow: data.params.num_workers=0.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
-
-from ldm.cli import run_command  # noqa: E402
-from ldm.errors import InputError  # noqa: E402
+from ldm.cli import Parser, boolean, keep_rest, seed_number, underscores
+from ldm.errors import InputError
 
 PATHS = ("instance_data_dir", "pretrained_model_name_or_path", "output_dir")
 TEMPLATES = {
@@ -45,10 +42,8 @@ IGNORED = ("color_jitter", "sample_batch_size", "cached_latents", "mask_temperat
            "lora_unet_target_modules", "lora_clip_target_modules")  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
-    from ldm.cli import Parser, boolean, seed_number
-
-    p = Parser(description=__doc__, allow_abbrev=False)
+def add_arguments(p: Parser) -> None:
+    p.allow_abbrev, p.respell, p.rest = False, underscores, keep_rest  # the training reads or refuses the rest
     p.add_argument("--instance_data_dir", required=True, help="photographs of the subject")
     p.add_argument("--pretrained_model_name_or_path", required=True, help="a checkpoint or a diffusers folder")
     p.add_argument("--output_dir", required=True)
@@ -84,20 +79,17 @@ def parser() -> argparse.ArgumentParser:
         )
     for name in (*FIXED, *IGNORED):
         p.add_argument(f"--{name}", nargs="?", const="True", help=argparse.SUPPRESS)
-    return p
 
 
-def main(argv: list[str] | None = None) -> None:
-    from ldm.interchange.command import dashes, to_be_written
+def run(given: argparse.Namespace) -> None:
+    from ldm.interchange.command import to_be_written
 
-    argv = dashes(sys.argv[1:] if argv is None else argv)
-    given, overrides = parser().parse_known_args(argv)
     for name, value in FIXED.items():
         if getattr(given, name) not in (None, value):
             raise InputError(f"--{name} {getattr(given, name)} has no counterpart here; only {value} is accepted")
     output = to_be_written(Path(given.output_dir) / f"{given.out_name}.safetensors", given.force)
     with tempfile.TemporaryDirectory() as work:
-        folder = train(given, overrides, Path(work))
+        folder = train(given, Path(work))
     if folder is None:
         return
     from ldm.interchange import own
@@ -111,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def train(given: argparse.Namespace, overrides: list[str], work: Path) -> Path | None:
+def train(given: argparse.Namespace, work: Path) -> Path | None:
     """Train; the folder with what was learnt last, or None in all processes but the first."""
     from omegaconf import OmegaConf
 
@@ -127,7 +119,7 @@ def train(given: argparse.Namespace, overrides: list[str], work: Path) -> Path |
     words = [
         "--base", given.config, str(work / "pti.yaml"), "-t", "--actual_resume", str(base), "--data_root",
         given.instance_data_dir, "--logdir", given.output_dir, "-n", "pti", "--seed", str(given.seed),
-        *device_options(given.device or "auto"), *overrides,
+        *device_options(given.device or "auto"), *given.rest,
     ]  # fmt: skip
     run = dreambooth.plan(*(parsed := parse(dreambooth_parser(__doc__), words)))
     if not dreambooth.train(run, parsed[0]).is_global_zero:
@@ -240,12 +232,3 @@ def loras(given: argparse.Namespace, first: int) -> list[dict]:
         }
         for part, patterns in targets.items()
     ]
-
-
-def command() -> None:
-    """The console script."""
-    run_command(main)
-
-
-if __name__ == "__main__":
-    command()

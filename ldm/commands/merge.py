@@ -1,38 +1,28 @@
 """Put position adapters together: scale one, sum several of the same routes, or stack them side by side.
 
-    python scripts/merge_adapters.py a/500-adapters b/500-adapters --weights 0.7 0.3 --out both
-    python scripts/merge_adapters.py a/500-adapters b/500-adapters --stack --out both
+    ldm merge a/500-adapters b/500-adapters --weights 0.7 0.3 --out both
+    ldm merge a/500-adapters b/500-adapters --stack --out both
 
 A sum is exact and one adapter for each route, whose mid_dim is the sum of theirs; stacking needs no equal routes.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import argparse
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
-
-from ldm.cli import (
-    Parser,  # noqa: E402
-    run_command,  # noqa: E402
-)
-from ldm.errors import InputError  # noqa: E402
+from ldm.cli import Parser
+from ldm.errors import InputError
 
 
-def parser() -> Parser:
-    p = Parser(description=__doc__)
+def add_arguments(p: Parser) -> None:
     p.add_argument("folders", nargs="+", metavar="DIR", help="adapter folders; of one, --weights scales it")
     p.add_argument("--weights", nargs="+", type=float, help="one for each folder (default 1)")
     p.add_argument("--stack", action="store_true", help="side by side instead of summed")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--force", action="store_true", help="overwrite what exists")
-    return p
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parser().parse_args(argv)
-
+def run(options: argparse.Namespace) -> None:
     from ldm.interchange import position
     from ldm.interchange.command import to_be_written
 
@@ -48,7 +38,3 @@ def main(argv: list[str] | None = None) -> None:
     position.write(output, merged)
     told = (f"{e['din']}-{e['dout']}, mid_dim {e['mid_dim']}, scale {e['scale']:g}" for e in merged[0]["adapters"])
     print(f"{output}  {'; '.join(told)}")
-
-
-if __name__ == "__main__":
-    run_command(main)

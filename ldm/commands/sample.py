@@ -1,4 +1,7 @@
-"""Prompts to pictures, with adapters: `python sample.py --prompt "photo of a sks dog" --adapter_path <folder>`."""
+"""Prompts to pictures, with adapters.
+
+    ldm sample --prompt "photo of a sks dog" --adapter_path logs/<run>/checkpoints/500-adapters
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,16 @@ import argparse
 from pathlib import Path
 
 from ldm.cli import Parser, add_allow_family, add_compile, seed_number, text
+from ldm.errors import InputError
 from ldm.files import read_text
-from ldm.util import InputError, load_model_from_config, run_command  # noqa: F401 (users import the loader from here)
 
 
-def parser() -> Parser:
-    p = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+class DescriptionAndDefaults(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and every option with its default."""
+
+
+def add_arguments(p: Parser) -> None:
+    p.formatter_class = DescriptionAndDefaults
     what = p.add_argument_group("what to draw")
     what.add_argument("--prompt", type=text, nargs="?", default="a painting of a virus monster playing guitar")
     what.add_argument("--from-file", metavar="FILE", help="a text file with one prompt per line, instead of --prompt")
@@ -55,11 +62,9 @@ def parser() -> Parser:
     files.add_argument("--skip_grid", action="store_true", help="no grid of all pictures")
     files.add_argument("--skip_save", action="store_true", help="no single pictures")
     files.add_argument("--n_rows", type=int, default=0, help="pictures in a row of the grid; 0: --n_samples")
-    return p
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parser().parse_args(argv)
+def run(options: argparse.Namespace) -> None:
     if options.laion400m:
         options.config = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
     check(options)
@@ -69,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.config import find_file, load_config
     from ldm.devices import best_device
     from ldm.train.compiled import compile_module
+    from ldm.util import load_model_from_config
 
     model = load_model_from_config(untuned(load_config(find_file(options.config))), options.ckpt, verbose=True)
     model.to(best_device(options.device))
@@ -148,7 +154,3 @@ def add_adapters(model, options: argparse.Namespace) -> None:
     scales = scales * len(options.adapter_path) if len(scales) == 1 else scales
     for number, (path, scale, words) in enumerate(zip(options.adapter_path, scales, names, strict=True)):
         load_any(model, path, scale, add=number > 0, words=words)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,17 +1,23 @@
 """Tune a latent diffusion model on a few photographs of a subject (DreamBooth), by adapters at named positions.
 
-python main_dream_booth.py --base configs/sd-inject-dreambooth/attn2o-ffni.yaml -t --gpus 0,
-    --actual_resume model.ckpt --data_root photos --reg_data_root class_pictures --class_word dog -n my-dog
+    ldm train --base configs/sd-inject-dreambooth/attn2o-ffni.yaml -t --gpus 0,
+        --actual_resume model.ckpt --data_root photos --reg_data_root class_pictures --class_word dog -n my-dog
 """
 
 from __future__ import annotations
 
-from ldm.cli import run_command
-from ldm.train.options import dreambooth_parser, parse
+import argparse
+
+from ldm.cli import Parser
+from ldm.train.options import add_dreambooth, sorted_out
 
 
-def main(argv: list[str] | None = None) -> None:
-    options, trainer_options, overrides = parse(dreambooth_parser(__doc__), argv)
+def add_arguments(p: Parser) -> None:
+    add_dreambooth(p)
+
+
+def run(options: argparse.Namespace) -> None:
+    options, trainer_options, overrides = sorted_out(options)
     from ldm.train import dreambooth
     from ldm.train.run import finished, outcome
 
@@ -24,7 +30,3 @@ def main(argv: list[str] | None = None) -> None:
         return
     if dreambooth.train(run, options).is_global_zero:
         print(outcome(run))
-
-
-if __name__ == "__main__":
-    run_command(main)

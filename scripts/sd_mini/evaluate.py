@@ -1,34 +1,31 @@
 """Every figure and picture of docs/sd-mini.md.
 
-    python scripts/evaluate_sd_mini.py autoencoder --out docs/sd-mini
-    python scripts/evaluate_sd_mini.py clip
-    python scripts/evaluate_sd_mini.py base --out docs/sd-mini
+    python -m scripts.sd_mini.evaluate autoencoder --out docs/sd-mini
+    python -m scripts.sd_mini.evaluate clip
+    python -m scripts.sd_mini.evaluate base --out docs/sd-mini
 
-Needs build/captioned/captioned.tar.gz (scripts/build_captioned_pictures.py).
+Needs build/captioned/captioned.tar.gz (scripts/sd_mini/build_captioned_pictures.py).
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from ldm.cli import (
-    Parser,  # noqa: E402
-    run_command,  # noqa: E402
+    Parser,
+    run_command,
 )
-from ldm.config import load_config  # noqa: E402
-from ldm.data.captioned import CaptionedPictures  # noqa: E402
-from ldm.evaluate.figures import save_grid  # noqa: E402
-from ldm.evaluate.metrics import agreement, mean_and_error, pairwise_similarity, psnr, retrieval  # noqa: E402
-from ldm.generate import Settings, generate  # noqa: E402
-from ldm.models.clip import CLIP  # noqa: E402
-from ldm.util import load_model_from_config  # noqa: E402
+from ldm.config import load_config
+from ldm.data.captioned import CaptionedPictures
+from ldm.evaluate.figures import save_grid
+from ldm.evaluate.metrics import agreement, mean_and_error, pairwise_similarity, psnr, retrieval
+from ldm.generate import Settings, generate
+from ldm.models.clip import CLIP
+from ldm.util import load_model_from_config
 
 STYLES = ("noto", "twemoji", "fluent", "flat", "modern", "openmoji")
 PHOTOS = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -1,40 +1,37 @@
 """DreamBooth on SD-mini for many subjects: pictures before and after, and what CLIP says of them.
 
-    python scripts/evaluate_dreambooth.py --subjects build/captioned/subjects/* --out docs/sd-mini
+    python -m scripts.sd_mini.evaluate_dreambooth --subjects build/captioned/subjects/* --out docs/sd-mini
 
-Each subject is a folder of pictures with `subject.json` (scripts/build_captioned_pictures.py writes them). Subjects
+Each subject is a folder of pictures with `subject.json` (build_captioned_pictures.py writes them). Subjects
 that were trained on in the same way under --logdir are not trained on again.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.cli import (  # noqa: E402
+from ldm.cli import (
     Parser,
     count,
-    run_command,  # noqa: E402
+    run_command,
     seed_number,
 )
-from ldm.config import find_file, load_config, plain  # noqa: E402
-from ldm.data.dreambooth import PersonalizedBase  # noqa: E402
-from ldm.evaluate.figures import save_grid  # noqa: E402
-from ldm.evaluate.kept import class_folder, kept  # noqa: E402
-from ldm.evaluate.metrics import mean_and_error, pairwise_similarity, similarity_to  # noqa: E402
-from ldm.evaluate.subjects import class_word_of  # noqa: E402
-from ldm.generate import Settings, generate  # noqa: E402
-from ldm.models.clip import CLIP  # noqa: E402
-from ldm.train import dreambooth  # noqa: E402
-from ldm.train.options import dreambooth_parser, parse  # noqa: E402
-from ldm.util import load_model_from_config  # noqa: E402
+from ldm.config import find_file, load_config, plain
+from ldm.data.dreambooth import PersonalizedBase
+from ldm.evaluate.figures import save_grid
+from ldm.evaluate.kept import class_folder, kept
+from ldm.evaluate.metrics import mean_and_error, pairwise_similarity, similarity_to
+from ldm.evaluate.subjects import class_word_of
+from ldm.generate import Settings, generate
+from ldm.models.clip import CLIP
+from ldm.train import dreambooth
+from ldm.train.options import dreambooth_parser, parse
+from ldm.util import load_model_from_config
 
 
 def trained(subject: Path, word: str, options: argparse.Namespace) -> Path:

@@ -1,30 +1,26 @@
 """Put SD-mini together: the weights of the three training runs as the files that are shipped, in half precision.
 
-    python scripts/pack_sd_mini.py --clip logs/<clip run>/checkpoints/last.ckpt --out models/sd-mini
-    python scripts/pack_sd_mini.py --autoencoder logs/<...>/last.ckpt --ldm logs/<...>/last.ckpt --out models/sd-mini
+    python -m scripts.sd_mini.pack --clip logs/<clip run>/checkpoints/last.ckpt --out models/sd-mini
+    python -m scripts.sd_mini.pack --autoencoder logs/<...>/last.ckpt --ldm logs/<...>/last.ckpt --out models/sd-mini
 
 writes clip/model.safetensors (both towers) and model.safetensors (averaged UNet, autoencoder, text tower).
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.checkpoints import read_weights, save_safetensors  # noqa: E402
+from ldm.checkpoints import read_weights, save_safetensors
 from ldm.cli import (
-    Parser,  # noqa: E402
-    run_command,  # noqa: E402
+    Parser,
+    run_command,
 )
-from ldm.config import instantiate_from_config, load_config  # noqa: E402
-from ldm.errors import InputError  # noqa: E402
-from ldm.models.building import load_weights  # noqa: E402
-from ldm.models.clip import CLIP  # noqa: E402
+from ldm.config import instantiate_from_config, load_config
+from ldm.errors import InputError
+from ldm.models.building import load_weights
+from ldm.models.clip import CLIP
 
 
 def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

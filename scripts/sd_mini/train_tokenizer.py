@@ -1,6 +1,6 @@
 """Train SD-mini's tokenizer, in CLIP's format, on the captions that build_captioned_pictures.py wrote.
 
-    python scripts/train_tokenizer.py --captions build/captioned/captions.txt --out models/sd-mini/clip
+    python -m scripts.sd_mini.train_tokenizer --captions build/captioned/captions.txt --out models/sd-mini/clip
 
 writes vocab.json, merges.txt and the configurations beside them. The shipped one must not be trained again: the weights
 belong to its numbering.
@@ -11,23 +11,20 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.checkpoints import atomic_write  # noqa: E402
+from ldm.checkpoints import atomic_write
 from ldm.cli import (
-    Parser,  # noqa: E402
-    run_command,  # noqa: E402
+    Parser,
+    run_command,
 )
-from ldm.data.captioned import background_words  # noqa: E402
-from ldm.errors import InputError  # noqa: E402
-from ldm.files import read_text  # noqa: E402
+from ldm.data.captioned import background_words
+from ldm.errors import InputError
+from ldm.files import read_text
 
 log = logging.getLogger("train_tokenizer")
 
@@ -114,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vocabulary", type=int, default=8000, help="tokens at most")
     options = parser.parse_args(arguments)
     if not Path(options.captions).is_file():
-        raise InputError(f"no captions at {options.captions}; write them with scripts/build_captioned_pictures.py")
+        raise InputError(f"no captions at {options.captions}; build_captioned_pictures.py beside this writes them")
     lines = read_text(options.captions).splitlines()
     words = count_words([*lines, *background_words(), *[PROMPT_WORDS] * 50, *[IDENTIFIERS] * 50])
     vocab, merges = train_bpe(words, options.vocabulary)

@@ -90,7 +90,7 @@ def command_line(value: list[str]) -> None:
 
 
 def prompts(value: bytes) -> None:
-    from sample import read_prompts
+    from ldm.commands.sample import read_prompts
 
     read_prompts(Namespace(from_file=str(written(Path("prompts.txt"), value)), prompt=""))
 

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 
@@ -19,6 +18,7 @@ from tests import interchange_models
 from tests.conftest import ROOT
 from tests.helpers import assert_close_to
 from tests.interchange_models import run
+from tests.runs import ENVIRONMENT
 from tests.test_lora_keys import random_lora, same
 from tests.test_position_sums import saved as saved_adapter
 
@@ -56,11 +56,8 @@ def test_help(name, capsys):
     ],
 )
 def test_the_published_flags(golden, script, origin):
-    sys.path.insert(0, str(ROOT / "scripts"))
-    ours = {
-        flag: action for action in importlib.import_module(script).parser()._actions for flag in action.option_strings
-    }
-    sys.path.pop(0)
+    parser = importlib.import_module(f"scripts.{script}").main.parser()
+    ours = {flag: action for action in parser._actions for flag in action.option_strings}
     for flag in published(golden, origin):
         action = ours[flag["flags"][0]]
         if flag.get("default") is not None and flag["flags"][0] not in ("--config", "--mode", "--sd_version"):
@@ -77,9 +74,7 @@ def test_the_published_flags(golden, script, origin):
     ],
 )
 def test_the_published_arguments(golden, script, origin):
-    sys.path.insert(0, str(ROOT / "scripts"))
-    ours = {action.dest: action for action in importlib.import_module(script).parser()._actions}
-    sys.path.pop(0)
+    ours = {action.dest: action for action in importlib.import_module(f"scripts.{script}").main.parser()._actions}
     for argument in published(golden, origin):
         assert argument["name"] in ours
         if not argument["required"] and argument["name"] != "device":
@@ -90,7 +85,7 @@ def test_a_refusal_is_one_line_and_code_2(tmp_path):
     """As a process, the way users start it."""
     command = [sys.executable, ROOT / "scripts/inspect_adapter.py", tmp_path / "nothing.pt"]
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.strip() == f"error: checkpoint {tmp_path}/nothing.pt does not exist"

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.data.build.drawings import Drawing, by_code, by_image, by_name, drawings, read_picture
-from ldm.data.build.emoji import read_emoji
-from ldm.data.build.photographs import NAMES, read_sheets
-from ldm.data.build.words import class_word, drawing_captions, photo_captions
+from scripts.sd_mini.build.drawings import Drawing, by_code, by_image, by_name, drawings, read_picture
+from scripts.sd_mini.build.emoji import read_emoji
+from scripts.sd_mini.build.photographs import NAMES, read_sheets
+from scripts.sd_mini.build.words import class_word, drawing_captions, photo_captions
 
 Record = tuple[dict, np.ndarray]
 FLAG_WEIGHT = 0.3  # 270 of the 1,900 emoji are flags
 
 
 def all_drawings(folders: dict[str, Path]) -> list[Drawing]:
-    """Every drawing of every vendor, by the folders of the packages in `ldm.data.build.packages.PACKAGES`."""
+    """Every drawing of every vendor, by the folders of the packages in `scripts.sd_mini.build.packages.PACKAGES`."""
     table = read_emoji(folders["names"], folders["words"])
     return [
         *drawings(table, "noto", "noto", by_image(folders["noto"] / "img/google/64")),

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.data.build.emoji import Emoji, plain_code
 from ldm.errors import InputError
+from scripts.sd_mini.build.emoji import Emoji, plain_code
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ldm.data.build.drawings import Drawing
+from scripts.sd_mini.build.drawings import Drawing
 
 GESTURES = r"{0}|{0} (frowning|pouting|bowing|facepalming|shrugging|(gesturing|tipping|raising|getting) \w+)"
 CLOCKS = r".*(o'clock|thirty)"

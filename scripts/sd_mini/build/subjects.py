@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.data.build.drawings import Drawing, read_picture
-from ldm.data.build.packages import PACKAGES
-from ldm.data.build.splits import SUBJECTS
 from ldm.data.captioned import compose, draw_backgrounds, uniforms
+from scripts.sd_mini.build.drawings import Drawing, read_picture
+from scripts.sd_mini.build.packages import PACKAGES
+from scripts.sd_mini.build.splits import SUBJECTS
 
 SIZES = {"noto": 64, "twemoji": 64}  # these exist in no larger size; all others are drawn anew at 128
 

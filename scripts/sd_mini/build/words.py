@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from ldm.data.build.emoji import Emoji
+from scripts.sd_mini.build.emoji import Emoji
 
 IDENTIFIERS = ("sks", "zwx", "new1")
 
