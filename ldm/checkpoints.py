@@ -165,23 +165,24 @@ def is_finite(value: Tensor) -> bool:
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, new: bool = False) -> Iterator[Path]:
     """Yields a path beside `path` to write a file or a folder to; renames it into place when the block succeeds.
 
     Whatever happens, `path` holds either its old content or the whole new one. But where the system cannot exchange two
     folders (Linux can), one takes two steps; a process killed between them leaves both in the hidden folder beside.
+    A `new` file takes no other's place, whoever writes at the same time.
     Raises `InputError` where a file would take the place of a folder, and `WriteError` where the system refuses.
     """
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
-        with _in_place(path, holder):
+        with _in_place(path, holder, _put_new if new else os.replace):
             yield holder / path.name
 
 
 @contextmanager
-def _in_place(path: Path, holder: Path) -> Iterator[None]:
+def _in_place(path: Path, holder: Path, put: Callable[[Path, Path], None]) -> Iterator[None]:
     """Afterwards what was written in `holder` is at `path`, or, after an error, what was there before."""
     old = holder / f"{path.name}.old"
     try:
@@ -193,11 +194,22 @@ def _in_place(path: Path, holder: Path) -> Iterator[None]:
             if _exchanged(holder / path.name, path):
                 return  # what was at `path` goes with the holder
             os.replace(path, old)
-        os.replace(holder / path.name, path)
+        put(holder / path.name, path)
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def _put_new(file: Path, path: Path) -> None:
+    """Give a file a name that nothing has. Raises `FileExistsError` where something has it."""
+    try:
+        os.link(file, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: the name is taken first, then filled
+        path.open("xb").close()
+        os.replace(file, path)
 
 
 def _exchanged(one: Path, two: Path) -> bool:

@@ -239,6 +239,9 @@ def stored_config(path: str | Path) -> Any:
             f"{path} asks for {', '.join(map(short, foreign[:3]))}, which is not among the targets of ours and was not "
             f"imported: {way_out}, or --allow_family for a family of yours"
         )
+    folder = Path(path).resolve().parent.parent
+    if outside := trust.paths_outside(held.get("lightning"), folder):
+        raise InputError(f"{path} asks to write to {short(outside[0])}, outside the folder of its run; {way_out}")
     return config
 
 
@@ -361,7 +364,11 @@ def _read_yaml(path: Path, named: str) -> Any:
     if not path.is_file():
         raise InputError(f"config {path} does not exist{named}; the shipped ones are under configs/")
     try:
-        config = OmegaConf.load(io.StringIO(read_yaml_text(path)))
+        text = read_yaml_text(path)
+        try:
+            config = OmegaConf.load(io.StringIO(text))
+        except OSError:  # a number or the like
+            config = yaml.safe_load(text)
     except InputError as error:
         raise InputError(f"config {error}") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:

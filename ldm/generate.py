@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from ldm.checkpoints import atomic_write
 from ldm.data.class_images import missing_class_images
-from ldm.errors import InputError
+from ldm.errors import InputError, WriteError
 from ldm.models.diffusion.guidance import guided
 from ldm.models.diffusion.samplers import draw, sampler
 from ldm.modules.text_once import text_once
-from ldm.writing import printable
+from ldm.writing import printable, writing
 
 log = logging.getLogger(__name__)
 
@@ -159,13 +159,29 @@ def grid(pictures: Sequence[Tensor], columns: int, gap: int = 2) -> Tensor:
     return rearrange(framed, "(rows columns) c h w -> c (rows h) (columns w)", columns=columns)
 
 
-def save_png(picture: Tensor, path: Path, about: Mapping[str, Any]) -> None:
-    """Write a picture [3, H, W] in [0, 1] as PNG, with `about` in its text chunks, atomically."""
+def save_png(picture: Tensor, path: Path, about: Mapping[str, Any], new: bool = False) -> None:
+    """Write a picture [3, H, W] in [0, 1] as PNG, with `about` in its text chunks, atomically; see `atomic_write`."""
     chunks = PngInfo()
     for key, value in about.items():
         chunks.add_itxt(key, printable(str(value)))
-    with atomic_write(path) as beside:
+    with atomic_write(path, new) as beside:
         to_pil(picture).save(beside, format="PNG", pnginfo=chunks)
+
+
+def save_numbered(picture: Tensor, folder: Path, name: str, number: int, about: Mapping[str, Any]) -> int:
+    """`save_png` under the first name from `number` on that nothing has; its number. `name` is such as `{:05}.png`.
+
+    Of two programs that draw into one folder each gets numbers of its own.
+    """
+    while True:
+        path = folder / name.format(number)
+        try:
+            save_png(picture, path, about, new=True)
+            return number
+        except WriteError:
+            if not path.exists():
+                raise
+            number += 1
 
 
 def next_number(folder: Path, pattern: str = "*.png") -> int:
@@ -181,7 +197,8 @@ def fill_class_folder(
 
     What is there is kept, so that an interrupted run goes on where it stopped. Adapters are off meanwhile.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     names = missing_class_images(folder, number)
     unet = model.model.diffusion_model
     unet.adapters_enable(False)

@@ -6,6 +6,7 @@ A file is data: what it names is looked up in a table of ours. The user's own co
 
 from __future__ import annotations
 
+import os
 import re
 import site
 import sysconfig
@@ -69,6 +70,25 @@ def foreign_targets(config: Any, aliases: dict[str, str]) -> list[str]:
 def interpolations(config: Any) -> list[str]:
     """The values and keys of a config that OmegaConf would replace by something else, `${oc.env:HOME}` for one."""
     return [text for leaf in _leaves(config) for text in leaf if isinstance(text, str) and "${" in text]
+
+
+# What the loggers, callbacks and Trainer of Lightning call the places that they write to, and names within those.
+PLACES = ("save_dir", "dir", "dirpath", "default_root_dir", "root_dir", "log_dir", "path")
+NAMES = ("filename", "name", "version", "sub_dir", "prefix", "CHECKPOINT_NAME_LAST")
+
+
+def paths_outside(lightning: Any, folder: Path) -> list[str]:
+    """The paths in a `lightning` section that lie outside a run's folder, which no run of a stranger is to write to."""
+    found = []
+    for key, value in _leaves(lightning):
+        if not isinstance(value, str):
+            continue
+        inside = Path(os.path.abspath(value)).is_relative_to(folder) and Path(value).resolve().is_relative_to(folder)
+        if key in PLACES and not inside:
+            found.append(value)
+        if key in NAMES and (os.path.isabs(value) or ".." in re.split(r"[/\\\\]", value)):
+            found.append(value)
+    return found
 
 
 def _leaves(config: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:

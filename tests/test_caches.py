@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ldm.checkpoints import save_safetensors
 from ldm.data.dreambooth import PersonalizedBase
 from ldm.errors import InputError
 from ldm.models.autoencoder import AutoencoderKL
@@ -103,6 +104,37 @@ def test_a_damaged_file_is_rebuilt(kept):
     file.write_bytes(file.read_bytes()[:100])
     assert torch.equal(encode(), first)
     assert torch.equal(encode(), first) and file.stat().st_size > 100
+
+
+HOSTILE = {
+    "another shape": lambda m: {"moments": m[:, :, :, :4]},
+    "fewer pictures": lambda m: {"moments": m[:1]},
+    "no shape at all": lambda m: {"moments": m[0, 0, 0, 0, 0]},
+    "a flat one": lambda m: {"moments": m.flatten()},
+    "an odd number of channels": lambda m: {"moments": m[:, :, :3]},
+    "numbers that are whole": lambda m: {"moments": m.long()},
+    "truths": lambda m: {"moments": m > 0},
+    "complex numbers": lambda m: {"moments": m.to(torch.complex64)},
+    "nan": lambda m: {"moments": torch.where(m == m.max(), torch.nan, m)},
+    "infinity": lambda m: {"moments": torch.where(m == m.max(), torch.inf, m)},
+    "another name": lambda m: {"weights": m},
+    "half precision": lambda m: {"moments": m.half()},
+    "one tensor more": lambda m: {"moments": m, "more": m[0].clone()},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_cache_that_does_not_fit_is_rebuilt(kept, name, caplog):
+    encode, folder, _ = kept
+    first = encode()
+    [file] = folder.iterdir()
+    save_safetensors(file, {key: value.contiguous() for key, value in HOSTILE[name](first).items()})
+    with caplog.at_level("WARNING"):
+        assert torch.equal(encode(), first)
+    assert f"{file} is rebuilt: " in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        assert torch.equal(encode(), first) and not caplog.text
 
 
 def test_a_first_stage_without_a_posterior_is_refused(kept):

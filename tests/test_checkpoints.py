@@ -25,7 +25,7 @@ from ldm.checkpoints import (
     save_torch,
 )
 from ldm.config import load_config
-from ldm.errors import InputError
+from ldm.errors import InputError, WriteError
 from ldm.interchange import layers
 from ldm.models.building import build_model, choose_checkpoint, load_weights, refuse_unknown, skip_init
 from tests import tuned_models
@@ -359,7 +359,7 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monke
 
     monkeypatch.setattr(platform, "system", lambda: "another")  # one that takes two steps
     monkeypatch.setattr(os, "replace", second_fails)
-    with pytest.raises(OSError, match="no space"), atomic_write(tmp_path / "folder") as beside:
+    with pytest.raises(WriteError, match="no space; what was"), atomic_write(tmp_path / "folder") as beside:
         beside.mkdir()
     assert (tmp_path / "folder" / "kept").read_text() == "kept"
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]

@@ -24,7 +24,7 @@ PLACES = {
     "condition": "model.params.cond_stage_config", "optimizer": "model.params.optimizer_config",
     "schedule": "model.params.scheduler_config", "data": "data", "a data set": "data.params.train",
     "a wrapped data set": "data.params.validation.params.inner", "a callback": "lightning.callbacks.mine",
-    "the logger": "lightning.logger", "elsewhere": "anything.at.all",
+    "the logger": "lightning.logger", "elsewhere": "x_anything.at.all",
 }  # fmt: skip
 FOREIGN = [
     "evil.Family", "venv.__main__.x", "unittest.__main__.x", "ctypes.cdll", "os.system", "builtins.eval",
@@ -80,6 +80,37 @@ def test_what_is_foreign(stored, target):
 def test_nothing_is_looked_up_for_it(stored, text):
     with pytest.raises(InputError, match=r"refers to other values by .*, which no run writes; .*--trust_config"):
         stored(**{"dreambooth.class_word": text})
+
+
+LOGGER = {"target": "pytorch_lightning.loggers.WandbLogger"}
+SAVES = {"target": "pytorch_lightning.callbacks.ModelCheckpoint"}
+WRITES = {
+    "a logger": {"logger": {**LOGGER, "params": {"save_dir": "/etc/cron.d"}}},
+    "a logger, by its other name": {"logger": {**LOGGER, "params": {"dir": "../../elsewhere"}}},
+    "a name that leads out": {"logger": {**LOGGER, "params": {"name": "../../x"}}},
+    "a callback": {"callbacks": {"mine": {**SAVES, "params": {"dirpath": "../../x"}}}},
+    "a callback's file": {"callbacks": {"mine": {**SAVES, "params": {"filename": "a/../../x"}}}},
+    "the trainer": {"trainer": {"default_root_dir": "/tmp"}},
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_it_writes_to_the_folder_of_its_run_alone(stored, tmp_path, name, monkeypatch):
+    [(section, value)] = WRITES[name].items()
+    with pytest.raises(InputError, match=r"asks to write to .*, outside the folder of its run; .*--trust_config"):
+        stored(**{f"lightning.{section}": value})
+    monkeypatch.setattr(trust, "trust_config", True)
+    stored()
+
+
+def test_within_that_folder_it_may_write(stored, tmp_path):
+    """`stored` lies as if the folder of the run were the one above."""
+    inside = {"dirpath": str(tmp_path.parent / "checkpoints"), "filename": "{epoch}-best"}
+    stored(**{"lightning.callbacks.mine": {**SAVES, "params": inside}})
+    outside = tmp_path.parent / "link"
+    outside.symlink_to("/etc")
+    with pytest.raises(InputError, match="asks to write to"):
+        stored(**{"lightning.callbacks.mine.params.dirpath": str(outside / "x")})
 
 
 def test_no_other_file_is_read_for_it(stored, tmp_path):

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from PIL import Image
 
 from ldm import cli
 from ldm.checkpoints import atomic_write, read_weights, save_json, save_safetensors, save_text, save_torch
 from ldm.errors import InputError, WriteError
 from ldm.files import read_text
-from ldm.generate import save_png
+from ldm.generate import save_numbered, save_png
 
 BIG = {"a": torch.ones(300_000)}
 
@@ -88,6 +89,24 @@ def test_names_that_cannot_be(tmp_path):
         with pytest.raises(WriteError, match=reason) as refused:
             save_json(path, {})
         assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_two_that_draw_into_one_folder_lose_no_picture(tmp_path, monkeypatch, links):
+    """Both have counted the pictures that are there before the other writes."""
+    if not links:
+
+        def refuse(*_):
+            raise PermissionError(errno.EPERM, "no links on this file system")
+
+        monkeypatch.setattr(os, "link", refuse)
+    white, black = torch.ones(3, 4, 4), torch.zeros(3, 4, 4)
+    numbers = [save_numbered(picture, tmp_path, "{:05}.png", 0, {}) for picture in (white, black, white)]
+    assert numbers == [0, 1, 2] and sorted(p.name for p in tmp_path.iterdir()) == [f"0000{n}.png" for n in numbers]
+    assert [Image.open(tmp_path / f"0000{n}.png").getpixel((0, 0))[0] for n in numbers] == [255, 0, 255]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="file is a file, not a folder"):
+        save_numbered(white, tmp_path / "file", "{:05}.png", 0, {})
 
 
 def test_errors_of_our_own_stay_what_they_are(tmp_path):

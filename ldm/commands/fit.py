@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> None:
 
     run = general.plan(options, trainer_options, overrides)
     if not options.train:
-        print(f"nothing trained: add -t to train in {run.folder}")
+        print(general.report(run))
         return
     if line := finished(run):
         print(line)

@@ -97,15 +97,17 @@ def run(options: argparse.Namespace) -> None:
             texts, seeds, generate.generate(model, texts, seeds, settings, True), strict=True
         ):
             if not options.skip_save:
-                generate.save_png(picture, singles / f"{number:05}.png", {"prompt": prompt, "seed": seed, **about})
+                about_this = {"prompt": prompt, "seed": seed, **about}
+                number = generate.save_numbered(picture, singles, "{:05}.png", number, about_this)
                 print(f"{singles / f'{number:05}.png'}  {prompt!r}, seed {seed}")
             number += 1
             pictures.append(picture)
     if not options.skip_grid:
-        path = outdir / f"grid-{generate.next_number(outdir, 'grid-*.png'):04}.png"
         grid = generate.grid(pictures, options.n_rows or options.n_samples)
-        generate.save_png(grid, path, {"prompt": " | ".join(prompts), "seed": options.seed, **about})
-        print(f"{path}  all {len(pictures)}")
+        first = generate.next_number(outdir, "grid-*.png")
+        about_all = {"prompt": " | ".join(prompts), "seed": options.seed, **about}
+        number = generate.save_numbered(grid, outdir, "grid-{:04}.png", first, about_all)
+        print(f"{outdir / f'grid-{number:04}.png'}  all {len(pictures)}")
 
 
 def check(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ Only its words can be taken out alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -100,10 +100,18 @@ def words(path: str | Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for entry in families(path):
         if family := _inversion(*entry):
-            rows = iter(entry[2].values())
+            rows = _rows(entry[2], sum(how["vectors"] for how in family.words.values()), path)
             for word, how in family.words.items():
                 found[word] = torch.cat([next(rows) for _ in range(how["vectors"])])
     return found
+
+
+def _rows(tensors: Mapping[str, Tensor], number: int, path: str | Path) -> Iterator[Tensor]:
+    """The vectors of words, [1, d] each. Raises `InputError` for others, or for another number of them."""
+    shapes = {tuple(value.shape) for value in tensors.values()}
+    if len(tensors) != number or len(shapes) != 1 or any(len(shape) != 2 or shape[0] != 1 for shape in shapes):
+        raise InputError(f"{path} is damaged: its {len(tensors)} tensors are not the {number} vectors of its words")
+    return iter(tensors.values())
 
 
 def _inversion(target: str, params: dict[str, Any], tensors: Mapping[str, Tensor]) -> TextualInversion | None:

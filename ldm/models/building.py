@@ -77,16 +77,17 @@ def load_weights(
             f"{source} does not fit this config: {name} has shape {theirs}, the model wants {ours} "
             f"({len(wrong)} such); use the config that the checkpoint was made with"
         ) from None
+    lacking = [name for name in result.missing_keys if name in parameters]
+    if unexpected := [name for name in lacking if not may_lack(name)]:
+        unknown = [name for name in result.unexpected_keys if not BOOKKEEPING.fullmatch(name)]
+        also = f" and holds {len(unknown)} that it has no place for ({', '.join(unknown[:3])})" if unknown else ""
+        raise InputError(
+            f"{source} does not fit this config: it lacks {len(unexpected)} of {len(parameters)} weights "
+            f"({', '.join(unexpected[:3])}){also}; use the config that the checkpoint was made with"
+        )
     refuse_unknown(result.unexpected_keys, source)
     used = {name: value for name, value in weights.items() if not BOOKKEEPING.fullmatch(name)}
     refuse_not_finite(used, source, "get an undamaged copy of the checkpoint")
-    lacking = [name for name in result.missing_keys if name in parameters]
-    unexpected = [name for name in lacking if not may_lack(name)]
-    if unexpected:
-        raise InputError(
-            f"{source} lacks {len(unexpected)} of {len(parameters)} weights ({', '.join(unexpected[:3])}, ...); "
-            "expected a checkpoint of the model in this config"
-        )
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.dtype != dtypes[name]:
             value.data = value.data.to(dtypes[name])

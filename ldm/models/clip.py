@@ -15,8 +15,8 @@ from ldm.checkpoints import atomic_write, read_weights
 from ldm.config import find_file, instantiate_from_config
 from ldm.errors import InputError
 from ldm.models.building import load_weights
-from ldm.modules.encoders.claims import check_clip, check_tokenizer
-from ldm.modules.encoders.tokenizers import refuse_code
+from ldm.modules.encoders.claims import building, read_clip
+from ldm.modules.encoders.tokenizers import read_tokenizer, refuse_code
 
 
 class CLIP(pl.LightningModule):
@@ -37,14 +37,14 @@ class CLIP(pl.LightningModule):
         caption_key: str = "caption",
     ) -> None:
         super().__init__()
-        from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+        from transformers import CLIPConfig, CLIPModel
 
         self.folder = find_file(folder)
         if not (self.folder / "config.json").is_file():
             raise InputError(f"no CLIP in {folder}: expected config.json, vocab.json and merges.txt there")
-        check_clip(self.folder), check_tokenizer(self.folder)
-        self.clip = CLIPModel(CLIPConfig.from_pretrained(refuse_code(self.folder)))
-        self.tokenizer = CLIPTokenizer.from_pretrained(self.folder)
+        with building(refuse_code(self.folder)):
+            self.clip = CLIPModel(CLIPConfig(**read_clip(self.folder)))
+        self.tokenizer = read_tokenizer("CLIPTokenizer", self.folder)
         self.weight_decay, self.scheduler_config = weight_decay, scheduler_config
         self.image_key, self.caption_key = image_key, caption_key
         if (self.folder / "model.safetensors").is_file():

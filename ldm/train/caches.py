@@ -103,9 +103,11 @@ def _fitting(kept: dict[str, Tensor], model: Any, dataset: PersonalizedBase) -> 
     side = dataset.size // model.first_stage_model.downsampling_factor
     wanted = (len(dataset.paths), 2, side, side)
     shape = () if moments is None else tuple(moments.shape)
-    if (*shape[:2], *shape[3:]) != wanted or shape[2] % 2 or not moments.is_floating_point():
-        found = {name: list(value.shape) for name, value in kept.items()}
-        raise InputError(f"it holds {short(found)}, expected moments of {wanted[0]} pictures, {side} x {side}")
+    kind = next(model.first_stage_model.parameters()).dtype
+    fits = len(kept) == 1 and (*shape[:2], *shape[3:]) == wanted and shape[2] % 2 == 0 and moments.dtype == kind
+    if not fits:
+        found = {name: [str(value.dtype), *value.shape] for name, value in kept.items()}
+        raise InputError(f"it holds {short(found)}, expected moments of {wanted[0]} pictures, {side} x {side}, {kind}")
     refuse_not_finite(kept, "it")
     return moments
 

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from ldm.config import instantiate_from_config
 from ldm.errors import InputError
+from ldm.models.building import skip_init
 from ldm.schema import Training
 from ldm.train import run as runs
 from ldm.train.concepts import takes
@@ -38,6 +39,14 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         keep_memory=config.training.keep_memory,
         debug=options.debug,
     )
+
+
+def report(run: Run) -> str:
+    """What would be trained, without training it. Raises `InputError` for a model that cannot be built."""
+    with skip_init():
+        model = instantiate_from_config(run.config.model)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{count:,} weights learn\nnothing trained: add -t to train in {run.folder}"
 
 
 def train(run: Run, test: bool = True) -> pl.Trainer:

@@ -321,15 +321,24 @@ class SaveRun(Checkpoint):
         if trainer.is_global_zero:
             for left in self.folder.glob(".*.tmp-*"):  # of a process that was killed while it saved
                 shutil.rmtree(left, ignore_errors=True)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            if number == signal.SIGUSR1 and signal.getsignal(number) is not signal.SIG_DFL:
-                continue  # a cluster's requeueing has it
+        self.listen()
+        for number in (signal.SIGTERM, signal.SIGINT):
             self.handlers[number] = signal.signal(number, self._ask)
+
+    def listen(self) -> None:
+        """Take SIGUSR1, which would end the process: one that comes before the first step is answered after it.
+
+        Where a cluster's requeueing has it, it stays there.
+        """
+        if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+            self.handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._ask)
 
     def _ask(self, number: int, _frame: Any) -> None:
         if self.asked == signal.SIGINT == number:  # a second Ctrl-C does not wait for the batch to end
             raise KeyboardInterrupt
         self.asked = number
+        if number == signal.SIGUSR1 and not self.step:
+            log.info("SIGUSR1 before the first step: there is nothing new to save; what that step learns will be saved")
 
     def release_signals(self) -> None:
         for number, handler in self.handlers.items():

@@ -163,13 +163,19 @@ def new_folder(logdir: str, project: str, data: str, name: str, postfix: str) ->
 
 @contextlib.contextmanager
 def unless_refused(run: Run, saver: SaveRun) -> Iterator[None]:
-    """Takes the folder of a new run away again where an error ends it before its first step."""
+    """Takes the folder of a new run away again where an error ends it before its first step.
+
+    From here on SIGUSR1 ends no run.
+    """
+    saver.listen()
     try:
         yield
     except Exception:
         if run.resume is None and not saver.step and rank_zero_only.rank == 0:
             shutil.rmtree(run.folder, ignore_errors=True)
         raise
+    finally:
+        saver.release_signals()
 
 
 @rank_zero_only

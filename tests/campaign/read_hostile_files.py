@@ -19,7 +19,7 @@ from ldm.data.pictures import read_picture
 from ldm.errors import InputError
 from ldm.files import read_json
 from ldm.interchange.inspection import describe
-from ldm.modules.encoders.claims import check_clip
+from ldm.modules.encoders.claims import read_clip
 from ldm.tuning import files
 from tests import tuned_models
 from tests.campaign.fuzz_torch_files import walk
@@ -32,7 +32,7 @@ READERS = {
     "yaml": load_config,
     "json": read_json,
     "picture": read_picture,
-    "clip": check_clip,
+    "clip": read_clip,
 }
 
 

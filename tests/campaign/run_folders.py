@@ -161,7 +161,7 @@ def attack(world: World, random: Random, number: int, work: Path) -> Attack:
     run = copied(world.half, work)
     how, refuse = DAMAGES[number % len(DAMAGES)](run, random)
     (work / "evil.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
 
     def act() -> str:
         outcome = forked(world.resume(run, "--max_steps", STEPS), work, 90)

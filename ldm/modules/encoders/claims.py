@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import InputError, short
+from ldm.errors import InputError, did_you_mean, short
 from ldm.files import TEXT_BYTES, read_json
 
 # No encoder of a latent diffusion model is larger; OpenCLIP's bigG has 48 layers and a width of 1664.
@@ -20,28 +22,80 @@ LARGEST = {
     "projection_dim": 2**13,
     "image_size": 2**12,
     "num_channels": 16,
+    "patch_size": 2**12,
 }
+NUMBERS = (
+    "layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor", "logit_scale_init_value",
+)  # fmt: skip
+IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+TOWERS = ("text_config", "text_config_dict", "vision_config", "vision_config_dict")
+ATTENTION = ("attn_implementation", "_attn_implementation")
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 PARAMETERS = 2**31
 
 
-def check_clip(folder: Path) -> None:
-    """Raises `InputError` for a `config.json` that is none or that asks for a network of absurd size."""
-    config = read_json(folder / "config.json")
+def read_clip(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a CLIP folder, or of its text encoder alone: sizes, numbers and activations, nothing else.
+
+    What else it says is not handed on: transformers would fetch code for some of it. Raises `InputError` for what asks
+    for code, is of another type, or is a network of absurd size.
+    """
+    file = folder / "config.json"
+    config = read_json(file)
     if not isinstance(config, Mapping):
-        raise InputError(f"{folder / 'config.json'} must be a mapping, got {short(config)}")
-    for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
-        if not isinstance(part, Mapping):
-            raise InputError(f"{folder / 'config.json'}: expected a mapping in it, got {short(part)}")
-        for key, most in LARGEST.items():
-            if key in part and not _is_size(part[key], most):
-                raise InputError(
-                    f"{folder / 'config.json'}: {key} must be a whole number from 1 to {most}, got {short(part[key])}"
-                )
-        width, inner = part.get("hidden_size", 0), part.get("intermediate_size", 0)
-        layers = part.get("num_hidden_layers", 0) * (4 * width**2 + 2 * width * inner)
-        if layers + (part.get("vocab_size", 0) + part.get("max_position_embeddings", 0)) * width > PARAMETERS:
-            raise InputError(f"{folder / 'config.json'} asks for more than {PARAMETERS} parameters")
+        raise InputError(f"{file} must be a mapping, got {short(config)}")
+    towers = {name: _tower(config[name], file) for name in TOWERS if config.get(name) is not None}
+    return _tower(config, file) | towers
+
+
+def read_text_tower(folder: Path) -> dict[str, Any]:
+    """The part of `read_clip` that is its text encoder."""
+    config = read_clip(folder)
+    return config.get("text_config") or {name: value for name, value in config.items() if name not in TOWERS}
+
+
+def _tower(part: Any, file: Path) -> dict[str, Any]:
+    """The keys of a text or vision tower that are known, each of its kind."""
+    if not isinstance(part, Mapping):
+        raise InputError(f"{file}: expected a mapping in it, got {short(part)}")
+    for key in ATTENTION:
+        if "/" in str(part.get(key)):
+            raise InputError(f"{file} refused: its {key} {short(part[key])} asks for code, and a folder is data")
+    for key, most in LARGEST.items():
+        if key in part and not _is_size(part[key], most):
+            raise InputError(f"{file}: {key} must be a whole number from 1 to {most}, got {short(part[key])}")
+    for key in NUMBERS:
+        if part.get(key) is not None and not _is_number(part[key]):
+            raise InputError(f"{file}: {key} must be a finite number, got {short(part[key])}")
+    for key in IDS:
+        if part.get(key) is not None and not (_is_int(part[key]) and 0 <= part[key] < 2**31):
+            raise InputError(f"{file}: {key} must be a whole number of at least 0, got {short(part[key])}")
+    if "hidden_act" in part:
+        _check_activation(part["hidden_act"], file)
+    width, inner = part.get("hidden_size", 0), part.get("intermediate_size", 0)
+    layers = part.get("num_hidden_layers", 0) * (4 * width**2 + 2 * width * inner)
+    if layers + (part.get("vocab_size", 0) + part.get("max_position_embeddings", 0)) * width > PARAMETERS:
+        raise InputError(f"{file} asks for more than {PARAMETERS} parameters")
+    return {key: part[key] for key in (*LARGEST, *NUMBERS, *IDS, "hidden_act") if part.get(key) is not None}
+
+
+def _check_activation(name: Any, file: Path) -> None:
+    from transformers.activations import ACT2FN
+
+    if not isinstance(name, str) or name not in ACT2FN:
+        known = did_you_mean(name, ACT2FN) if isinstance(name, str) else "; expected a name such as quick_gelu"
+        raise InputError(f"{file}: hidden_act {short(name)} is unknown{known}")
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Within this context transformers builds what a folder describes: what it refuses is one line with its path."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # a dozen kinds, of three libraries
+        raise InputError(f"{folder} cannot be used as a text encoder: {' '.join(str(error).split())[:300]}") from error
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -54,5 +108,13 @@ def check_tokenizer(folder: Path) -> None:
         raise InputError(f"{merges} refused: it has more than {TEXT_BYTES} bytes")
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_size(value: Any, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+    return _is_int(value) and 1 <= value <= most
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) and abs(value) < 2**63 or isinstance(value, float) and math.isfinite(value)

@@ -14,7 +14,7 @@ from ldm.checkpoints import read_weights
 from ldm.config import find_file
 from ldm.errors import InputError
 from ldm.modules.encoders.bert import BERTEmbedder  # noqa: F401 (YAML files name it here)
-from ldm.modules.encoders.claims import check_clip
+from ldm.modules.encoders.claims import building, read_text_tower
 from ldm.modules.encoders.tokenizers import load_tokenizer, refuse_code
 from ldm.modules.encoders.tokens import NewTokens, read_embeddings
 
@@ -59,8 +59,8 @@ class FrozenCLIPEmbedder(nn.Module):
         self.version, self.tokenizer_folder = version, tokenizer
         folder = find_file(version)
         if (folder / "config.json").is_file():
-            check_clip(folder)
-            config = CLIPTextConfig.from_pretrained(refuse_code(folder))
+            with building(refuse_code(folder)):
+                config = CLIPTextConfig(**read_text_tower(folder))
         elif version == "openai/clip-vit-large-patch14":
             config = CLIPTextConfig(**CLIP_VIT_L_14)
         else:
@@ -68,7 +68,8 @@ class FrozenCLIPEmbedder(nn.Module):
                 f"text encoder {version!r}: expected a folder with config.json or openai/clip-vit-large-patch14"
             )
         self.max_length = min(max_length, config.max_position_embeddings)  # what the encoder can take
-        self.transformer = CLIPTextModel(config)
+        with building(folder):
+            self.transformer = CLIPTextModel(config)
         self.new_tokens = NewTokens(self._text_model.embeddings.token_embedding)
         self._register_state_dict_hook(_to_released_names)
         self._register_load_state_dict_pre_hook(self._from_any_names)

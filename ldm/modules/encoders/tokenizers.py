@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from codecs import BOM_UTF8
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ldm.config import find_file
 from ldm.errors import InputError
 from ldm.files import read_json
-from ldm.modules.encoders.claims import check_tokenizer
+from ldm.modules.encoders.claims import FILES, building, check_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -35,19 +38,41 @@ def load_tokenizer(kind: str, version: str, files: Sequence[str], folder: str | 
 
     Raises `InputError`, which says which files to put where, if they are not to be had.
     """
-    import transformers
-
     folders = [folder, version, f"models/{Path(version).name}"]
     for place in (find_file(name) for name in folders if name):
         if all((place / file).is_file() for file in files):
-            check_tokenizer(place)
-            return getattr(transformers, kind).from_pretrained(refuse_code(place))
+            return read_tokenizer(kind, place)
     if place := _from_hub(version, files):
-        return getattr(transformers, kind).from_pretrained(refuse_code(place))
+        return read_tokenizer(kind, place)
     raise InputError(
         f"no tokenizer for {version}: put its {' and '.join(files)} into {folders[-1]}, "
         "or name a folder that has them as model.params.cond_stage_config.params.tokenizer"
     )
+
+
+def read_tokenizer(kind: str, folder: Path) -> Any:
+    """The tokenizer of class `kind` in transformers that lies in a folder. Raises `InputError` for a damaged one."""
+    import transformers
+
+    check_tokenizer(folder), refuse_code(folder)
+    with building(folder), without_marks(folder) as place:
+        return getattr(transformers, kind).from_pretrained(place)
+
+
+@contextmanager
+def without_marks(folder: Path) -> Iterator[Path]:
+    """A folder with a tokenizer's files, none of which begins with a byte order mark: this one, or a copy for a while.
+
+    Editors of Windows put the mark there, and the library that reads the files takes it for a part of them.
+    """
+    texts = {file.name: file.read_bytes() for name in (*FILES, "merges.txt") if (file := folder / name).is_file()}
+    if not any(content.startswith(BOM_UTF8) for content in texts.values()):
+        yield folder
+        return
+    with TemporaryDirectory() as copy:
+        for name, content in texts.items():
+            (Path(copy) / name).write_bytes(content.removeprefix(BOM_UTF8))
+        yield Path(copy)
 
 
 def _from_hub(version: str, files: Sequence[str]) -> Path | None:
