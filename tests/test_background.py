@@ -22,7 +22,7 @@ def end(*_):
     print("saved", flush=True)
     sys.exit()
 signal.signal(signal.SIGTERM, end)
-print("threads", os.environ["OMP_NUM_THREADS"], flush=True)
+print("threads", os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"], flush=True)
 for n in range(10**6):
     print("step", n, end="\\r", flush=True)
     time.sleep(0.01)
@@ -58,7 +58,7 @@ def test_it_is_nice_has_its_threads_and_a_session_of_its_own(folder, counting):
     process = counting.process
     assert process.nice() == 19
     assert os.getsid(counting.pid) == counting.pid != os.getsid(0)
-    assert (folder / background.OUTPUT).read_text().startswith("threads 3\n")
+    assert (folder / background.OUTPUT).read_text().startswith("threads 3 passive\n")
     assert counting.state == background.RUNNING and background.read(folder) == counting
 
 
