@@ -72,7 +72,7 @@ def start(folder: str | Path, command: Sequence[str], threads: int) -> Backgroun
     if (folder / STATE).is_file() and (old := read(folder)).state != ENDED:
         raise InputError(f"{folder} has a training that is {old.state} (process {old.pid}); stop it first")
     counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    # At nice 19 one thread waits long for another that is not let run; spinning meanwhile took four times a step's work.
+    # A thread may wait long for another that is not let run: spinning meanwhile costs several times the work of a step.
     waiting = {"OMP_WAIT_POLICY": "passive"}
     with explain(f"{folder} cannot be written to", OSError):
         folder.mkdir(parents=True, exist_ok=True)
