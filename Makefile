@@ -18,13 +18,7 @@ help:  ## list these targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 10
 
 demo: .venv/runtime.stamp  ## train an adapter on a few pictures, sample with it, print where the pictures are
-	$(PY) main_dream_booth.py --base $(DEMO_CONFIG) -t -n demo --class_word $(DEMO_WORD) --data_root $(DEMO_SUBJECT) \
-		--reg_data_root outputs/demo/$(DEMO_WORD) --num_class_images 16
-	run=$$(ls -td logs/*_demo | head -n 1); adapters=$$(ls -td $$run/checkpoints/*-adapters | head -n 1); \
-	$(PY) sample.py --config configs/sd-mini/inference.yaml --adapter_path $$adapters --outdir outputs/demo \
-		--prompt "an emoji of a sks $(DEMO_WORD)" --n_samples 4 --n_iter 1 --ddim_steps 25 --scale 5 && \
-	$(PY) scripts/before_after.py --config configs/sd-mini/inference.yaml --adapter_path $$adapters \
-		--data_root $(DEMO_SUBJECT) --class_word $(DEMO_WORD) --template "an emoji of a {}" --out outputs/demo/before-after.png
+	$(PY) -m ldm demo --base $(DEMO_CONFIG) --data_root $(DEMO_SUBJECT) --class_word $(DEMO_WORD)
 
 test: .venv/test.stamp  ## check the style, then run all tests
 	.venv/bin/ruff check .

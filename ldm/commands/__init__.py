@@ -10,13 +10,14 @@ from __future__ import annotations
 import ast
 import importlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 from ldm.cli import Parser, complete
 
 VERBS = {
-    "training": ("train", "train-many", "fit", "lora-pti", "cache-latents"),
+    "training": ("train", "train-many", "fit", "lora-pti", "cache-latents", "config"),
     "pictures": ("sample", "before-after", "demo"),
     "files of adapters, LoRAs, deltas, words and models": (
         "inspect", "convert", "merge", "lora-add", "distill", "deltas", "compress", "compose",
@@ -36,7 +37,7 @@ def module_name(verb: str) -> str:
 
 def help_of(verb: str) -> str:
     """What a verb does, in a line; its module is read and not imported."""
-    source = Path(__file__).with_name(f"{module_name(verb)}.py").read_text(encoding="utf-8")
+    source = Path(find_spec(f"{__name__}.{module_name(verb)}").origin).read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
 

@@ -1,4 +1,4 @@
-"""Encode draws of captioned pictures with a trained autoencoder, for training a diffusion model on them.
+"""Encode captioned pictures with a trained autoencoder, for training a diffusion model.
 
     ldm cache-latents --ckpt logs/<autoencoder run>/checkpoints/last.ckpt --out build/latents.safetensors
     ldm cache-latents --ckpt models/sd-mini/model.safetensors        # the autoencoder of a whole model

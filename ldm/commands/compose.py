@@ -1,9 +1,10 @@
-"""Custom Diffusion: concepts that were trained one by one, in one delta, by the closed form (arXiv 2212.04488).
+"""Join Custom Diffusion concepts that were trained one by one in one delta, in closed form.
 
     ldm compose --paths cat/delta.ckpt+pot/delta.ckpt --categories "cat+wooden pot"
         --ckpt models/sd-v1-4.ckpt --regularization_prompt captions.txt
 
-writes <save_path>/<categories>/checkpoints/delta_epoch=000000.ckpt with the new words <new1>, <new2>, ... in order.
+writes <save_path>/<categories>/checkpoints/delta_epoch=000000.ckpt with the new words <new1>, <new2>, ... in order. The
+closed form is that of arXiv 2212.04488.
 """
 
 from __future__ import annotations

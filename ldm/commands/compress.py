@@ -1,4 +1,4 @@
-"""Custom Diffusion: a delta with low-rank changes of keys and values in place of whole weights.
+"""Compress a Custom Diffusion delta: low-rank changes of keys and values, not whole weights.
 
     ldm compress --delta_ckpt logs/<run>/checkpoints/delta_epoch=000004.ckpt --ckpt models/sd-v1-4.ckpt
 

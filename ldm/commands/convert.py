@@ -1,4 +1,4 @@
-"""Any format to any: LoRAs, Custom Diffusion deltas, learnt words, whole models.
+"""Convert any format to any: LoRAs, Custom Diffusion deltas, learnt words, whole models.
 
     ldm convert lora.safetensors out.safetensors --to kohya
     ldm convert logs/<run>/checkpoints/500-adapters out.safetensors --to diffusers

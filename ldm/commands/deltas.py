@@ -1,4 +1,4 @@
-"""Custom Diffusion: the small part of checkpoints that was trained, as delta files beside them.
+"""Extract what Custom Diffusion trained from checkpoints, as small delta files beside them.
 
     ldm deltas --path logs/<run> --newtoken 1
 

@@ -1,9 +1,10 @@
-"""Train an adapter on a few pictures, sample with it, show before and after: three commands, said and run.
+"""Train an adapter on a few pictures, sample with it, show before and after.
 
     ldm demo
     ldm demo --data_root photos --class_word dog --max_steps 400
 
-SD-mini and its subjects come with the package: nothing is fetched. Other options and overrides go on to `ldm train`.
+Prints three commands and runs them: `ldm train`, which is given all other options and overrides, `ldm sample`, and
+`ldm before-after`. SD-mini and its subjects come with the package; nothing is fetched.
 """
 
 from __future__ import annotations

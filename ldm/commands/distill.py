@@ -1,4 +1,4 @@
-"""A LoRA from the difference of two models, e.g. a fully fine-tuned one and its base.
+"""Make a LoRA from the difference of two models, e.g. a fully fine-tuned one and its base.
 
     ldm distill tuned.ckpt base.ckpt --rank 4 --clamp_quantile 0.99 --save_path svd_distill.safetensors
 

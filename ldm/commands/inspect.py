@@ -1,4 +1,4 @@
-"""What is in a file or folder: kind, routes, layers, ranks, words, size, norms, and its base as far as it is named.
+"""Tell what is in a file or folder: kind, routes, layers, ranks, words, size, norms, base.
 
     ldm inspect logs/<run>/checkpoints/500-adapters some_lora.safetensors
 """

@@ -1,10 +1,11 @@
-"""Pivotal tuning: first the new words learn, then LoRA on the UNet and the text encoder around them, in one run.
+"""Pivotal tuning in one run: first the new words learn, then LoRA around them.
 
     ldm lora-pti --instance_data_dir photos --pretrained_model_name_or_path models/sd-v1-4.ckpt --output_dir out
         --placeholder_tokens "<s1>|<s2>" --initializer_tokens "dog|<rand-0.017>" --use_template object
 
-writes <output_dir>/final_lora.safetensors (cloneofsimo's format, with the words inside) and the run beside it. The run
-is that of `ldm train` with --config; overrides of the config may follow: data.params.num_workers=0.
+writes <output_dir>/final_lora.safetensors (cloneofsimo's format, with the words inside) and the run beside it. LoRA is
+on the UNet and the text encoder. The run is that of `ldm train` with --config; overrides of the config may follow:
+data.params.num_workers=0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Put position adapters together: scale one, sum several of the same routes, or stack them side by side.
+"""Scale a position adapter, sum several of the same routes, or stack them side by side.
 
     ldm merge a/500-adapters b/500-adapters --weights 0.7 0.3 --out both
     ldm merge a/500-adapters b/500-adapters --stack --out both

@@ -1,4 +1,4 @@
-"""Prompts to pictures, with adapters.
+"""Draw pictures from prompts, with adapters.
 
     ldm sample --prompt "photo of a sks dog" --adapter_path logs/<run>/checkpoints/500-adapters
 """

@@ -1,4 +1,4 @@
-"""Train several configs and subjects at once over one copy of the base model, in one process.
+"""Train several configs and subjects at once over one copy of the base model.
 
     ldm train-many -t --base configs/sd-mini/attn2o-ffni.yaml configs/sd-mini/attn1i-transo.yaml
         --data_root photos/rex photos/tom --class_word dog cat --reg_data_root pictures/dogs pictures/cats
