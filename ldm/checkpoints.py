@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,16 @@ def atomic_write(path: str | Path, new: bool = False) -> Iterator[Path]:
         holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
         with _in_place(path, holder, _put_new if new else os.replace):
             yield holder / path.name
+
+
+def write_all(writers: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Call `writers` with paths beside those that they are for; all are renamed when the last one has written.
+
+    Raises `WriteError` where one cannot write; then none has changed anything.
+    """
+    with ExitStack() as stack:
+        for path, write in writers.items():
+            write(stack.enter_context(atomic_write(path)))
 
 
 @contextmanager

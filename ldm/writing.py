@@ -13,7 +13,9 @@ from pathlib import Path
 from ldm.errors import InputError, WriteError, first_line
 
 # How torch says that its writer in C++ failed; it does not tell why.
-TORCH_WRITER = re.compile(r"inline_container|PytorchStreamWriter|Parent directory .* does not exist|cannot be opened")
+TORCH_WRITER = re.compile(
+    r"inline_container|PytorchStreamWriter|basic_ios::clear|Parent directory .* does not exist|cannot be opened"
+)
 
 
 def printable(text: str) -> str:
@@ -52,7 +54,10 @@ def writing(path: Path) -> Iterator[None]:
     was_there = _exists(path)
     try:
         yield
-    except WriteError as error:  # of a file within the folder that is written
+    except WriteError as error:
+        hidden = f"{path.parent / f'.{path.name}.tmp-'}"  # see `ldm.checkpoints.atomic_write`
+        if not str(error.path).startswith(hidden):
+            raise
         raise WriteError(path, error.reason, was_there) from None
     except InputError:
         raise

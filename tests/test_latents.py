@@ -53,23 +53,28 @@ def test_other_files_are_refused(tmp_path):
         CachedLatents(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("prefix", ["", "first_stage_model."], ids=["autoencoder", "diffusion model"])
-def test_pictures_become_latents(tmp_path, capsys, prefix):
-    """The script, with a small autoencoder: latents are draws of its posterior, captions those of the pictures."""
+def config(folder):
+    """A small autoencoder and five captioned pictures, written into a folder."""
     records = [
         ({"captions": [f"number {i}"], "split": "train", "kind": "photo"}, np.full((64, 64, 3), 40 * i, np.uint8))
         for i in range(5)
     ]
-    write_records(tmp_path / "captioned.tar.gz", records)
-    config = load_config("configs/sd-mini/train/autoencoder.yaml")
+    write_records(folder / "captioned.tar.gz", records)
+    shipped = load_config("configs/sd-mini/train/autoencoder.yaml")
     changed = {
         "model": {"params": {"ddconfig": {"ch": 32, "ch_mult": [1, 1, 1]}}},
-        "data": {"params": {"train": {"params": {"path": str(tmp_path / "captioned.tar.gz"), "shares": None}}}},
+        "data": {"params": {"train": {"params": {"path": str(folder / "captioned.tar.gz"), "shares": None}}}},
     }
-    OmegaConf.save(OmegaConf.merge(config, changed), tmp_path / "config.yaml")
-    config = load_config(tmp_path / "config.yaml")
+    return OmegaConf.merge(shipped, changed)
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."], ids=["autoencoder", "diffusion model"])
+def test_pictures_become_latents(tmp_path, capsys, prefix):
+    """The script, with a small autoencoder: latents are draws of its posterior, captions those of the pictures."""
+    OmegaConf.save(config(tmp_path), tmp_path / "config.yaml")
+    held = load_config(tmp_path / "config.yaml")
     torch.manual_seed(0)
-    autoencoder = instantiate_from_config(config.model)
+    autoencoder = instantiate_from_config(held.model)
     weights = {prefix + name: value for name, value in autoencoder.state_dict().items()}
     save_torch(tmp_path / "last.ckpt", {"state_dict": weights})
     words = [
@@ -82,7 +87,7 @@ def test_pictures_become_latents(tmp_path, capsys, prefix):
     ]
     cache_latents.main([str(word) for word in [*words, "--draws", 7, "--batch_size", 3, "--device", "cpu"]])
     made = CachedLatents(tmp_path / "out.safetensors")
-    batch = instantiate_from_config(config.data.params.train).batch(range(7))
+    batch = instantiate_from_config(held.data.params.train).batch(range(7))
     posterior = autoencoder.eval().encode(autoencoder.get_input(batch, "image"))
     assert made.captions == batch["caption"] and made.latents.shape == (7, 16, 16, 4)
     away = (made.latents.movedim(-1, 1).float() - posterior.mean) / posterior.std

@@ -100,6 +100,7 @@ def weighted(one: str, two: str, output: Path, options: argparse.Namespace) -> s
 
 def into_model(model_path: str, lora_path: str, output: Path, options: argparse.Namespace) -> str:
     """A LoRA's change in a model's own weights, for good."""
+    from ldm.checkpoints import write_all
     from ldm.interchange import apply, diffusers_model, embeddings, identify, own, read_lora
     from ldm.interchange import lora as loras
     from ldm.interchange.command import filled_model, params_of, read_model, skeleton, to_be_written, write_checkpoint
@@ -116,11 +117,15 @@ def into_model(model_path: str, lora_path: str, output: Path, options: argparse.
     beside = output.with_name(f"{output.stem}.words.safetensors")
     if tokens:
         to_be_written(beside, options.force)
-    if options.mode == "upl":
-        diffusers_model.write_folder(output, merged, params_of(options.config), model_path)
-    else:
-        write_checkpoint(output, merged)
+
+    def write(path: Path) -> None:
+        if options.mode == "upl":
+            diffusers_model.write_folder(path, merged, params_of(options.config), model_path)
+        else:
+            write_checkpoint(path, merged)
+
+    files = embeddings.diffusers_files(beside, tokens) if tokens else {}
+    write_all({**files, output: write})
     if not tokens:
         return str(output)
-    files = embeddings.write_diffusers(beside, tokens)
     return f"{output}; the words {', '.join(tokens)} are in {', '.join(map(str, files))}"

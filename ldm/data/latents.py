@@ -33,6 +33,8 @@ class CachedLatents(Dataset):
             self.latents = weights["latents"].movedim(1, -1)
             with safe_open(path, framework="pt") as file:
                 self.captions = parse_json(file.metadata()["captions"], f"{path}: captions", CAPTIONS_LENGTH)
+        if not isinstance(self.captions, list) or not all(isinstance(one, str) for one in self.captions):
+            raise InputError(f"{path} is no cache of latents: its captions are no list of texts")
         if len(self.captions) != len(self.latents):
             raise InputError(f"{path} has {len(self.latents)} latents but {len(self.captions)} captions; make it again")
         self.ucg_rate, self.seed = ucg_rate, seed

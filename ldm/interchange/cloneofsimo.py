@@ -10,12 +10,13 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import read_metadata, read_object, refuse_not_finite, save_safetensors, save_torch
+from ldm.checkpoints import read_metadata, read_object, refuse_not_finite, save_safetensors, save_torch, write_all
 from ldm.errors import InputError
 from ldm.files import parse_json
 from ldm.interchange import layers
@@ -139,11 +140,18 @@ def write_pt(path: str | Path, content: Published) -> None:
     """
     if "unet" not in content.factors:
         raise InputError(f"{path}: a .pt LoRA begins with the UNet's layers, and this one has none; use another format")
-    text_beside(path).unlink(missing_ok=True)
+    lists = {}
     for part, target in (("text_encoder", text_beside(path)), ("unet", Path(path))):
         pairs = [folded(one) for one in content.factors.get(part, [])]
         if pairs:
-            save_torch(target, [tensor.half() for one in pairs for tensor in (one.up, one.down)])
+            lists[target] = [tensor.half() for one in pairs for tensor in (one.up, one.down)]
+    write_all({target: partial(_save_list, tensors=tensors) for target, tensors in lists.items()})
+    if text_beside(path) not in lists:
+        text_beside(path).unlink(missing_ok=True)
+
+
+def _save_list(path: Path, tensors: list[Tensor]) -> None:
+    save_torch(path, tensors)
 
 
 # --- to and from the neutral form

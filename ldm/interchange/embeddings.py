@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoints import read_object, save_safetensors, save_torch
+from ldm.checkpoints import read_object, save_safetensors, save_torch, write_all
 from ldm.errors import InputError
 from ldm.modules.encoders.tokens import read_embeddings
 
@@ -35,19 +36,25 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_diffusers(path: str | Path, words: Mapping[str, Tensor]) -> list[Path]:
-    """Write what diffusers' `load_textual_inversion` reads: one word in a file.
+    """Write what diffusers' `load_textual_inversion` reads, see `diffusers_files`. Returns the files."""
+    files = diffusers_files(path, words)
+    write_all(files)
+    return list(files)
 
-    Several words go into a folder, `path`, one file each. Returns the files.
-    """
+
+def diffusers_files(path: str | Path, words: Mapping[str, Tensor]) -> dict[Path, Callable[[Path], None]]:
+    """One file for each word, and what writes it; several words go into a folder, `path`."""
     path = Path(path)
     names = [re.sub(r"[^\w-]+", "_", word.strip("<>")) for word in words]  # a word may be no name for a file: `<a/b>`
     if len(set(names)) < len(names):
         names = [f"{number}-{name}" for number, name in enumerate(names)]
     several = {path / f"{name}.safetensors": {word: words[word]} for name, word in zip(names, words, strict=True)}
     files = {path: words} if len(words) == 1 else several
-    for file, content in files.items():
-        save_safetensors(file, {w: v[0] if len(v) == 1 else v for w, v in content.items()}, {"format": "pt"})
-    return list(files)
+    return {file: partial(_save_words, words=content) for file, content in files.items()}
+
+
+def _save_words(path: Path, words: Mapping[str, Tensor]) -> None:
+    save_safetensors(path, {word: v[0] if len(v) == 1 else v for word, v in words.items()}, {"format": "pt"})
 
 
 def write_ldm(path: str | Path, words: Mapping[str, Tensor]) -> None:
