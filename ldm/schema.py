@@ -380,7 +380,8 @@ def fits(value: Any, annotation: Any) -> bool:
     if not _is_plain_kind(annotation) or not _is_plain(value) or _is_reference(value):
         return True
     try:
-        adapter(annotation).validate_json(json.dumps(_as_read(value)), strict=True)  # JSON's lists can be tuples
+        told = json.dumps(_as_read(value), ensure_ascii=False)  # JSON's lists can be tuples
+        adapter(annotation).validate_json(told.encode("utf-8", "replace"), strict=True)  # names of files may be no text
     except ValidationError:
         return False
     return True

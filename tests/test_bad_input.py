@@ -142,6 +142,15 @@ TRAINING = {
         "--data_root {work}/broken data.params.num_workers=1",
         "^cannot read the picture .*broken/1.png: .*; replace or remove it$",
     ),
+    "broken picture without a cache": (
+        "--data_root {work}/broken --cache off data.params.batch_size=2",
+        "cannot read the picture .*broken/1.png: .*; replace or remove it",
+    ),
+    "optimizer": ("model.params.optimizer_config.target=torch.optim.Adan", "module 'torch.optim' has no 'Adan'"),
+    "optimizer's argument": (
+        "model.params.optimizer_config={target: torch.optim.Adam, params: {betas: 3}}",
+        "torch.optim.Adam: betas must be|torch.optim.Adam: ",
+    ),
     "no class data": ("--reg_data_root {work}/no", "the folder .*no does not exist"),
     "negative class pictures": ("--num_class_images -4", "num_class_images must not be negative, got -4"),
     "base model": ("--actual_resume {work}/wide.ckpt", r"out.2.bias has shape \[7\], the model wants \[4\]"),
@@ -254,6 +263,7 @@ def training(work, words: str) -> list[str]:
 def test_training(work, name):
     words, message = TRAINING[name]
     one_line(message, main_dream_booth, *training(work, words))
+    assert not list((work / "logs").glob("*")), "what is refused leaves no folder of a run"
 
 
 def test_missing_pieces_of_the_command_line(work):

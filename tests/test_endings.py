@@ -9,6 +9,7 @@ import torch
 
 from ldm.checkpoints import save_torch
 from ldm.errors import InputError
+from ldm.train import caches
 from ldm.train import manifest as manifests
 from tests.runs import arguments, command, differences, find_run, last, resume, start, train
 from tests.test_resume import ENDLESS, wait_for
@@ -289,3 +290,31 @@ def test_no_picture_is_made_of_numbers_that_are_not_finite(monkeypatch, part):
         model.model.diffusion_model.out[2].bias.fill_(torch.nan)
     with pytest.raises(NotFinite, match="the UNet at step 1 of 3 .* model.diffusion_model.out.2.bias is not finite"):
         generate(model, ["a dog"], [0], Settings(steps=3))
+
+
+# --- before the first step
+
+
+@pytest.fixture
+def sends(monkeypatch):
+    """Sends this process a signal while the captions of a training are encoded."""
+
+    def prepare(number):
+        encode = caches._encode_prompts
+
+        def told(*args):
+            os.kill(os.getpid(), number)
+            return encode(*args)
+
+        monkeypatch.setattr(caches, "_encode_prompts", told)
+
+    return prepare
+
+
+def test_sigusr1_before_the_first_step_is_answered_after_it(tmp_path, sends, caplog):
+    sends(signal.SIGUSR1)
+    with caplog.at_level("INFO"):
+        run = train(tmp_path, "run", "--max_steps", 3)
+    assert "SIGUSR1 before the first step: there is nothing new to save" in caplog.text
+    assert sorted(path.name for path in (run / "checkpoints").glob("*")) == ["1-adapters", "3-adapters", "last.ckpt"]
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL

@@ -23,7 +23,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm import schema
@@ -54,7 +54,7 @@ from ldm.train.memory import keep_freed_memory
 from ldm.train.rates import AsConfigured
 from ldm.train.resume import SafeCheckpointIO, SaveRun
 from ldm.train.workers import Workers
-from ldm.writing import why
+from ldm.writing import printable, why
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,22 @@ def with_trainer(config: DictConfig, gpus: str | None, options: dict[str, Any]) 
         options = options | {"gpus": gpus}
     elif {"accelerator", "devices"} & options.keys() and OmegaConf.select(config, "lightning.trainer.gpus") is not None:
         options = options | {"gpus": None}
+    refuse_no_text(plain(config))
     return OmegaConf.merge(config, {"lightning": {"trainer": options}}) if options else config
+
+
+def refuse_no_text(config: Any) -> None:
+    """Raises `InputError` for values that are no text, such as names of files in another encoding than UTF-8.
+
+    A run keeps its config as YAML, which has no place for them.
+    """
+    if isinstance(config, (Mapping, list, tuple)):
+        for value in config.values() if isinstance(config, Mapping) else config:
+            refuse_no_text(value)
+    elif isinstance(config, str) and (told := printable(config)) != config:
+        raise InputError(
+            f"{told!r} is not UTF-8, so that the config of the run could not be kept: rename it, or name it by a link"
+        )
 
 
 def resumed_folder(path: str) -> tuple[Path, Path]:
@@ -317,6 +332,9 @@ def gpu_options(gpus: Any) -> dict[str, Any]:
 def make_loggers(run: Run) -> Any:
     """The config's logger (Weights & Biases, ...) or TensorBoard in the run's folder."""
     config = run.config.get("lightning", {}).get("logger")
+    if config is None and printable(str(run.folder)) != str(run.folder):
+        log.warning("TensorBoard takes no folder whose name is not UTF-8: losses go to %s/csv/metrics.csv", run.folder)
+        return CSVLogger(save_dir=run.folder, name="csv", version="")
     if config is None:
         return TensorBoardLogger(save_dir=run.folder, name="tensorboard", version="")
     with explain("lightning.logger", ImportError, AttributeError):
