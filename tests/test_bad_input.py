@@ -13,6 +13,7 @@ from ldm.errors import InputError
 from tests.runs import TINY, command, main_dream_booth, pictures, tiny_model
 
 UNET = "model.params.unet_config"
+OPTIMIZER = "model.params.optimizer_config"
 ENTRY = f"{UNET}.params.adapter_config.transformer_adp_config"
 
 
@@ -148,8 +149,8 @@ TRAINING = {
     ),
     "optimizer": ("model.params.optimizer_config.target=torch.optim.Adan", "module 'torch.optim' has no 'Adan'"),
     "optimizer's argument": (
-        "model.params.optimizer_config={target: torch.optim.Adam, params: {betas: 3}}",
-        "torch.optim.Adam: betas must be|torch.optim.Adam: ",
+        f"{OPTIMIZER}.target=torch.optim.Adam {OPTIMIZER}.params.betas=3",
+        "^params of torch.optim.Adam: ",
     ),
     "no class data": ("--reg_data_root {work}/no", "the folder .*no does not exist"),
     "negative class pictures": ("--num_class_images -4", "num_class_images must not be negative, got -4"),
