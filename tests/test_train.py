@@ -1,4 +1,4 @@
-"""scripts/train.py: any model from its config, with a test set at the end."""
+"""`ldm fit`, also as scripts/train.py: any model from its config, with a test set at the end."""
 
 import pytest
 

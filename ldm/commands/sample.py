@@ -73,13 +73,14 @@ def run(options: argparse.Namespace) -> None:
     from ldm import generate
     from ldm.config import find_file, load_config
     from ldm.devices import best_device
-    from ldm.train.compiled import compile_module
     from ldm.util import load_model_from_config
 
     model = load_model_from_config(untuned(load_config(find_file(options.config))), options.ckpt, verbose=True)
     model.to(best_device(options.device))
     add_adapters(model, options)
     if options.compile:
+        from ldm.train.compiled import compile_module  # which imports Lightning
+
         compile_module(model.model.diffusion_model, options.compile)
     settings = generate.Settings(
         options.sampler, options.ddim_steps, options.ddim_eta, options.scale, options.H, options.W, options.C,

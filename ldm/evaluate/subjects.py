@@ -1,4 +1,4 @@
-"""The subjects of an evaluation: folders of pictures with `subject.json`, as `ldm.data.build.subjects` writes them."""
+"""The subjects of an evaluation: folders of pictures with `subject.json`."""
 
 from __future__ import annotations
 
