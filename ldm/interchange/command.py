@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.checkpoints import is_adapter, read_weights, save_safetensors, save_torch
+from ldm.checkpoints import is_adapter, read_weights, refuse_not_finite, save_safetensors, save_torch
 from ldm.config import find_file, instantiate_from_config, load_config
 from ldm.errors import InputError
 from ldm.interchange import cloneofsimo, diffusers_model, layers, lora_keys
@@ -36,8 +36,13 @@ def skeleton(config: str | Path) -> nn.Module:
 
 
 def read_model(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a whole model by LDM's names, from a checkpoint or a diffusers folder."""
-    return diffusers_model.read_folder(path) if diffusers_model.is_folder(path) else read_weights(path)
+    """The weights of a whole model by LDM's names, from a checkpoint or a diffusers folder.
+
+    Raises `InputError` for what cannot be read and for values that are not finite, which nothing is made of.
+    """
+    weights = diffusers_model.read_folder(path) if diffusers_model.is_folder(path) else read_weights(path)
+    refuse_not_finite(weights, str(path))
+    return weights
 
 
 def filled_model(config: str | Path, weights: Mapping[str, Tensor], source: str) -> nn.Module:

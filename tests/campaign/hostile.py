@@ -79,4 +79,4 @@ def number_of(world: World) -> int:
     return len(cases(world)) + sum(case.kind in PROGRAMS for case in cases(world))
 
 
-FAMILY = Family("hostile", attack, "hostile files", all=number_of, few=40, needs=needs)
+FAMILY = Family("hostile", attack, "hostile files", all=number_of, few=6, needs=needs)

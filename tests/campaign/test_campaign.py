@@ -8,7 +8,10 @@ from tests.campaign.attacks import REFUSED, SURVIVED, Failed, judged
 from tests.campaign.forked import Outcome
 from tests.runs import command
 
-GROUPS = {"what stops a program": ("kills",)}
+GROUPS = {
+    "what is read": ("hostile", "configs", "adapters", "runs"),
+    "what stops a program": ("kills", "disks", "signals", "concurrent"),
+}
 
 
 @pytest.mark.slow

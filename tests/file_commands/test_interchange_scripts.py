@@ -131,6 +131,16 @@ def test_compress(base, tuned, tmp_path, capsys):
         run("compress", "--delta_ckpt", tmp_path / "delta_not.safetensors", "--ckpt", base[0])
 
 
+def test_of_weights_that_are_not_finite_nothing_is_made(base, tmp_path):
+    checkpoint, config, model = base
+    name = "model.diffusion_model.out.2.bias"
+    torch.save({**model.state_dict(), name: torch.full((4,), torch.nan)}, tmp_path / "nan.ckpt")
+    for to in ("diffusers-model", "checkpoint"):
+        with pytest.raises(InputError, match=f"nan.ckpt: 1 of .* tensors are not finite, e.g. {name}"):
+            run("convert", tmp_path / "nan.ckpt", tmp_path / "out", "--to", to, "--config", config)
+    assert not (tmp_path / "out").exists()
+
+
 def test_compose(base, tuned, tmp_path, capsys):
     paths = [tmp_path / f"{name}.ckpt" for name in "ab"]
     for path in paths:
