@@ -68,3 +68,14 @@ def test_merged_adapters_do_not_lose_the_words_beside_them(tmp_path):
         with pytest.raises(InputError, match=r"more than position adapters \(textual-inversion\), .* --adapter_scale"):
             run("merge_adapters", *given, "--out", tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 128), (1, 1, 128)])
+def test_vectors_of_words_of_another_shape_are_refused(tmp_path, shape):
+    from ldm.modules.folders import read_folder, write_folder
+
+    held = read_folder(written(tmp_path / "own", WORD, config="inference"))
+    told = {name: value for name, value in held.config.items() if name != "files"}
+    write_folder(tmp_path / "other", told, held.adapters, {name: torch.zeros(shape) for name in held.tuned})
+    with pytest.raises(InputError, match="other is damaged: its 1 tensors are not the 1 vectors of its words"):
+        run("inspect_adapter", tmp_path / "other")

@@ -32,3 +32,20 @@ def test_without_t_nothing_is_trained(tmp_path, capsys):
 def test_a_config_without_pictures_is_refused(tmp_path):
     with pytest.raises(InputError, match="no training set: name its class with data.params.train.target="):
         main(["--base", str(ROOT / "configs/autoencoder/autoencoder_kl_32x32x4.yaml"), "-l", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("model.params.ddconfig.bysitting=1", "unexpected keyword argument 'bysitting'"),
+        ("model.params.lossconfig={atrget: torch.nn.Identity}", "lossconfig.atrget is unknown; did you mean target"),
+        ("model.params.embed_dmi=4", "unknown embed_dmi; did you mean embed_dim"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused_without_t(tmp_path, override, message):
+    words = ["--base", "configs/autoencoder/autoencoder_kl_64x64x3.yaml", "--logdir", str(tmp_path), override]
+    words += ["data.target=ldm.train.datamodule.DataModuleFromConfig", "data.params.batch_size=1"]
+    words += ["data.params.train.target=ldm.data.dreambooth.PersonalizedBase", "data.params.train.params.data_root=x"]
+    with pytest.raises(InputError, match=message):
+        main(words)
+    assert not list(tmp_path.iterdir())
