@@ -12,8 +12,8 @@ import torch
 from common import parser, table, timed
 
 from ldm.config import find_file, instantiate_from_config, load_config
+from ldm.devices import cast_frozen
 from ldm.models.building import skip_init
-from ldm.modules.adapter_files import half_base
 from ldm.modules.encoded import EncodedPictures, EncodedPrompts
 
 CONFIG = "configs/sd-inject-dreambooth/attn2o-ffni.yaml"
@@ -32,7 +32,7 @@ def main() -> None:
         torch.nn.init.normal_(parameter, std=0.02)
     model.to(device).train()
     if options.base_precision == "bf16":
-        half_base(model.model.diffusion_model, torch.bfloat16)
+        cast_frozen(model.model.diffusion_model, torch.bfloat16)
     model.log = model.log_dict = lambda *_, **__: None  # no trainer
     ids = torch.randint(0, 49407, (2, 77))
     model.cond_stage_model.tokenize = lambda texts: ids[: len(texts)]  # its two files are not shipped

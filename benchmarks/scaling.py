@@ -17,9 +17,9 @@ import torch
 from common import machine, parser, timed
 
 from ldm.config import find_file, load_config, plain
-from ldm.modules.adapters import read_adapter_config
+from ldm.modules.adapters import attach_adapters
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.shares import attach_shares
+from ldm.tuning.side_by_side import join, view
 
 CONFIG = "configs/sd-mini/attn2o-ffni.yaml"
 ROUTES = ("attn2o-ffni", "attn1i-transo", "ffni-transo", "attn1o-attn2i", "attn2i-ffni", "ffno-transo", "attn1i-ffni")
@@ -39,8 +39,11 @@ def step_of(latent: int = 16, batch: int = 2, adapters: int = 1, trainings: int 
         torch.nn.init.normal_(parameter, std=0.02)
     unet.requires_grad_(False)
     frozen = {id(p) for p in unet.parameters()}
-    config = read_adapter_config({"transformer_adp_config": entries(adapters)})
-    attach_shares(unet, [config] * trainings, seeds=range(trainings))
+    views = [view(unet) for _ in range(trainings)]
+    for one in views:
+        attach_adapters(one, {"transformer_adp_config": entries(adapters)})
+    unet = view(unet)
+    join(unet, views)
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if id(p) not in frozen], lr=1e-4)
     x = torch.randn(batch * trainings, 4, latent, latent)
     context, t = torch.randn(len(x), 32, params["context_dim"]), torch.arange(len(x))

@@ -20,7 +20,7 @@ import torch
 from common import can_compute, in_turns, machine, parser
 from train_step import keep_freed, ours, step_of
 
-from ldm.modules.adapter_files import half_base
+from ldm.devices import cast_frozen
 from ldm.modules.diffusionmodules.convolution import Conv2d
 from ldm.train.compiled import compile_module
 
@@ -36,7 +36,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "library convolutions": {"prepare": [library_convolutions]},
     "channels last": {"prepare": [lambda unet: unet.to(memory_format=torch.channels_last)]},
     "compiled": {"prepare": [compile_module]},
-    "frozen base in bf16": {"prepare": [partial(half_base, dtype=torch.bfloat16)]},
+    "frozen base in bf16": {"prepare": [partial(cast_frozen, dtype=torch.bfloat16)]},
     "fused AdamW": {"fused": True},
     "checkpointing": {"checkpointing": True},
     "selective checkpointing": {"checkpointing": "selective"},

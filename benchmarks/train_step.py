@@ -21,8 +21,9 @@ from common import can_compute, in_turns, parser, table
 from torch.nn import functional as F
 
 from ldm.config import find_file, load_config, plain
+from ldm.devices import cast_frozen
 from ldm.models.building import skip_init
-from ldm.modules.adapter_files import adapter_tensors, half_base
+from ldm.modules.adapter_files import adapter_tensors
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.train.memory import keep_freed_memory
 
@@ -106,7 +107,7 @@ def main() -> None:
         return
     half = options.precision == "bf16"
     theirs = partial(step_of, peer, options.size, options.checkpointing, autocast=half)
-    halved = [partial(half_base, dtype=torch.bfloat16)] if half else []
+    halved = [partial(cast_frozen, dtype=torch.bfloat16)] if half else []
     name = f"diffusers + peft LoRA r=4, {'autocast' if half else 'fp32'}"
     mine = f"attn2o-ffni (ours), {'frozen base in bf16' if half else 'fp32'}"
     works = {

@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import platform
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -268,16 +267,6 @@ def save_text(path: str | Path, text: str) -> None:
 
 
 # --- what a name says, and a digest of weights -----------------------------------------------------------------------
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a state-dict name is of a position adapter (`...adapter_inout.adp.0.weight`, `...0.adapter_1.2.bias`)."""
-    return re.search(r"(^|\.)adapter(_inout)?(_\d+)?\.", name) is not None
-
-
-def is_added(name: str) -> bool:
-    """Whether a state-dict name is of something that tuning put beside the base: adapters, LoRA, new tokens."""
-    return is_adapter(name) or re.search(r"(^|\.)((lora|hada|lokr|oft|boft)_\w+|new_tokens)\.", name) is not None
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -22,6 +22,13 @@ def best_device(wanted: str | None = None) -> Any:
         raise InputError(f"device {wanted!r} cannot be used here: {first_line(error)}") from None
 
 
+def cast_frozen(model: Any, dtype: Any) -> None:
+    """Put the parameters of a module that do not learn into `dtype`; those that learn stay as they are."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
 def forked_rng(device: Any) -> Any:
     """A context that leaves the random numbers of the CPU and, if it is a GPU, of `device` as they were."""
     import torch

@@ -69,6 +69,7 @@ class Adapter(Section):
     method: str = says("default", "activation: default (relu), sig, silu, ident")
     scale: Finite = says(1.0, "factor of what it adds")
     init: str = says("zero", "zero: an untrained adapter changes nothing; default: the published random start")
+    form: str | None = says(None, "what computes it (default: mlp in transformer blocks, conv in residual ones)")
 
 
 class AdapterConfig(Section):

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.checkpoints import is_adapter
 from ldm.errors import InputError
 from ldm.modules.adapter_files import adapter_tensors, describe
 from ldm.modules.adapters import BottleneckConv, BottleneckMLP, attach_adapters, read_adapter_config, tapped_blocks
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from ldm.modules.folders import names_adapter
 
 UNET = {
     "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "attention_resolutions": [1],
@@ -146,7 +146,7 @@ def test_state_dict_names():
         ("adapter", "resi", "reso"),
         ("adapter_1", "resi", "resi"),
     ]
-    assert all(map(is_adapter, names)) and not is_adapter("input_blocks.1.0.in_layers.0.weight")
+    assert all(map(names_adapter, names)) and not names_adapter("input_blocks.1.0.in_layers.0.weight")
 
 
 def test_the_start():
@@ -165,6 +165,7 @@ def test_the_start():
             "method": "default",
             "scale": 1.0,
             "init": "zero",
+            "form": "mlp",
         }
     ]
 
@@ -223,10 +224,10 @@ def test_checkpointing_gives_the_same_gradients_and_none_to_the_base():
     for use_checkpoint in (False, True, "selective"):
         model = unet(config, use_checkpoint=use_checkpoint).train()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_adapter(name))
+            parameter.requires_grad_(names_adapter(name))
         model(*inputs()).square().sum().backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        assert all((gradients[name] is None) == (not is_adapter(name)) for name in gradients)
+        assert all((gradients[name] is None) == (not names_adapter(name)) for name in gradients)
         found.append({name: value for name, value in gradients.items() if value is not None})
     assert all(value.abs().sum() > 0 for value in found[0].values())
     for name, value in found[0].items():
@@ -251,7 +252,7 @@ def test_selective_checkpointing_does_not_repeat_what_is_costly():
         model = unet(both(mlp()), use_checkpoint=use_checkpoint).train()
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_adapter(name))
+            parameter.requires_grad_(names_adapter(name))
         with FlopCounterMode(display=False) as counter:
             model(*inputs()).sum().backward()
         return counter.get_total_flops()
@@ -341,5 +342,6 @@ def test_names_that_are_taken_and_models_without_such_blocks():
 
 def test_scale_and_single_entries_as_people_write_them():
     config = read_adapter_config({"resblock_adp_config": conv(scale=2), "transformer_adp_config": None})
-    assert config == {"resblock_adp_config": [{"type": "inout", "method": "default", **conv(scale=2.0)}]}
+    entry = {"type": "inout", "method": "default", "form": "conv", **conv(scale=2.0)}
+    assert config == {"resblock_adp_config": [entry]}
     assert isinstance(config["resblock_adp_config"][0]["scale"], float)

@@ -18,7 +18,6 @@ from torch import nn
 from ldm.checkpoints import (
     atomic_write,
     fingerprint,
-    is_adapter,
     read_object,
     read_weights,
     save_safetensors,
@@ -28,6 +27,7 @@ from ldm.config import load_config
 from ldm.errors import InputError, WriteError
 from ldm.interchange import layers
 from ldm.models.building import build_model, choose_checkpoint, load_weights, refuse_unknown, skip_init
+from ldm.modules.folders import names_adapter
 from tests import tuned_models
 from tests.conftest import ROOT
 from tests.runs import TINY, tiny_model
@@ -144,7 +144,7 @@ def poisoned():
 def base(tmp_path_factory):
     path = tmp_path_factory.mktemp("base") / "base.ckpt"
     state = tiny_model().state_dict()
-    save_torch(path, {"state_dict": {name: value for name, value in state.items() if not is_adapter(name)}})
+    save_torch(path, {"state_dict": {name: value for name, value in state.items() if not names_adapter(name)}})
     return path
 
 
@@ -198,7 +198,7 @@ def test_half_precision_files(base, tmp_path):
 def test_a_random_base_is_the_same_every_time():
     first, second = (build_model(load_config(TINY), None, random_seed=3) for _ in range(2))
     other = build_model(load_config(TINY), None, random_seed=4)
-    assert same(*({n: v for n, v in m.state_dict().items() if not is_adapter(n)} for m in (first, second)))
+    assert same(*({n: v for n, v in m.state_dict().items() if not names_adapter(n)} for m in (first, second)))
     assert not torch.equal(first.model.diffusion_model.out[2].weight, other.model.diffusion_model.out[2].weight)
     assert first.model.diffusion_model.out[2].weight.any()  # zero layers would block every gradient
 
@@ -219,11 +219,11 @@ MISFITS = {
     ),
     "another adapter": (
         lambda w: w | {"model.diffusion_model.out.adapter_inout.adp.0.weight": torch.zeros(1)},
-        r"also holds 1 tensors of adapters, LoRA or new words that this config has no place for \(model.*adp.0.weight",
+        r"holds 1 tensors that this config has no place for \(model.*adp.0.weight",
     ),
     "a LoRA": (
         lambda w: w | {"model.diffusion_model.out.2.lora_A.default.weight": torch.zeros(1)},
-        r"also holds 1 tensors of adapters, LoRA or new words .*\(model.*lora_A.default.weight\): use the config that",
+        r"holds 1 tensors that .*\(model.*lora_A.default.weight\): use the config that",
     ),
     "infinite": (
         lambda w: w | {"model.diffusion_model.out.2.bias": torch.tensor([0, 0, float("inf"), 0])},
@@ -239,6 +239,17 @@ def test_what_does_not_fit(base, tmp_path, kind):
     with pytest.raises(InputError, match=message) as error:
         build_model(load_config(TINY), tmp_path / "bad.ckpt")
     assert "\n" not in str(error.value) and str(tmp_path / "bad.ckpt") in str(error.value)
+
+
+def test_a_first_stage_that_the_config_replaces_is_left_out_and_said(base, tmp_path, caplog):
+    weights = read_weights(base)
+    whole = weights | {"first_stage_model.encoder.conv_in.weight": torch.ones(1)}
+    save_torch(tmp_path / "whole.ckpt", whole)
+    config = load_config(TINY)
+    config.model.params.first_stage_config = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
+    caplog.set_level("INFO")
+    build_model(config, tmp_path / "whole.ckpt")
+    assert "first_stage_model.* left out, which this config replaces" in caplog.text
 
 
 def test_bookkeeping_of_released_files_is_left_out(base, tmp_path):
@@ -273,7 +284,7 @@ def test_a_whole_checkpoint_with_what_was_tuned(kind, tmp_path):
     again = build_model(tuned_models.config(tuning), tmp_path / "whole.ckpt").eval()
     words = ["photo of a sks dog", "a cat"]
     assert torch.equal(answer(again, words), answer(tuned, words))
-    with pytest.raises(InputError, match="tensors of adapters, LoRA or new words that this config has no place for"):
+    with pytest.raises(InputError, match="tensors that this config has no place for .*which names its adapters"):
         build_model(tuned_models.config(), tmp_path / "whole.ckpt")
 
 

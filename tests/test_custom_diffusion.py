@@ -11,7 +11,8 @@ from ldm.config import instantiate_from_config, load_config
 from ldm.data.custom import LARGE, OBJECT_TEMPLATES, SMALL, MaskBase, read_concepts
 from ldm.errors import InputError
 from ldm.models.building import skip_init
-from ldm.models.diffusion.ddpm import LatentDiffusion, mask_of
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.training import mask_of
 from ldm.train.datamodule import DataModuleFromConfig
 from tests import runs
 from tests.conftest import ROOT
@@ -93,7 +94,10 @@ def test_the_published_parameters_learn_at_full_size(golden):
             load_config(ROOT / "configs/stable-diffusion/v1-model.yaml").model.params.unet_config
         )
     holder = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"diffusion_model": unet})})
+    from ldm.tuning import Tuning
     from ldm.tuning.cross_attention import CrossAttention
+
+    holder.tuning = Tuning(holder)
 
     for part in ("crossattn-kv", "crossattn"):
         learning = CrossAttention(part).trainable(holder)

@@ -310,7 +310,7 @@ def test_inputs_and_pictures_for_the_log():
 def test_the_image_logger_shows_what_a_first_stage_makes_of_a_batch(tmp_path):
     model = make("kl", {"target": "torch.nn.Identity"})
     logger = ImageLogger(batch_frequency=1, max_images=2)
-    logger.folder = tmp_path
+    logger.folders = [tmp_path]
     batch = next(iter(torch.utils.data.DataLoader(pictures(), batch_size=4)))
     state = torch.get_rng_state()
     trainer = SimpleNamespace(global_step=3, is_global_zero=True, loggers=[])
@@ -322,9 +322,9 @@ def test_the_image_logger_shows_what_a_first_stage_makes_of_a_batch(tmp_path):
 
 def test_without_prompts_there_are_no_samples(tmp_path, caplog):
     logger = ImageLogger(batch_frequency=1)
-    logger.folder = tmp_path
+    logger.folders = [tmp_path]
     trainer = SimpleNamespace(
-        global_step=1, is_global_zero=True, loggers=[], datamodule=SimpleNamespace(captions=lambda: [])
+        global_step=1, is_global_zero=True, loggers=[], datamodule=SimpleNamespace(captions=lambda training: [])
     )
     for trainer.global_step in (1, 2):
         logger.on_train_batch_end(trainer, torch.nn.Module(), None, None, 0)

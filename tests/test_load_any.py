@@ -111,7 +111,7 @@ def test_folders_of_our_own(config, model, tmp_path):
     ]
     for one in chosen:
         one.family.install(model)
-    model.families, model.is_tuned = chosen, True
+    model.tuning.families, model.is_tuned = chosen, True
     generator = torch.Generator().manual_seed(2)
     for parameter in chosen[0].family.trainable(model).values():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3

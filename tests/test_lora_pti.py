@@ -94,7 +94,7 @@ def test_rates_can_be_scaled_by_the_pictures_of_a_step(tmp_path):
     more = ["--placeholder_tokens", "<s1>", "--train_batch_size", "4", "--gradient_accumulation_steps", "2"]
     _, plain = planned(tmp_path, *more)
     _, scaled = planned(tmp_path, *more, "--scale_lr")
-    rates, larger = ([chosen.learning_rate for chosen in model.families] for model in (plain, scaled))
+    rates, larger = ([chosen.learning_rate for chosen in model.tuning.families] for model in (plain, scaled))
     assert rates == [5e-4, 1e-4, 1e-5] and larger == pytest.approx([8 * rate for rate in rates])
 
 

@@ -1,15 +1,14 @@
 """Trainings side by side over one base become what they become alone."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ldm.errors import InputError
-from ldm.train.many import ManyRuns
-from tests.runs import TINY, differences, find_run, last, pictures, train
+from ldm.models.diffusion.training import DiffusionTraining
+from tests.runs import TINY, differences, find_run, last, pictures, pixels, train
 
 CPU = ["--accelerator", "cpu"]
 QUIET = [*CPU, "lightning.callbacks.image_logger.params.disabled=true"]
@@ -62,6 +61,37 @@ def test_each_becomes_what_it_becomes_alone(work):
         assert about == expected
 
 
+FAMILIES = {
+    "lora": "[{family: lora, params: {rank: 2}}, {family: lora, params: {rank: 2, kind: loha}, learning_rate: 2.0e-3}]",
+    "biases": "[{family: biases}]",
+    "keys": "[{family: cross-attention, steps: [0, 2]}, {family: norms, steps: [2, null]}]",
+}
+
+
+def test_other_families_become_what_they_become_alone_and_resume(work):
+    plain = "model.params.optimizer_config={target: torch.optim.SGD}"
+    configs = [TINY]
+    for name, tuning in FAMILIES.items():
+        configs.append(work / f"{name}.yaml")
+        unet = "unet_config: {params: {adapter_config: null}}"
+        configs[-1].write_text(f"defaults: {TINY}\nmodel: {{params: {{train_level: [], {unet}, tuning: {tuning}}}}}\n")
+    roots = ["--data_root", work / "photos", "--reg_data_root", work / "class", *QUIET, plain]
+    main("-t", "-n", "many", "--logdir", work / "logs", "--base", *configs, *roots, "--max_steps", 2)
+    main("-t", "-r", find_run(work, "many"), "--max_steps", 4)
+    for folder, path in zip(sorted(find_run(work, "many").glob("0*")), configs, strict=True):
+        alone = train(work, f"alone-{folder.name}", *roots, "--max_steps", 4, config=path)
+        here, there = (f / "checkpoints" / "4-adapters" for f in (folder, alone))
+        (file,) = [one.name for one in there.glob("*.safetensors")]
+        ours, theirs = (load_file(f / file) for f in (here, there))
+        assert ours.keys() == theirs.keys()
+        wrong = {n: ((ours[n] - v).abs().max() / v.abs().max()).item() for n, v in theirs.items()}
+        assert max(wrong.values()) < 1e-4, (folder.name, sorted(wrong.items(), key=lambda x: -x[1])[:5])
+        about, expected = (json.loads((f / "adapter_config.json").read_text()) for f in (here, there))
+        assert about["families" if "families" in about else "adapters"] == expected[
+            "families" if "families" in expected else "adapters"
+        ]
+
+
 def test_they_resume_exactly(work):
     main(*arguments(work, "-n", "whole", "--max_steps", 4))
     main(*arguments(work, "-n", "parts", "--max_steps", 2))
@@ -70,14 +100,18 @@ def test_they_resume_exactly(work):
 
 
 def test_configs_as_they_are_train_too(work):
-    """With the image logger, which draws with one model and so has nothing to draw here, and with a schedule."""
+    """With the image logger, which draws with each training's own model, and with a schedule."""
     words = [word for word in arguments(work, "-n", "run", *CPU, "--max_steps", 2) if word not in QUIET[2:]]
     often = "lightning.callbacks.image_logger.params.batch_frequency=1"
     schedule = "ldm.lr_scheduler.LambdaLinearScheduler"
     warm = "{warm_up_steps: [10], cycle_lengths: [100], f_start: [0.0], f_max: [1.0], f_min: [1.0]}"
     main(*words, often, f"model.params.scheduler_config={{target: {schedule}, params: {warm}}}")
     state = last(find_run(work, "run"))
-    assert state["global_step"] == 2 and not list(find_run(work, "run").rglob("images/*.png"))
+    folders = sorted(find_run(work, "run").glob("0*"))
+    grids = [[pixels(folder / "images" / f"{step:06}.png") for step in (1, 2)] for folder in folders]
+    assert state["global_step"] == 2 and len(folders) == 4
+    assert all(not torch.equal(*pair) for pair in grids), "they draw with what they have learnt"
+    assert not torch.equal(grids[0][1], grids[1][1])
     assert [group["lr"] for group in state["optimizer_states"][0]["param_groups"]] == pytest.approx(
         [0.2 * group["initial_lr"] for group in state["optimizer_states"][0]["param_groups"]]
     )
@@ -113,7 +147,8 @@ def test_class_pictures_are_drawn_once_for_each_folder(work, monkeypatch):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["model.params.train_level=[unet]"], "only position adapters train side by side"),
+        (["model.params.train_level=[unet]"], r"tiny_photos: 100 % of the UNet's own weights learn, so that"),
+        (["model.params.use_ema=true"], r"averages \(use_ema\) are of one model: train it alone"),
         (["--class_word", "dog", "cat", "cow"], "3 times --class_word for 2 times --data_root"),
         (["--embedding_manager_ckpt", "words.pt"], "unknown option --embedding_manager_ckpt"),
         (["--no-test"], "unknown option --no-test"),
@@ -138,10 +173,11 @@ def test_each_is_clipped_by_its_own_norm(work):
 
 
 def test_every_training_draws_noise_of_its_own():
-    module = SimpleNamespace(parts=[SimpleNamespace(seed=5), SimpleNamespace(seed=9)])
-    ManyRuns.setup(module, "fit")
+    together = DiffusionTraining()
+    together.train_side_by_side([DiffusionTraining(), DiffusionTraining()], [5, 9])
+    assert [one.streams[0] for one in together.trainings] == together.streams
     drawn = []
-    for stream in module.streams:
+    for stream in together.streams:
         with stream.drawing_from(torch.device("cpu")):
             drawn.append(torch.rand(3))
     assert not torch.equal(*drawn)
@@ -158,5 +194,5 @@ def test_different_ways_of_training_are_refused(work):
 def test_different_models_are_refused(work):
     other = work / "deeper.yaml"
     other.write_text(f"defaults: {TINY}\nmodel: {{params: {{unet_config: {{params: {{num_res_blocks: 2}}}}}}}}\n")
-    with pytest.raises(InputError, match="differ in more than adapters"):
+    with pytest.raises(InputError, match="differ in more than their tuning"):
         main(*arguments(work), "--base", other)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.evaluate.metrics import agreement, mean_and_error, pairwise_similarity, psnr, retrieval, similarity_to
+from ldm.evaluate.metrics import clip_i, clip_t, mean_and_error, pairwise_similarity, psnr, retrieval
 
 
 def test_psnr_of_a_constant_error():
@@ -15,9 +15,9 @@ def test_psnr_of_a_constant_error():
 
 def test_similarities_are_mean_cosines():
     a, b = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
-    assert similarity_to(a, b).tolist() == pytest.approx([1 / 3, 0])
+    assert clip_i(a, b).tolist() == pytest.approx([1 / 3, 0])
     assert pairwise_similarity(b).item() == pytest.approx(-1 / 3)
-    assert agreement(a, torch.tensor([[1.0, 1.0], [0.0, 1.0]])).tolist() == pytest.approx([0.5**0.5, 1])
+    assert clip_t(a, torch.tensor([[1.0, 1.0], [0.0, 1.0]])).tolist() == pytest.approx([0.5**0.5, 1])
 
 
 def test_retrieval_counts_the_own_candidate_among_the_nearest():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.tuning import families, freeze_rest
+from ldm.tuning import Tuning, families, freeze_rest
 from ldm.tuning.side_by_side import join, own_copies, view
 from tests import tuned_models
 from tests.tuned_models import ROUTE, batch, family, shake
@@ -27,11 +27,11 @@ FAMILIES = {
 def tuned(base, *names):
     """A view of the base with families of these names, which have learnt something."""
     one = view(base)
-    one.families = families(None, [family(FAMILIES[name][0], **FAMILIES[name][1]) for name in names])
+    entries = [family(FAMILIES[name][0], **FAMILIES[name][1]) for name in names]
+    one.tuning = Tuning(one, families(None, entries))
     one.is_tuned = True
     known = {name for name, _ in base.named_parameters()}
-    for chosen in one.families:
-        chosen.family.install(one)
+    one.tuning.install()
     own_copies(one, [name for name in one.learning() if name in known])
     freeze_rest(one, one.learning())
     shake(one, seed=len(names[0]))

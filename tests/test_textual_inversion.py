@@ -62,7 +62,7 @@ def test_only_the_new_rows_move():
 
 def test_norms_go_towards_those_of_other_words():
     tuned = model([word(vectors=2, norm_weight=10)])
-    (chosen,) = tuned.families
+    (chosen,) = tuned.tuning.families
     target = released_table(tuned.cond_stage_model).norm(dim=1).mean()
     before = vectors(tuned).clone() * 3
     with torch.no_grad():

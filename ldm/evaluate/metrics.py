@@ -1,6 +1,10 @@
-"""What is measured on pictures and on their embeddings, as pure functions."""
+"""What is measured on pictures and on their embeddings, as pure functions, and the table of them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,10 +20,10 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
     return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
 
 
-def similarity_to(samples: Tensor, references: Tensor) -> Tensor:
-    """Each sample's mean cosine to all references, [n], from embeddings [n, d] and [m, d].
+def clip_i(samples: Tensor, references: Tensor) -> Tensor:
+    """Each sample's mean cosine to all pictures of the subject, [n], from embeddings [n, d] and [m, d].
 
-    With embeddings of pictures by CLIP this is CLIP-I (DreamBooth, arXiv 2208.12242, Sec. 4.2).
+    CLIP-I of DreamBooth (arXiv 2208.12242, Sec. 4.2); with embeddings of DINO it is their DINO metric.
     """
     return cosines(samples, references).mean(1)
 
@@ -30,9 +34,25 @@ def pairwise_similarity(samples: Tensor) -> Tensor:
     return (cosines(samples, samples).sum() - n) / (n * (n - 1))
 
 
-def agreement(pictures: Tensor, captions: Tensor) -> Tensor:
+def clip_t(pictures: Tensor, captions: Tensor) -> Tensor:
     """The cosine of each picture's embedding with that of its caption, [n]: CLIP-T (arXiv 2208.12242, Sec. 4.2)."""
     return F.cosine_similarity(pictures.float(), captions.float(), dim=-1)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row: what embeddings of samples [n, d] are compared with, and the function, which gives [n] or one number."""
+
+    title: str
+    against: Literal["subject", "captions", "each other"]
+    function: Callable[..., Tensor]
+
+
+METRICS = {
+    "clip_i": Metric("CLIP-I, likeness to the subject", "subject", clip_i),
+    "clip_t": Metric("CLIP-T, likeness to the caption", "captions", clip_t),
+    "alike": Metric("how alike the samples are", "each other", pairwise_similarity),
+}
 
 
 def retrieval(queries: Tensor, candidates: Tensor, k: int = 1) -> float:

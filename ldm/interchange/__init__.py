@@ -6,16 +6,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from ldm.checkpoints import is_adapter, read_object
+from ldm.checkpoints import read_object
 from ldm.errors import InputError, short
 from ldm.interchange import apply, cloneofsimo, custom_diffusion, diffusers_model, embeddings, lora_keys
 from ldm.interchange.lora import Lora
+from ldm.modules.folders import names_adapter
 
 KINDS = {
     "adapter": "a folder that training wrote here: position adapters and/or other families",
@@ -39,7 +40,8 @@ def identify(path: str | Path) -> str:
     if path.is_dir():
         if diffusers_model.is_folder(path):
             return "diffusers-model"
-        if (path / "adapter_config.json").is_file() or any(is_adapter(f"{file.stem}.") for file in path.glob("*.pt")):
+        published = any(names_adapter(f"{file.stem}.") for file in path.glob("*.pt"))
+        if published or (path / "adapter_config.json").is_file():
             return "adapter"
         raise InputError(f"{path} is a folder with neither model_index.json, adapter_config.json nor adapters")
     content = read_object(path)
@@ -102,24 +104,14 @@ def load_any(
     elif kind in LORAS:
         lora = read_lora(path, model)
         changes = apply.lora_changes(lora, model, str(path))
-        _released(model, changes)
+        model.tuning.remember(changes)
         teach(model, lora.tokens, words)
         apply.add(model, changes, scale)
     else:
         delta = custom_diffusion.read(path)
-        changes = custom_diffusion.changes(delta, _released(model, delta.weights), str(path))
+        changes = custom_diffusion.changes(delta, model.tuning.remember(delta.weights), str(path))
         teach(model, delta.tokens, words)
         apply.add(model, changes, scale)
-
-
-def _released(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The weights as they were before any file changed them; a record shared with `ldm.tuning.files`."""
-    own = apply.parameters(model)
-    released = vars(model).setdefault("released_weights", {})
-    for name in names:
-        if name in own:
-            released.setdefault(name, own[name].data)
-    return released
 
 
 def dealt(words: Sequence[str], paths: Sequence[str | Path]) -> list[list[str]]:

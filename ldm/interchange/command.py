@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.checkpoints import is_adapter, read_weights, refuse_not_finite, save_safetensors, save_torch
-from ldm.config import find_file, instantiate_from_config, load_config
+from ldm.checkpoints import read_weights, refuse_not_finite, save_safetensors, save_torch
+from ldm.config import find_file, load_config
 from ldm.errors import InputError
 from ldm.interchange import cloneofsimo, diffusers_model, layers, lora_keys
 from ldm.interchange.lora import Lora
-from ldm.models.building import load_weights, skip_init
+from ldm.models import building
 
 
 def to_be_written(path: str | Path, force: bool, kind: str = "") -> Path:
@@ -47,10 +47,7 @@ def read_model(path: str | Path) -> dict[str, Tensor]:
 
 def filled_model(config: str | Path, weights: Mapping[str, Tensor], source: str) -> nn.Module:
     """The model of a config with the given weights."""
-    with skip_init():
-        model = instantiate_from_config(load_config(find_file(config)).model)
-    load_weights(model, weights, source, may_lack=is_adapter)
-    return model.eval()
+    return building.filled_model(load_config(find_file(config)), weights, source).eval()
 
 
 def write_checkpoint(path: Path, weights: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoints import atomic_write, is_added, read_weights, save_json, save_safetensors
+from ldm.checkpoints import atomic_write, read_weights, save_json, save_safetensors
 from ldm.config import find_file, plain
 from ldm.errors import InputError
 from ldm.files import read_json
@@ -210,7 +210,7 @@ def _compare(weights: Mapping[str, Tensor], params: Mapping[str, Any], source: s
     """The folder's JSON comes from the config and its weights do not: only together do they load."""
     model = layers.skeleton({"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}})
     wanted, found = (
-        {n: list(v.shape) for n, v in state.items() if n.startswith((UNET, VAE, TEXT)) and not is_added(n)}
+        {n: list(v.shape) for n, v in state.items() if n.startswith((UNET, VAE, TEXT))}
         for state in (model.state_dict(), weights)
     )
     names = [name for name in wanted | found if not name.endswith("position_ids")]  # which some versions leave out

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoints import fingerprint, is_adapter, read_weights
+from ldm.checkpoints import fingerprint, read_weights
 from ldm.interchange import DELTAS, KINDS, cloneofsimo, custom_diffusion, diffusers_model, embeddings, identify
 from ldm.interchange import lora_keys as keys
 from ldm.interchange.custom_diffusion import LowRank
 from ldm.interchange.lora import Factors, Lora, norm
 from ldm.interchange.names import UNET
-from ldm.modules.folders import read_folder
+from ldm.modules.folders import names_adapter, read_folder
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _model(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "parameters": sum(value.numel() for value in weights.values()),
         "parameters of the UNet": sum(value.numel() for value in unet.values()),
         # what folders of adapters name as the base that they were trained on
-        "base fingerprint": fingerprint({name: value for name, value in unet.items() if not is_adapter(name)}),
+        "base fingerprint": fingerprint({name: value for name, value in unet.items() if not names_adapter(name)}),
     }
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.checkpoints import is_adapter
-from ldm.config import instantiate_from_config
 from ldm.interchange.names import TEXT, UNET, layout_of, translate, unet_table
+from ldm.models.building import untuned_model
+from ldm.modules.adapters import tapped_blocks
 
 KINDS = (nn.Linear, nn.Conv2d)
 # Classes here whose counterpart in diffusers, which published files name, is called otherwise.
@@ -29,11 +29,12 @@ def find_layers(root: nn.Module, classes: Collection[str], kinds: tuple[type, ..
     This is the search of the published LoRA code, whose files say nothing but the classes and the order.
     """
     found: dict[str, nn.Module] = {}
+    # what is attached to a layer (position adapters, peft's factors) is none of the model's own
+    adapters = tuple(f"{name}.{route.name}." for name, block in tapped_blocks(root) for route in block.routes)
     for prefix, module in root.named_modules():
         if type(module).__name__ in classes or COUNTERPART.get(type(module).__name__) in classes:
             for name, layer in module.named_modules(prefix=prefix):
-                # what is attached to a layer (position adapters, peft's factors) is none of the model's own
-                if isinstance(layer, kinds) and not is_adapter(name + ".") and ".lora_" not in name:
+                if isinstance(layer, kinds) and not f"{name}.".startswith(adapters or "\0") and ".lora_" not in name:
                     found.setdefault(name.removesuffix(".base_layer"), layer)
     return found
 
@@ -62,7 +63,7 @@ def layers_of(model: nn.Module, part: str, classes: Collection[str] | None = Non
 def skeleton(config: Mapping[str, Any]) -> nn.Module:
     """The model of a config without its numbers: enough to know its layers, at no cost."""
     with torch.device("meta"):
-        return instantiate_from_config(config["model"])
+        return untuned_model(config)
 
 
 # --- dialects

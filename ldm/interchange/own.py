@@ -6,6 +6,7 @@ Only its words can be taken out alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import is_added
 from ldm.errors import InputError
 from ldm.interchange.custom_diffusion import NEW_TOKENS, SAVED, Delta
 from ldm.interchange.lora import Factors, Lora, weighted_sum
@@ -24,6 +24,7 @@ from ldm.tuning.lora import LoRA
 from ldm.tuning.textual_inversion import TextualInversion
 
 LORA = table.FAMILIES["lora"]
+CROSS_ATTENTION = re.compile(r"\.attn2\.(to_[qkv]|to_out\.0)\.(weight|bias)$")
 WHOLE = "lora_add --mode upl-ckpt-v2 puts all of it into a model"  # what to do instead
 
 
@@ -132,7 +133,7 @@ def delta(path: str | Path) -> Delta:
     for entry in families(path):
         if not _inversion(*entry):
             tuned |= entry[2]
-    if foreign := [name for name in tuned if ".attn2." not in name or is_added(name)]:
+    if foreign := [name for name in tuned if not CROSS_ATTENTION.search(name)]:
         raise InputError(
             f"{path} tunes more than weights of the cross-attention ({foreign[0]}): no delta can hold it; {WHOLE}"
         )

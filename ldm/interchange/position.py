@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.modules.adapter_files import told_families
-from ldm.modules.adapters import KINDS
+from ldm.modules.adapters import FORMS, KINDS
+from ldm.modules.attention import BasicTransformerBlock
+from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from ldm.modules.folders import read_folder, write_folder
 
 Folder = tuple[dict[str, Any], dict[str, Tensor]]  # adapter_config.json and the tensors
-FIRST = {"transformer_adp_config": "adapter_inout", "resblock_adp_config": "adapter"}
-MIDDLE = {"transformer_adp_config": ("adp.0", "adp.2"), "resblock_adp_config": ("2", "4")}  # names of the two layers
-SAME = ("kind", "din", "dout", "method", "blocks")  # what must agree for a sum
+BLOCKS = {block.__name__: block for block in (BasicTransformerBlock, ResBlock)}
+SAME = ("kind", "din", "dout", "method", "form", "blocks")  # what must agree for a sum
 
 
 def read(path: str | Path) -> Folder:
@@ -61,7 +62,7 @@ def stacked(folders: Sequence[Folder], strengths: Sequence[float]) -> Folder:
         config, own = scaled(folder, strength)
         for entry in config["adapters"]:
             number = count[entry["kind"]]
-            name = FIRST[entry["kind"]] + (f"_{number}" if number else "")
+            name = BLOCKS[KINDS[entry["kind"]].block].adapter_name(number)
             count[entry["kind"]] += 1
             entries.append({**entry, "name": name})
             for block in entry["blocks"]:
@@ -84,6 +85,8 @@ def summed(folders: Sequence[Folder], weights: Sequence[float]) -> Folder:
                 f"the adapters have different routes or forms ({_told(first)}; {_told(config['adapters'])}): "
                 "a sum needs the same, stacking does not"
             )
+    if other := next((entry["form"] for entry in first if entry.get("form")), None):
+        raise InputError(f"adapters of the form {other} cannot be summed, only stacked")
     entries, tensors = [], {}
     for column in columns:
         shares = [weight * entry["scale"] for weight, entry in zip(weights, column, strict=True)]
@@ -98,7 +101,7 @@ def summed(folders: Sequence[Folder], weights: Sequence[float]) -> Folder:
 def _side_by_side(
     parts: Sequence[Mapping[str, Tensor]], shares: Sequence[float], kind: str, block: str
 ) -> dict[str, Tensor]:
-    down, up = MIDDLE[kind]
+    down, up = FORMS[KINDS[kind].form].layers
     joined = {name: value for name, value in parts[0].items() if not name.startswith((f"{down}.", f"{up}."))}
     for name, value in joined.items():  # the norm of a residual-block adapter
         if any(not torch.equal(value, other[name]) for other in parts[1:]):

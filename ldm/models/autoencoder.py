@@ -332,6 +332,8 @@ class VQModelInterface(VQModel):
 class IdentityFirstStage(nn.Module):
     """The first stage of diffusion in pixels: pictures are their own latents. Takes any arguments."""
 
+    replaces_weights = True  # of the autoencoder in a checkpoint of the whole model, which are left out
+
     def __init__(self, *args: Any, vq_interface: bool = False, **kwargs: Any):
         super().__init__()
         self.vq_interface = vq_interface

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ldm.checkpoints import is_adapter, is_added, read_weights, refuse_not_finite
-from ldm.config import check_entries, find_file, instantiate_from_config, plain
+from ldm.checkpoints import read_weights, refuse_not_finite
+from ldm.config import (
+    check_entries,
+    find_file,
+    get_obj_from_str,
+    instantiate_from_config,
+    parameters_of,
+    plain,
+)
 from ldm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -34,10 +39,7 @@ BOOKKEEPING = re.compile(
 
 
 class skip_init(TorchFunctionMode):
-    """Within this context modules are built with uninitialised parameters: the caller overwrites every one of them.
-
-    `load_weights` does, and calls `reset_parameters` for those that it was allowed to miss.
-    """
+    """Within this context modules are built with uninitialised parameters: the caller overwrites every one of them."""
 
     INITS = ("torch.nn.init", "transformers.initialization")  # transformers puts its functions in the place of torch's
     FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
@@ -53,13 +55,22 @@ class skip_init(TorchFunctionMode):
 def load_weights(
     model: nn.Module, weights: Mapping[str, Tensor], source: str, may_lack: Callable[[str], bool] = lambda name: False
 ) -> None:
-    """Put `weights` into a model, without copying where the dtype is the model's.
+    """Put `weights` into a model, without copying where the dtype is the model's; each of them, see `filled`.
+
+    Raises `InputError` where the model has no place for a tensor.
+    """
+    refuse_unknown(filled(model, weights, source, may_lack), source)
+
+
+def filled(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str, may_lack: Callable[[str], bool]
+) -> dict[str, Tensor]:
+    """Put `weights` into a model; the answer is those that it has no place for.
 
     Of names that the model does not have, `BOOKKEEPING` is left out. Buffers may be absent: the model has
     computed its own, or does so when its `weights_loaded(names of what is absent)` is called at the end. Parameters may
-    be absent if `may_lack(name)`; their modules are then initialised by `reset_parameters`.
-    Raises `InputError`, with the first few names, if other parameters are absent, shapes differ, the model has no place
-    for a tensor, or one is not finite.
+    be absent if `may_lack(name)`.
+    Raises `InputError`, with the first few names, if other parameters are absent, shapes differ or one is not finite.
     """
     parameters = dict(model.named_parameters())
     dtypes = {name: value.dtype for name, value in (*parameters.items(), *model.named_buffers())}
@@ -85,91 +96,98 @@ def load_weights(
             f"{source} does not fit this config: it lacks {len(unexpected)} of {len(parameters)} weights "
             f"({', '.join(unexpected[:3])}){also}; use the config that the checkpoint was made with"
         )
-    refuse_unknown(result.unexpected_keys, source)
     used = {name: value for name, value in weights.items() if not BOOKKEEPING.fullmatch(name)}
     refuse_not_finite(used, source, "get an undamaged copy of the checkpoint")
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.dtype != dtypes[name]:
             value.data = value.data.to(dtypes[name])
-    reset(model, {name for name in lacking if is_adapter(name) or not is_added(name)})
     if hasattr(model, "weights_loaded"):
         model.weights_loaded(set(result.missing_keys))
+    return {name: weights.get(name) for name in result.unexpected_keys if not BOOKKEEPING.fullmatch(name)}
 
 
 def refuse_unknown(names: Iterable[str], source: str) -> None:
     """Raises `InputError` for names of weights that a model has no place for and that are no `BOOKKEEPING`."""
     unknown = [name for name in names if not BOOKKEEPING.fullmatch(name)]
-    if added := [name for name in unknown if is_added(name)]:
-        raise InputError(
-            f"{source} also holds {len(added)} tensors of adapters, LoRA or new words that this config has no place "
-            f"for ({', '.join(added[:3])}): use the config that it was trained with, or a checkpoint of the base alone"
-        )
     if unknown:
         raise InputError(
             f"{source} holds {len(unknown)} tensors that this config has no place for ({', '.join(unknown[:3])}): use "
-            "the config that the checkpoint was made with, or take them out of the file"
+            "the config that the checkpoint was made with, which names its adapters, LoRA and words too"
         )
 
 
-def reset(model: nn.Module, names: set[str]) -> None:
-    """Initialise the named parameters, by the outermost module that has `reset_parameters` and owns only such ones."""
-    left = set(names)
-    for prefix, module in model.named_modules():
-        owned = {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()}
-        if owned & left and owned <= names and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-            left -= owned
-    assert not left, f"no module can initialise {sorted(left)}"
+def load_base(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """`load_weights` for the base of a model; the tensors that only its tuning, once installed, has a place for.
 
-
-BASE_IS_COMING: ContextVar[bool] = ContextVar("BASE_IS_COMING", default=False)
-
-
-@contextmanager
-def base_is_coming() -> Iterator[None]:
-    """Within this context models are built without their tuning, which starts from weights that are loaded afterwards.
-
-    Whoever has loaded them calls `model.tune()`.
+    They go into the model by `fill_added`. A tuned model may lack in the file what tuning added to it.
     """
-    token = BASE_IS_COMING.set(True)
-    try:
-        yield
-    finally:
-        BASE_IS_COMING.reset(token)
+    weights = without_replaced(model, weights, source)
+    tuning = getattr(model, "tuning", None)
+    if tuning is None:
+        load_weights(model, weights, source)
+        return {}
+    return filled(model, weights, source, may_lack=lambda name: not tuning.is_base(name))
 
 
-def build_model(config: Mapping, ckpt: str | Path | None, random_seed: int | None = None) -> nn.Module:
+def without_replaced(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
+    """The weights but for those of parts that the config replaces by something without weights, which is said."""
+    prefixes = tuple(f"{n}." for n, part in model.named_modules() if getattr(part, "replaces_weights", False))
+    kept = {name: value for name, value in weights.items() if not name.startswith(prefixes or "\0")}
+    if len(kept) < len(weights):
+        log.info("%s: %s left out, which this config replaces", source, ", ".join(f"{p}*" for p in prefixes))
+    return kept
+
+
+def build_model(
+    config: Mapping, ckpt: str | Path | None, random_seed: int | None = None, tuned: bool = True
+) -> nn.Module:
     """The model of a config with the weights of a checkpoint, or with seeded random ones where `ckpt` is None.
 
-    `config` is a whole config (its `model` is built). What its tuning adds starts fresh. Raises `InputError`.
+    `config` is a whole config (its `model` is built). What its tuning adds starts fresh; it is not installed unless
+    `tuned`. Raises `InputError`.
     """
     if "model" not in config:
         raise InputError(f"the config has no 'model' section; its keys are {list(config)}")
     check_entries(plain(config["model"]), "model")
     if ckpt is None:
-        with torch.random.fork_rng(devices=[]), base_is_coming():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_seed or 0)
-            model = instantiate_from_config(config["model"])
+            model = untuned_model(config)
             fill_zeros(model)
-        reset(model, set(filter(is_adapter, dict(model.named_parameters()))))
-    else:
-        weights = read_weights(ckpt)
-        with skip_init(), base_is_coming():
-            model = instantiate_from_config(config["model"])
-        own = model.state_dict().keys()
-        added = {name: value for name, value in weights.items() if is_added(name) and name not in own}
-        base = {name: value for name, value in weights.items() if name not in added}
-        load_weights(model, base, source=str(ckpt), may_lack=is_added)
-    if hasattr(model, "tune"):
-        model.tune()
-    if ckpt is not None and added:
-        _fill_added(model, added, str(ckpt))
+        if tuned:
+            tune(model)
+        return model
+    return filled_model(config, read_weights(ckpt), str(ckpt), tuned)
+
+
+def filled_model(config: Mapping, weights: Mapping[str, Tensor], source: str, tuned: bool = True) -> nn.Module:
+    """The model of a config with these weights. What its tuning adds starts fresh where they lack it."""
+    with skip_init():
+        model = untuned_model(config)
+    added = load_base(model, weights, source)
+    if tuned:
+        tune(model)
+    fill_added(model, added, source)
     return model
 
 
+def untuned_model(config: Mapping) -> nn.Module:
+    """The model of a config before its tuning is installed, which may start from weights that are loaded first."""
+    waits = "install_tuning" in (parameters_of(get_obj_from_str(str(config["model"].get("target"))))[1] or [])
+    return instantiate_from_config(config["model"], **({"install_tuning": False} if waits else {}))
+
+
+def tune(model: nn.Module) -> None:
+    """Install the tuning of a model that has one."""
+    if hasattr(model, "tune"):
+        model.tune()
+
+
 @torch.no_grad()
-def _fill_added(model: nn.Module, added: Mapping[str, Tensor], source: str) -> None:
+def fill_added(model: nn.Module, added: Mapping[str, Tensor], source: str) -> None:
     """Put what tuning added to the model of a whole checkpoint into a model that its config tunes in the same way."""
+    if not added:
+        return
     own = model.state_dict()
     refuse_unknown([name for name in added if name not in own], source)
     refuse_not_finite(added, source)
@@ -185,8 +203,8 @@ def _fill_added(model: nn.Module, added: Mapping[str, Tensor], source: str) -> N
 
 def fill_zeros(model: nn.Module) -> None:
     """Give a random base what training would: layers that start at zero block every gradient; draw N(0, 1/fan_in)."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and not is_adapter(name) and not parameter.detach().any():
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.detach().any():
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 

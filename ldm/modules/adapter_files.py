@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import fingerprint, is_adapter, is_added
+from ldm.checkpoints import fingerprint
 from ldm.errors import InputError, short
-from ldm.modules.adapters import ENTRY, FORMS, KINDS, check_entry, tapped_blocks
+from ldm.modules.adapters import ENTRY, KINDS, check_entry, new_form, tapped_blocks
 from ldm.modules.folders import Folder, read_folder, write_folder
 from ldm.modules.taps import Route, TappedBlock
 
 log = logging.getLogger(__name__)
 
 SMALL = 2**20  # numbers that a folder may claim without having them: what does not fit is told better later
-COMPARED = ("kind", "din", "dout", "mid_dim", "method")  # what must agree between a folder and a model
+COMPARED = ("kind", "din", "dout", "mid_dim", "method", "form")  # what must agree between a folder and a model
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "position-adapters-ldm")
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of all adapters by their names in the UNet's state dict."""
-    return {name: value for name, value in model.state_dict().items() if is_adapter(name)}
+    prefixes = tuple(f"{prefix}.{route.name}." for prefix, block in tapped_blocks(model) for route in block.routes)
+    return {name: value for name, value in model.state_dict().items() if name.startswith(prefixes)} if prefixes else {}
 
 
 def describe(model: nn.Module) -> list[dict[str, Any]]:
@@ -47,30 +48,16 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
     return list(entries.values())
 
 
-def base_fingerprint(model: nn.Module, changed: Container[str] = ()) -> str | None:
-    """A digest of the frozen weights of a UNet that was tuned; None if all are `changed`, that is, tuned themselves."""
-    if hasattr(model, "released_fingerprint"):
-        return model.released_fingerprint
-    state = model.state_dict()
-    frozen = {name: value for name, value in state.items() if not is_added(name) and name not in changed}
-    return fingerprint(frozen) if frozen else None
-
-
-def half_base(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put the frozen weights of a UNet into `dtype`; what learns stays in fp32. The digest remains that of before."""
-    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    model.released_fingerprint = base_fingerprint(model, learning)
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-
-
-def check_base(model: nn.Module, config: Mapping[str, Any], source: str) -> None:
-    """Warn if what a folder holds was trained on another UNet than this one."""
-    tuned = [name for family in config.get("families", []) for name in family["tensors"]]
-    changed = {name.removeprefix("model.diffusion_model.") for name in tuned}
-    if config.get("base_fingerprint") not in (None, base_fingerprint(model, changed)):
+def check_base(config: Mapping[str, Any], fingerprint: str | None, source: str) -> None:
+    """Warn if what a folder holds was trained on another UNet than the one with this fingerprint."""
+    if config.get("base_fingerprint") not in (None, fingerprint):
         log.warning("%s was trained on another base model (fingerprint %s)", source, config["base_fingerprint"])
+
+
+def own_fingerprint(model: nn.Module) -> str | None:
+    """The digest of a UNet to which nothing but position adapters was added."""
+    adapters = adapter_tensors(model)
+    return fingerprint({name: value for name, value in model.state_dict().items() if name not in adapters})
 
 
 def save(model: nn.Module, path: str | Path, notes: Mapping[str, Any]) -> None:
@@ -78,18 +65,16 @@ def save(model: nn.Module, path: str | Path, notes: Mapping[str, Any]) -> None:
     entries = describe(model)
     if not entries:
         raise InputError("this model has no adapters to save; give it an adapter_config")
-    write_folder(path, about(model, entries, notes), adapter_tensors(model))
+    write_folder(path, about(entries, notes, own_fingerprint(model)), adapter_tensors(model))
 
 
-def about(
-    model: nn.Module, entries: list[dict], notes: Mapping[str, Any], changed: Container[str] = ()
-) -> dict[str, Any]:
+def about(entries: list[dict], notes: Mapping[str, Any], base_fingerprint: str | None) -> dict[str, Any]:
     """What the JSON of a folder says beside its tensors: adapters, notes, the base and the packages."""
     return {
         "format": "position-adapters-1",
         "adapters": entries,
         **notes,
-        "base_fingerprint": base_fingerprint(model, changed),
+        "base_fingerprint": base_fingerprint,
         "versions": {name: _version(name) for name in PACKAGES},
     }
 
@@ -115,6 +100,8 @@ def load(model: nn.Module, path: str | Path, scale: float = 1.0, add: bool = Fal
             f"{path} holds more than position adapters ({', '.join(told_families(folder))}), which a UNet alone cannot "
             "take: give it to sample.py --adapter_path or ldm.tuning.files.load, which load all of it"
         )
+    if folder.config:
+        check_base(folder.config, own_fingerprint(model), str(path))
     put(model, folder, scale, add)
 
 
@@ -131,8 +118,6 @@ def put(model: nn.Module, folder: Folder, scale: float = 1.0, add: bool = False)
         raise InputError(
             f"{path} was written by the published code and does not name its routes: use the config it was trained with"
         )
-    if config:
-        check_base(model, config, str(path))
     if config and (add or not present):
         _attach_and_fill(model, config["adapters"], tensors, scale, str(path))
         return
@@ -170,8 +155,8 @@ def _attach_and_fill(
         seen: set[tuple[str, str]] = set()
         for entry in entries:
             kind = entry["kind"]
-            if kind not in FORMS:
-                raise InputError(f"{source} holds an adapter of the unknown kind {kind!r}: expected {', '.join(FORMS)}")
+            if kind not in KINDS:
+                raise InputError(f"{source} holds an adapter of the unknown kind {kind!r}: expected {', '.join(KINDS)}")
             checked = check_entry(kind, {key: entry[key] for key in ENTRY if key in entry})
             for prefix in entry["blocks"]:
                 if prefix not in blocks:
@@ -188,7 +173,7 @@ def _attach_and_fill(
                 if not own or (prefix, entry["name"]) in seen:
                     raise InputError(f"{source} is damaged: no tensors of its own for an adapter in {short(prefix)}")
                 with torch.device("meta"):  # what it claims, without the memory
-                    claimed = FORMS[kind](*width, checked["mid_dim"], checked["method"], checked["init"])
+                    claimed = new_form(checked, *width)
                 there = sum(value.numel() for value in own.values())
                 if sum(value.numel() for value in claimed.parameters()) > max(there, SMALL):
                     raise InputError(
@@ -196,7 +181,7 @@ def _attach_and_fill(
                         f"{short(prefix)} has more numbers than its tensors, whose shapes are "
                         f"{short([list(value.shape) for value in own.values()])}"
                     )
-                form = FORMS[kind](*width, checked["mid_dim"], checked["method"], checked["init"])
+                form = new_form(checked, *width)
                 like = next(model.parameters())
                 block.attach(name, form.to(like.device, like.dtype), reads, writes, checked["scale"] * scale)
                 attached.append((block, name))

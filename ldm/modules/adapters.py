@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,9 @@ def in_own_dtype(function: Callable[[Tensor], Tensor], x: Tensor, like: Tensor) 
 class BottleneckMLP(nn.Module):
     """Down-projection, activation, up-projection: [b, n, dim_in] to [b, n, dim_out] (arXiv 2303.18181, section 3.2)."""
 
+    dims = 3  # of the values that it takes
+    layers = ("adp.0", "adp.2")  # names of the two projections
+
     def __init__(self, dim_in: int, dim_out: int, mid_dim: int, method: str = "default", init: str = "zero") -> None:
         super().__init__()
         self.adp = nn.Sequential(nn.Linear(dim_in, mid_dim), Activation(method), nn.Linear(mid_dim, dim_out))
@@ -66,6 +69,9 @@ class BottleneckMLP(nn.Module):
 
 class BottleneckConv(nn.Sequential):
     """Group norm, SiLU, 3x3 convolution, activation, 3x3 convolution: [b, dim_in, h, w] to [b, dim_out, h, w]."""
+
+    dims = 4
+    layers = ("2", "4")  # names of the two convolutions
 
     def __init__(self, dim_in: int, dim_out: int, mid_dim: int, method: str = "default", init: str = "zero") -> None:
         super().__init__(
@@ -85,16 +91,38 @@ class BottleneckConv(nn.Sequential):
         return in_own_dtype(super().forward, x, like=self[2].weight)
 
 
-# One row per key of `adapter_config`: which blocks it speaks of and the form that they get.
-KINDS = {"transformer_adp_config": "BasicTransformerBlock", "resblock_adp_config": "ResBlock"}
-FORMS = {"transformer_adp_config": BottleneckMLP, "resblock_adp_config": BottleneckConv}
-ENTRY = {"type": "inout", "din": None, "dout": None, "mid_dim": None, "method": "default", "scale": 1.0, "init": "zero"}
+# What `form` in the YAML can name.
+FORMS: dict[str, type[nn.Module]] = {"mlp": BottleneckMLP, "conv": BottleneckConv}
+
+
+class Kind(NamedTuple):
+    """The blocks that a key of `adapter_config` speaks of: class, usual form, dimensions of their values."""
+
+    block: str
+    form: str
+    dims: int
+
+
+KINDS = {
+    "transformer_adp_config": Kind("BasicTransformerBlock", form="mlp", dims=3),
+    "resblock_adp_config": Kind("ResBlock", form="conv", dims=4),
+}
+# An entry below such a key; None: required, or for `form` that of the kind.
+ENTRY = {
+    "type": "inout", "din": None, "dout": None, "mid_dim": None, "method": "default", "scale": 1.0, "init": "zero",
+    "form": None,
+}  # fmt: skip
+
+
+def new_form(entry: Mapping, dim_in: int, dim_out: int) -> nn.Module:
+    """The form that a checked entry names, from values of width `dim_in` to values of width `dim_out`."""
+    return FORMS[entry["form"]](dim_in, dim_out, entry["mid_dim"], entry["method"], entry["init"])
 
 
 def tapped_blocks(model: nn.Module, kind: str | None = None) -> Iterator[tuple[str, TappedBlock]]:
     """The blocks of a model that adapters can be attached to, by name; of one kind (a key of `KINDS`) if given."""
     for name, module in model.named_modules():
-        if isinstance(module, TappedBlock) and (kind is None or type(module).__name__ == KINDS[kind]):
+        if isinstance(module, TappedBlock) and (kind is None or type(module).__name__ == KINDS[kind].block):
             yield name, module
 
 
@@ -104,13 +132,15 @@ def attach_adapters(model: nn.Module, adapter_config: Mapping | None) -> list[st
     `{"transformer_adp_config": [entry, ...], "resblock_adp_config": entry or [entry, ...]}` with entries
     `{type: inout, din, dout, mid_dim, method, scale, init}`. Raises `InputError` naming the key that is wrong.
     """
-    with torch.random.fork_rng(devices=[]):  # the base's random start does not depend on its adapters
-        return [
-            name
-            for kind, entries in read_adapter_config(adapter_config).items()
-            for entry in entries
-            for name in attach_one(model, kind, entry)
-        ]
+    entries = [(kind, entry) for kind, own in read_adapter_config(adapter_config).items() for entry in own]
+    with torch.random.fork_rng(devices=[]):  # what is drawn after this does not depend on the adapters
+        state = torch.get_rng_state()
+        attached = [name for kind, entry in entries for name in attach_one(model, kind, entry)]
+        torch.set_rng_state(state)
+        for name, module in model.named_modules():  # block by block, however many adapters each has
+            if name in attached:
+                module.reset_parameters()
+    return attached
 
 
 def attach_one(model: nn.Module, kind: str, entry: Mapping) -> list[str]:
@@ -119,12 +149,11 @@ def attach_one(model: nn.Module, kind: str, entry: Mapping) -> list[str]:
     for prefix, block in tapped_blocks(model, kind):
         name = block.next_adapter_name()
         block.check_route(entry["din"], entry["dout"])
-        width = block.width(entry["din"]), block.width(entry["dout"])
-        form = FORMS[kind](*width, entry["mid_dim"], entry["method"], entry["init"])
+        form = new_form(entry, block.width(entry["din"]), block.width(entry["dout"]))
         block.attach(name, form, entry["din"], entry["dout"], entry["scale"])
         names.append(f"{prefix}.{name}")
     if not names:
-        raise InputError(f"{kind}: this model has no {KINDS[kind]} to attach an adapter to")
+        raise InputError(f"{kind}: this model has no {KINDS[kind].block} to attach an adapter to")
     return names
 
 
@@ -150,7 +179,10 @@ def check_entry(kind: str, entry: Any) -> dict:
     for key in entry:
         if key not in ENTRY:
             raise InputError(f"{kind} has the unknown key {key!r}{did_you_mean(key, ENTRY)}")
-    entry = {**ENTRY, **entry}
+    entry = {**ENTRY, "form": KINDS[kind].form, **entry}
+    fitting = [name for name, form in FORMS.items() if form.dims == KINDS[kind].dims]
+    if entry["form"] not in fitting:
+        raise InputError(f"{kind}: form must be one of {', '.join(fitting)}, got {short(entry['form'])}")
     for key in ("din", "dout", "mid_dim"):
         if entry[key] is None:
             raise InputError(f"{kind} lacks the key {key!r}")

@@ -16,18 +16,23 @@ class LitEma(nn.Module):
     The copies are buffers named as the parameters with the dots removed, which is how released checkpoints have them,
     beside `decay` and `num_updates`. With `use_num_upates` (LDM's spelling) the decay starts low and grows.
 
+    Copies that `known`, averages of the same model, has already are taken from there.
     Raises `InputError` unless 0 <= decay <= 1.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True):
+    def __init__(
+        self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True, known: LitEma | None = None
+    ):
         super().__init__()
         if not 0 <= decay <= 1:
             raise InputError(f"the decay of a moving average lies between 0 and 1, got {decay}")
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int))
         self.m_name2s_name = {name: name.replace(".", "") for name, p in model.named_parameters() if p.requires_grad}
+        before = dict(known.named_buffers()) if known is not None else {}
         for name, shadow_name in self.m_name2s_name.items():
-            self.register_buffer(shadow_name, model.get_parameter(name).detach().clone())
+            start = before.get(shadow_name, model.get_parameter(name))
+            self.register_buffer(shadow_name, start.detach().clone())
         self.collected_params: list[Tensor] = []
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ Folders of the published code are `.pt` files alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,11 @@ class Folder:
     def families(self) -> list[dict[str, Any]]:
         """The entries of the families in `tuned`."""
         return (self.config or {}).get("families", [])
+
+
+def names_adapter(name: str) -> bool:
+    """Whether a name in a file is of a position adapter: `...adapter_inout.adp.0.weight`, `...adapter_1.2.bias`."""
+    return re.search(r"(^|\.)adapter(_inout)?(_\d+)?\.", name) is not None
 
 
 def write_folder(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,10 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def encoded(model: Any, data: DataModuleFromConfig, where: str, device: torch.device) -> Iterator[None]:
-    """Within this context the encoders of `model` and the pictures of `data` are replaced by what they would give.
+def encoded(models: Sequence[Any], data: DataModuleFromConfig, where: str, device: torch.device) -> Iterator[None]:
+    """Within this context the encoders of `models` and the pictures of `data` are replaced by what they would give.
+
+    The models are those of one training, or of several side by side, which share a base.
 
     `where`: `off`, `memory`, or a folder that keeps the encodings for later runs. Datasets that change their pictures
     at random are left as they are, and so is a text encoder that learns.
@@ -41,34 +43,42 @@ def encoded(model: Any, data: DataModuleFromConfig, where: str, device: torch.de
         yield
         return
     data.setup()
-    first_stage, text_encoder = model.first_stage_model, model.cond_stage_model
+    stages = [(model.first_stage_model, model.cond_stage_model) for model in models]
     datasets, workers = dict(data.datasets), data.num_workers
     if all(type(dataset) is PersonalizedBase for dataset in data.datasets.values()):
-        _encode_pictures(model, data, None if where == "memory" else Path(where), device)
-        _encode_prompts(model, data, device)
+        _encode_pictures(models, data, None if where == "memory" else Path(where), device)
+        _encode_prompts(models, data, device)
     try:
         yield
     finally:
-        model.first_stage_model, model.cond_stage_model = first_stage, text_encoder
+        for model, (first_stage, text_encoder) in zip(models, stages, strict=True):
+            model.first_stage_model, model.cond_stage_model = first_stage, text_encoder
         data.datasets, data.num_workers = datasets, workers
 
 
-def _encode_pictures(model: Any, data: DataModuleFromConfig, folder: Path | None, device: torch.device) -> None:
+def _encode_pictures(
+    models: Sequence[Any], data: DataModuleFromConfig, folder: Path | None, device: torch.device
+) -> None:
+    model = models[0]
     if not hasattr(model.first_stage_model, "downsampling_factor"):
         return  # nothing that encodes
     for name, dataset in data.datasets.items():
         data.datasets[name] = EncodedDraws(dataset, pictures(model, dataset, folder, device, name))
-    model.first_stage_model = EncodedPictures(model.first_stage_model.cpu())
+    for model in models:
+        model.first_stage_model = EncodedPictures(model.first_stage_model.cpu())
     data.num_workers = 0  # an encoded picture is read faster than it is sent between processes
 
 
-def _encode_prompts(model: Any, data: DataModuleFromConfig, device: torch.device) -> None:
-    encoder = model.cond_stage_model
-    if encoder is None or any(name.startswith("cond_stage_model.") for name in model.learning()):
+def _encode_prompts(models: Sequence[Any], data: DataModuleFromConfig, device: torch.device) -> None:
+    frozen = [one for one in models if not any(name.startswith("cond_stage_model.") for name in one.learning())]
+    encoder = frozen[0].cond_stage_model if frozen else None
+    if encoder is None:
         return
     sets = [getattr(dataset, "dataset", dataset) for dataset in data.datasets.values()]
     captions = sorted({caption for pictures in sets for caption in pictures.all_captions()} | {""})
-    model.cond_stage_model = EncodedPrompts(encoder.cpu(), prompts(encoder, captions, device))
+    known = prompts(encoder, captions, device)
+    for model in frozen:
+        model.cond_stage_model = EncodedPrompts(model.cond_stage_model.cpu(), known)
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ class ImageLogger(pl.Callback):
         words = {"ddim_steps": "steps", "ddim_eta": "eta", "unconditional_guidance_scale": "scale"}
         told = {words[name]: value for name, value in self.kwargs.items() if name in words}
         self.settings = generate.Settings(**{"steps": steps, "scale": scale} | told)
-        self.folder = Path("images")  # the run sets its own
+        self.folders = [Path("images")]  # one for each training; the run sets its own
         self.drawn_at = 0
 
     def on_train_batch_end(
@@ -69,9 +69,14 @@ class ImageLogger(pl.Callback):
             self.draw(trainer, module, batch)
 
     def draw(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
-        """Write the grid of this step."""
+        """Write the grid of this step, for each training."""
+        for number, one in enumerate(getattr(module, "trainings", [module])):
+            self.draw_one(trainer, one, batch, number)
+
+    def draw_one(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, number: int) -> None:
         try:
-            rows = self.of_batch(module, batch) if hasattr(module, "log_images") else self.of_prompts(trainer, module)
+            own = hasattr(module, "log_images")
+            rows = self.of_batch(module, batch) if own else self.of_prompts(trainer, module, number)
         except generate.NotFinite as error:
             log.warning("no sample pictures at step %d: %s", trainer.global_step, error)
             return
@@ -81,15 +86,16 @@ class ImageLogger(pl.Callback):
             return
         pictures = list(rows.values())
         grid = generate.grid(list(torch.cat(pictures)), columns=len(pictures[0]))
-        path = self.folder / f"{trainer.global_step:06}.png"
+        path = self.folders[number] / f"{trainer.global_step:06}.png"
         generate.save_png(grid, path, {"prompt": " | ".join(rows), "step": trainer.global_step})
         for logger in trainer.loggers:
             if isinstance(logger, pl.loggers.TensorBoardLogger):
-                logger.experiment.add_image("samples", grid, trainer.global_step)
+                name = f"samples_{number}" if len(self.folders) > 1 else "samples"
+                logger.experiment.add_image(name, grid, trainer.global_step)
 
-    def of_prompts(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, torch.Tensor]:
+    def of_prompts(self, trainer: pl.Trainer, module: pl.LightningModule, number: int) -> dict[str, torch.Tensor]:
         """Samples [n, 3, H, W] in [0, 1] of each prompt; none where there are no prompts."""
-        prompts = list(dict.fromkeys(self.prompts or trainer.datamodule.captions()))
+        prompts = list(dict.fromkeys(self.prompts or trainer.datamodule.captions(number)))
         if not prompts:
             return {}
         each = max(1, self.max_images // len(prompts))

@@ -64,16 +64,20 @@ class DataModuleFromConfig(pl.LightningDataModule):
             if config is not None and name not in self.datasets:
                 self.datasets[name] = instantiate_from_config(config)
 
-    def captions(self) -> list[str]:
-        """A caption of the subject and one of its class, for sample pictures during training."""
+    def captions(self, training: int = 0) -> list[str]:
+        """A caption of the subject and one of its class, for sample pictures; of one of several trainings."""
         if hasattr(self.datasets["train"], "examples"):
             return self.datasets["train"].examples()
         items = [self.datasets[name][0] for name in ("train", "reg") if name in self.datasets]
         return [item["caption"] for item in items if "caption" in item]
 
     def train_dataloader(self) -> DataLoader:
+        return self.batches_of(self.draws())
+
+    def draws(self) -> Dataset:
+        """The training set as draws without end; with class pictures each is a pair."""
         train, *reg = (as_draws(self.datasets[name], self.seed) for name in ("train", "reg") if name in self.datasets)
-        return self.batches_of(DreamBoothPairs(train, *reg) if reg else train)
+        return DreamBoothPairs(train, *reg) if reg else train
 
     def batches_of(self, draws: Dataset) -> DataLoader:
         """Batches of draws without end, from the one on that comes after those that were drawn before."""

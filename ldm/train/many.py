@@ -16,107 +16,69 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.config import get_obj_from_str, instantiate_from_config, override, plain, stored_config
-from ldm.data.dreambooth import DreamBoothPairs
+from ldm.config import instantiate_from_config, override, plain, stored_config
 from ldm.errors import InputError
-from ldm.models.diffusion.draws import Stream
-from ldm.models.diffusion.losses import dreambooth_loss
-from ldm.modules import adapter_files
-from ldm.modules.adapters import read_adapter_config
-from ldm.modules.attention import BasicTransformerBlock
-from ldm.modules.diffusionmodules.openaimodel import ResBlock
-from ldm.modules.folders import write_folder
-from ldm.modules.shares import attach_shares
+from ldm.models.building import untuned_model
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.train import dreambooth
 from ldm.train import run as runs
-from ldm.train.callbacks import ImageLogger
 from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.options import TRAINER_OPTIONS, dreambooth_parser
 from ldm.train.resume import SaveRun
 from ldm.train.run import Run
+from ldm.tuning import UNET, Tuning, freeze_rest
+from ldm.tuning.side_by_side import join, own_copies, view
 
-BLOCKS = {"transformer_adp_config": BasicTransformerBlock, "resblock_adp_config": ResBlock}
-ADAPTERS = "model.params.unet_config.params.adapter_config"
 # what a resume may say anew
 RESUMES = ("resume", "train", "debug", "gpus", "trust_config", "allow_family", *TRAINER_OPTIONS)
 
+# Parameters of models that say what is tuned, in which trainings side by side may differ.
+TUNING = ("train_level", "tuning", "freeze_model", "add_token", "init_word")
+MOST_OF_THE_UNET = 0.5  # more of its own weights than this in one training leave little to share
 
-class ManyRuns(pl.LightningModule):
-    """K trainings as one module: `model` is the base, `configs` the adapters of each of `parts`."""
 
-    strict_loading = False
-    is_tuned = False  # folders are written for each training, see `SaveMany`
+def side_by_side(base: LatentDiffusion, parts: Sequence[Run]) -> LatentDiffusion:
+    """One model that trains all of `parts` over the weights of `base`, which it shares.
 
-    def __init__(self, model: Any, configs: Sequence[dict], parts: Sequence[Run]) -> None:
-        super().__init__()
-        self.model, self.parts = model, parts
-        self.names = attach_shares(model.model.diffusion_model, configs, [part.seed for part in parts])
-        model.requires_grad_(False)
-        for own in self.own():
-            for parameter in own.values():
-                parameter.requires_grad_(True)
+    Raises `InputError` for a training of which little could be shared.
+    """
+    views = [tuned_view(base, part) for part in parts]
+    together = view(base)
+    join(together.model, [one.model for one in views])
+    together.train_side_by_side(views, [part.seed for part in parts])
+    return together
 
-    def setup(self, stage: str) -> None:
-        """Each draws what it would draw alone."""
-        self.streams = [Stream(part.seed) for part in self.parts]
 
-    def own(self) -> list[dict[str, nn.Parameter]]:
-        """What each training lets learn, by the names that it would have alone."""
-        parameters = dict(self.model.model.diffusion_model.named_parameters())
-        return [{alone: parameters[here] for here, alone in names.items()} for names in self.names]
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        drawn = []
-        for stream, pair in zip(self.streams, batch, strict=True):
-            with stream.drawing_from(self.device), self.model.sharing(self._trainer, batch_idx, stream.draws):
-                drawn += [self.model.draw(part) for part in pair]
-        losses = iter(self.model.losses_of(drawn))
-        total = torch.zeros((), device=self.device)
-        for number, pair in enumerate(batch):
-            (loss, _), *prior = [next(losses) for _ in pair]
-            self.log(f"train/loss_{number}", loss, batch_size=1, sync_dist=self.trainer.world_size > 1)
-            for prior_loss, _ in prior:
-                loss = dreambooth_loss(loss, prior_loss, self.model.reg_weight)
-            total = total + loss
-        self.log("loss", total.detach() / len(batch), prog_bar=True, logger=False, batch_size=1)
-        return total
-
-    def learning(self) -> dict[str, nn.Parameter]:
-        return {f"{number}.{name}": p for number, own in enumerate(self.own()) for name, p in own.items()}
-
-    def configure_optimizers(self) -> Any:
-        rates = [runs.learning_rate(part, self.trainer.world_size) for part in self.parts]
-        groups = [{"params": list(own.values()), "lr": rate} for own, rate in zip(self.own(), rates, strict=True)]
-        return self.model.optimizers_of(groups, rates[0])
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Each training by itself: the norm of one is no other's."""
-        clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
-        for group in optimizer.param_groups if gradient_clip_val else []:
-            clip(group["params"], gradient_clip_val)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = {name: p.detach() for name, p in self.learning().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor], **_: Any) -> None:
-        with torch.no_grad():
-            for name, parameter in self.learning().items():
-                parameter.copy_(state[name])
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if checkpoint["state_dict"].keys() != self.learning().keys():
-            raise InputError("the checkpoint is of other trainings; resume with the same configs and subjects")
+def tuned_view(base: LatentDiffusion, part: Run) -> LatentDiffusion:
+    """A view of the base with what the config of a training installs, as it would be alone."""
+    with torch.device("meta"):
+        plan = untuned_model(part.config)
+    if plan.use_ema:
+        raise InputError(f"{part.folder.name}: averages (use_ema) are of one model: train it alone, or set it to false")
+    torch.manual_seed(part.seed)  # adapters start at random numbers
+    one = view(base)
+    one.is_tuned, one.reg_weight = plan.is_tuned, plan.reg_weight
+    one.tuning = Tuning(one, plan.tuning.families)
+    one.tuning.install()
+    own = [name for name in one.tuning.parameters() if one.tuning.is_base(name)]
+    sizes = {name: value.numel() for name, value in base.model.named_parameters()}
+    changed = sum(sizes[name.removeprefix("model.")] for name in own if name.startswith(UNET))
+    if changed > MOST_OF_THE_UNET * sum(sizes.values()):
+        raise InputError(
+            f"{part.folder.name}: {100 * changed / sum(sizes.values()):.0f} % of the UNet's own weights learn, so that "
+            "trainings side by side would share next to nothing; train it alone"
+        )
+    own_copies(one, own)
+    freeze_rest(one, one.learning())
+    return one.train()
 
 
 class SideBySide(Dataset):
-    """Draw k of every set, as a tuple."""
+    """Sample k of every set, as a tuple."""
 
-    def __init__(self, sets: Sequence[DreamBoothPairs]) -> None:
+    def __init__(self, sets: Sequence[Dataset]) -> None:
         self.sets = sets
 
     def __len__(self) -> int:
@@ -134,79 +96,36 @@ class ManyData(DataModuleFromConfig):
         self.parts = parts
 
     def setup(self, stage: str | None = None) -> None:
-        if self.datasets:
-            return
         for number, part in enumerate(self.parts):
             part.setup(stage)
             for name in ("train", "reg"):
                 if name in part.datasets:
-                    self.datasets[f"{name} {number}"] = part.datasets[name]
+                    self.datasets.setdefault(f"{name} {number}", part.datasets[name])
+
+    def captions(self, training: int = 0) -> list[str]:
+        return self.parts[training].captions()
 
     def train_dataloader(self) -> DataLoader:
-        sets = [
-            DreamBoothPairs(self.datasets[f"train {number}"], self.datasets.get(f"reg {number}"))
-            for number in range(len(self.parts))
-        ]
-        return self.batches_of(SideBySide(sets))
-
-
-class SaveMany(SaveRun):
-    """Writes a folder of adapters for each training, and one `last.ckpt` for all."""
-
-    def __init__(self, parts: Sequence[Run], folder: Path, every_n_train_steps: int) -> None:
-        super().__init__(folder, every_n_train_steps)
-        self.parts = parts
-
-    def save_folders(self, module: ManyRuns) -> None:
-        for part, own in zip(self.parts, module.own(), strict=True):
-            self._write(part, module.model.model.diffusion_model, own)
-
-    def _write(self, part: Run, unet: nn.Module, own: dict[str, nn.Parameter]) -> None:
-        told = adapter_files.about(unet, entries_of(adapters_of(part.config), own), {"step": self.step, **part.notes})
-        write_folder(part.checkpoints / f"{self.step}-adapters", told, own)
-
-
-def entries_of(config: dict[str, list[dict]], own: dict[str, Any]) -> list[dict[str, Any]]:
-    """The adapters of one training as `adapter_files.describe` would tell them if it were alone."""
-    told = []
-    for kind, entries in config.items():
-        for place, entry in enumerate(entries):
-            name = BLOCKS[kind].adapter_name(place)
-            blocks = list(dict.fromkeys(key.split(f".{name}.")[0] for key in own if f".{name}." in key))
-            entry = {key: value for key, value in entry.items() if key != "type"}
-            told.append({"kind": kind, "name": name, **entry, "blocks": blocks})
-    return told
-
-
-def adapters_of(config: DictConfig) -> dict[str, list[dict]]:
-    """The checked adapters of a training's config. Raises `InputError` if it tunes anything else."""
-    params = config.model.params
-    levels = plain(params.get("train_level")) or []
-    if (levels if isinstance(levels, list) else [levels]) != ["adapter"] or params.get("tuning"):
-        raise InputError("only position adapters train side by side: train_level must be [adapter], without tuning")
-    adapters = read_adapter_config(OmegaConf.select(config, ADAPTERS))
-    if not adapters:
-        raise InputError("a config without adapter_config has nothing to train; name a configs/*/<input>-<output>.yaml")
-    return adapters
+        for number, part in enumerate(self.parts):  # which may be encoded by now
+            names = {name: f"{name} {number}" for name in ("train", "reg")}
+            part.datasets |= {name: self.datasets[own] for name, own in names.items() if own in self.datasets}
+        return self.batches_of(SideBySide([part.draws() for part in self.parts]))
 
 
 def without(config: DictConfig) -> dict[str, Any]:
-    """What all trainings must have in common: the model but for its adapters, and how it is trained."""
+    """What all trainings must have in common: the model but for its tuning, and how it is trained."""
     common = copy.deepcopy(plain(config))
-    common["model"]["params"]["unet_config"]["params"].pop("adapter_config", None)
+    params = common["model"]["params"]
+    for name in TUNING:
+        params.pop(name, None)
+    params["unet_config"]["params"].pop("adapter_config", None)
+    if isinstance(params.get("cond_stage_config"), dict):
+        (params["cond_stage_config"].get("params") or {}).pop("modifier_token", None)
     common["model"].pop("base_learning_rate", None)
     told = {key: common["dreambooth"].get(key) for key in ("base", "cache", "base_precision")}
     data, trainer = common["data"]["params"], plain(OmegaConf.select(config, "lightning.trainer"))
     told |= {"batch_size": data["batch_size"], "class pictures": data.get("reg") is not None, "trainer": trainer}
     return {"model": common["model"], **told}
-
-
-def without_pictures(config: DictConfig) -> None:
-    """Take out the image logger: it draws with one model, and here a forward pass is of all adapters at once."""
-    callbacks = OmegaConf.select(config, "lightning.callbacks") or {}
-    for name, callback in callbacks.items():
-        if callback and get_obj_from_str(callback.target) is ImageLogger:
-            callbacks[name] = None
 
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> tuple[list[Run], Path]:
@@ -278,30 +197,27 @@ def train(parts: list[Run], folder: Path, num_class_images: int = 0) -> pl.Train
     """
     first = parts[0]
     lacking = class_folders(parts) if num_class_images else []
-    configs = [adapters_of(part.config) for part in parts]
     common = without(first.config)
     for part in parts[1:]:
         if differing := [key for key, value in without(part.config).items() if value != common[key]]:
             names = f"{part.folder.name} and {first.folder.name}"
             raise InputError(
-                f"{names} differ in more than adapters, pictures and learning rates: {', '.join(differing)}"
+                f"{names} differ in more than their tuning, pictures and learning rates: {', '.join(differing)}"
             )
-    shared = copy.deepcopy(first.config)
-    OmegaConf.update(shared, ADAPTERS, None, merge=False)
-    without_pictures(shared)
     last = folder / "checkpoints" / "last.ckpt"
     group = Run(
-        config=shared, folder=folder, base=first.base, resume=last if last.is_file() else None, seed=first.seed,
+        config=first.config, folder=folder, base=first.base, resume=last if last.is_file() else None, seed=first.seed,
         debug=first.debug, base_precision=first.base_precision, cache=first.cache, keep_memory=first.keep_memory,
         parts=parts,
     )  # fmt: skip
     with runs.before_the_first_step():
-        model = runs.base_model(group)
+        base = runs.base_model(group, tuned=False)
         for part, pictures, caption in lacking:
-            runs.prepare_class_pictures(part, model, pictures, caption, num_class_images)
+            runs.prepare_class_pictures(part, base, pictures, caption, num_class_images)
+        module = side_by_side(base, parts)
     folder.mkdir(parents=True, exist_ok=True)
-    module = ManyRuns(model, configs, parts)
     data = ManyData([instantiate_from_config(part.config.data) for part in parts])
-    saver = SaveMany(parts, group.checkpoints, runs.checkpoint_every(first.config))
+    places = [(part.checkpoints, part.notes) for part in parts]
+    saver = SaveRun(group.checkpoints, runs.checkpoint_every(first.config), places=places)
     with runs.unless_refused(group, saver):
-        return runs.fit(group, module, data, base=model, saver=saver)
+        return runs.fit(group, module, data, saver)

@@ -6,7 +6,7 @@ import logging
 import random
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -289,16 +289,24 @@ class LastStep(pl.Callback):
 class SaveRun(Checkpoint):
     """Writes `<step>-adapters/` and `last.ckpt` every so many steps, on SIGUSR1, and whatever ends the run.
 
-    A loss or a weight that is not finite stops the run before anything is saved. `notes` go into the adapter folders.
+    A loss or a weight that is not finite stops the run before anything is saved. `notes` go into the adapter folders;
+    `places` are the folder and the notes of each of several trainings.
     As a `Checkpoint` it comes after all other callbacks.
     """
 
-    def __init__(self, folder: Path, every_n_train_steps: int, notes: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        every_n_train_steps: int,
+        notes: dict[str, Any] | None = None,
+        places: Sequence[tuple[Path, dict[str, Any]]] | None = None,
+    ) -> None:
         if not isinstance(every_n_train_steps, int) or every_n_train_steps < 1:
             raise InputError(
                 f"modelcheckpoint.params.every_n_train_steps must be at least 1, got {every_n_train_steps!r}"
             )
-        self.folder, self.every, self.notes = folder, every_n_train_steps, notes or {}
+        self.folder, self.every = folder, every_n_train_steps
+        self.notes, self.places = notes or {}, places
         self.done = LastStep()
         self.step = 0  # the latest one that is done
         self.saved = 0  # the latest one that is saved, by this session or an earlier one
@@ -431,8 +439,10 @@ class SaveRun(Checkpoint):
 
     def save_folders(self, module: pl.LightningModule) -> None:
         """Write what was tuned as folders to sample with."""
-        if getattr(module, "is_tuned", False):
-            files.save(module, self.folder / f"{self.step}-adapters", {"step": self.step, **self.notes})
+        places = self.places or [(self.folder, self.notes)]
+        for one, (folder, notes) in zip(getattr(module, "trainings", [module]), places, strict=True):
+            if getattr(one, "is_tuned", False):
+                files.save(one, folder / f"{self.step}-adapters", {"step": self.step, **notes})
 
     # --- ends that no batch announces: early stopping, errors, a second Ctrl-C
 

@@ -27,7 +27,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm import schema
-from ldm.checkpoints import is_added, read_object, save_text
+from ldm.checkpoints import read_object, save_text
 from ldm.config import (
     check,
     check_entries,
@@ -40,13 +40,12 @@ from ldm.config import (
     stored_config,
 )
 from ldm.data.class_images import missing_class_images
-from ldm.devices import best_device
+from ldm.devices import best_device, cast_frozen
 from ldm.errors import InputError, WriteError, explain
 from ldm.files import read_text
 from ldm.generate import Settings, fill_class_folder
 from ldm.models.building import build_model, choose_checkpoint
 from ldm.models.diffusion.draws import Stream
-from ldm.modules.adapter_files import half_base
 from ldm.train import caches, lock
 from ldm.train.callbacks import EpochReport, ImageLogger
 from ldm.train.datamodule import DataModuleFromConfig
@@ -54,6 +53,7 @@ from ldm.train.memory import keep_freed_memory
 from ldm.train.rates import AsConfigured
 from ldm.train.resume import SafeCheckpointIO, SaveRun
 from ldm.train.workers import Workers
+from ldm.tuning import UNET
 from ldm.writing import printable, why
 
 log = logging.getLogger(__name__)
@@ -348,7 +348,7 @@ def make_callbacks(run: Run, saver: SaveRun) -> list[pl.Callback]:
     callbacks = [instantiate_from_config(config) for config in (section.get("callbacks") or {}).values() if config]
     for callback in callbacks:
         if isinstance(callback, ImageLogger):
-            callback.folder = run.folder / "images"
+            callback.folders = [one.folder / "images" for one in run.parts or [run]]
     often = 10 if torch.cuda.is_available() else 1  # to show the loss is to wait for the device
     progress = TQDMProgressBar(refresh_rate=often if sys.stderr.isatty() else 50)
     schedule = plain(OmegaConf.select(run.config, "model.params.scheduler_config"))
@@ -404,34 +404,38 @@ def train(run: Run, model: pl.LightningModule, test: bool = True) -> pl.Trainer:
         claim_folder(run)
     saver = SaveRun(run.checkpoints, checkpoint_every(run.config), run.notes)
     with unless_refused(run, saver):
-        trainer = fit(run, model, data, model, saver)
+        trainer = fit(run, model, data, saver)
     if test and OmegaConf.select(run.config, "data.params.test") is not None and not trainer.should_stop:
         trainer.validate(model, data.test_dataloader())
     return trainer
 
 
 def fit(
-    run: Run, module: pl.LightningModule, data: DataModuleFromConfig, base: pl.LightningModule, saver: SaveRun
+    run: Run, module: pl.LightningModule, data: DataModuleFromConfig, saver: SaveRun
 ) -> pl.Trainer:
-    """Train `module`, which is `base` or trains adapters of it, on `data`."""
+    """Train `module` on `data`: one training or, with `run.parts`, several side by side."""
     trainer = make_trainer(run, saver, module.automatic_optimization)
     pl.seed_everything(run.seed + trainer.global_rank, verbose=False)  # other masks of dropout in every process
-    if trainer.world_size > 1 and hasattr(module, "streams"):
+    if trainer.world_size > 1 and getattr(module, "streams", None) == ():
         module.streams = [Stream(run.seed)]  # noise is drawn together, see `ldm.models.diffusion.draws`
-    module.learning_rate = learning_rate(run, trainer.world_size)
+    trainings = getattr(module, "trainings", [module])
+    for one, part in zip(trainings, run.parts or [run], strict=True):
+        one.learning_rate = learning_rate(part, trainer.world_size)
+    module.learning_rate = trainings[0].learning_rate
     if run.keep_memory and trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     if run.base_precision != "fp32":
         if trainer.strategy.root_device.type == "cpu" and not computes_on_cpu(run.base_precision):
             log.warning("this CPU emulates %s slowly; --base_precision fp32 is faster", run.base_precision)
-        refuse_mixed(base, trainer.precision)
-        half_base(base.model.diffusion_model, PRECISIONS[run.base_precision])
+        for one in trainings:
+            refuse_mixed(one, trainer.precision)
+        cast_frozen(module.model.diffusion_model, PRECISIONS[run.base_precision])
     count = sum(p.numel() for p in module.parameters() if p.requires_grad)
     log.info("%s: %s weights learn, learning rate %g", run.folder, f"{count:,}", module.learning_rate)
     try:
         with lock.held(run.folder), contextlib.ExitStack() as stack:
             with before_the_first_step():
-                stack.enter_context(caches.encoded(base, data, run.cache, trainer.strategy.root_device))
+                stack.enter_context(caches.encoded(trainings, data, run.cache, trainer.strategy.root_device))
             stack.enter_context(Workers(saver.kept).watched(trainer))
             trainer.fit(module, data, ckpt_path=str(run.resume) if run.resume else None)
     except SystemExit:
@@ -508,10 +512,9 @@ def before_the_first_step() -> Iterator[None]:
         raise
 
 
-def refuse_mixed(base: pl.LightningModule, precision: str) -> None:
+def refuse_mixed(model: pl.LightningModule, precision: str) -> None:
     """Raises `InputError` where weights of the UNet itself learn in fp32 beside others in half precision."""
-    learning = [name for name in getattr(base, "learning", dict)() if name.startswith("model.diffusion_model.")]
-    own = [name for name in learning if not is_added(name)]
+    own = [name for name in model.tuning.parameters() if name.startswith(UNET) and model.tuning.is_base(name)]
     if own and "mixed" not in precision:
         raise InputError(
             f"--base_precision is for what is added to the UNet, but here {len(own)} tensors of its own learn, e.g. "
@@ -519,7 +522,7 @@ def refuse_mixed(base: pl.LightningModule, precision: str) -> None:
         )
 
 
-def base_model(run: Run) -> pl.LightningModule:
-    """The model of the config on the checkpoint that it starts from, in training mode."""
+def base_model(run: Run, tuned: bool = True) -> pl.LightningModule:
+    """The model of the config on the checkpoint that it starts from, in training mode; with its tuning, or without."""
     torch.manual_seed(run.seed)  # adapters start at random numbers
-    return build_model(run.config, *choose_checkpoint(run.config, run.base)).train()
+    return build_model(run.config, *choose_checkpoint(run.config, run.base), tuned=tuned).train()

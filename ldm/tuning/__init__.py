@@ -12,16 +12,19 @@ end).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ldm import schema
+from ldm.checkpoints import fingerprint
 from ldm.config import get_obj_from_str, instantiate_from_config, plain
 from ldm.errors import InputError, short
 from ldm.tuning import table
+
+UNET = "model.diffusion_model."  # how the names of its weights begin
 
 # `train_level` of the published YAML files, as shorthand.
 LEVELS = {"adapter": "position", "unet": "unet", "embeder": "text-encoder"}
@@ -52,6 +55,7 @@ class Chosen:
     params: dict[str, Any] = field(default_factory=dict)
     learning_rate: float | None = None  # None: the model's
     steps: tuple[int, int | None] = (0, None)
+    learns: bool = True  # else it is installed and stays as it starts
 
     def learns_at(self, step: int) -> bool:
         """Whether the family learns in a step, counted from 0."""
@@ -59,18 +63,33 @@ class Chosen:
         return first <= step and (end is None or step < end)
 
 
-def families(train_level: str | Sequence[str] | None, tuning: Mapping | Sequence[Mapping] | None) -> list[Chosen]:
+def families(
+    train_level: str | Sequence[str] | None,
+    tuning: Mapping | Sequence[Mapping] | None,
+    adapter_config: Mapping | None = None,
+) -> list[Chosen]:
     """The families that a config names by `tuning: [{target, ...}, ...]` and/or by the shorthand `train_level`.
+
+    `adapter_config` is that of the UNet: its position adapters learn at the levels `adapter` and `unet`, and are
+    attached as they are without either.
 
     Raises `InputError` for what is not an entry or not a family; the latter before anything of it is called.
     """
     levels = [train_level] if isinstance(train_level, str) else list(train_level or [])
+    asked_for = "adapter" in levels
     for level in levels:
         if level not in LEVELS:
             raise InputError(f"train_level has {level!r}: expected {', '.join(LEVELS)}, or tuning: [{{target: ...}}]")
     tuning = plain(tuning)
     entries = [tuning] if isinstance(tuning, Mapping) else list(tuning or [])
-    return [choose({"family": LEVELS[level]}) for level in levels] + [choose(entry) for entry in entries]
+    if adapter_config and "adapter" not in levels:
+        levels = ["adapter", *levels]
+    chosen = [choose({"family": LEVELS[level]}) for level in levels]
+    if adapter_config:
+        position = chosen[levels.index("adapter")]
+        position.family.adapter_config = adapter_config
+        position.learns = asked_for or "unet" in levels
+    return chosen + [choose(entry) for entry in entries]
 
 
 def choose(entry: Any) -> Chosen:
@@ -101,20 +120,62 @@ def choose(entry: Any) -> Chosen:
     return Chosen(instantiate_from_config({"target": target, "params": params}), target, dict(params), rate, steps)
 
 
-def shares(model: nn.Module, chosen: Iterable[Chosen]) -> list[dict[str, nn.Parameter]]:
-    """What each of the chosen families lets learn, by state-dict name; what several name, under the first of them."""
-    taken: set[str] = set()
-    result = []
-    for one in chosen:
-        own = {name: value for name, value in one.family.trainable(model).items() if name not in taken}
-        taken |= own.keys()
-        result.append(own)
-    return result
+class Tuning:
+    """What is tuned in one model: its families in their order, and what the model was before they came.
+
+    `base` holds the state-dict names of the model before any family was installed, `released` the released values of
+    base weights that files have changed since, `fingerprint` the digest of the UNet's base weights that stay frozen.
+    """
+
+    def __init__(self, model: nn.Module, chosen: Iterable[Chosen] = ()) -> None:
+        self.model, self.families = model, list(chosen)
+        self.base: frozenset[str] | None = None
+        self.released: dict[str, Tensor] = {}
+        self.fingerprint: str | None = None
+
+    def install(self) -> None:
+        """Install the families on the base weights, which are there."""
+        before = self.model.state_dict()
+        self.base = frozenset(before)
+        for one in self.families:
+            one.family.install(self.model)
+        self.fingerprint = unet_fingerprint(before, changed=self.parameters())
+
+    def is_base(self, name: str) -> bool:
+        """Whether a state-dict name is one of the base, not of what tuning added."""
+        return self.base is None or name in self.base
+
+    def added(self) -> set[str]:
+        """The state-dict names of what tuning added: those after installing minus those before."""
+        return {name for name in self.model.state_dict() if not self.is_base(name)}
+
+    def shares(self) -> list[tuple[Chosen, dict[str, nn.Parameter]]]:
+        """The families with what each lets learn, by state-dict name; what several name, under the first of them."""
+        taken: set[str] = set()
+        result = []
+        for one in self.families:
+            own = one.family.trainable(self.model) if one.learns else {}
+            result.append((one, {name: value for name, value in own.items() if name not in taken}))
+            taken |= own.keys()
+        return result
+
+    def parameters(self, of: Callable[[Chosen], bool] = lambda one: True) -> dict[str, nn.Parameter]:
+        """What learns, or what some of the families let learn; each parameter once, by state-dict name."""
+        return {name: value for one, own in self.shares() if of(one) for name, value in own.items()}
+
+    def remember(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        """Keep the released values of base weights before the first file changes them; all that are kept."""
+        own = self.model.state_dict(keep_vars=True)
+        for name in names:
+            if name in own and self.is_base(name):
+                self.released.setdefault(name, own[name].data)
+        return self.released
 
 
-def trainable(model: nn.Module, chosen: Iterable[Chosen]) -> dict[str, nn.Parameter]:
-    """What learns under all the chosen families, each parameter once, by state-dict name."""
-    return {name: value for own in shares(model, chosen) for name, value in own.items()}
+def unet_fingerprint(state: Mapping[str, Tensor], changed: Container[str] = ()) -> str | None:
+    """A digest of the weights of a model's UNet that are not `changed`; None if all are."""
+    frozen = {n.removeprefix(UNET): v for n, v in state.items() if n.startswith(UNET) and n not in changed}
+    return fingerprint(frozen) if frozen else None
 
 
 def freeze_rest(model: nn.Module, learning: Mapping[str, nn.Parameter]) -> None:

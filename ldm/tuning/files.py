@@ -7,20 +7,17 @@ in `adapters.safetensors` as `ldm.modules.adapter_files` has them, the tensors o
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import is_adapter, is_added
 from ldm.errors import InputError
 from ldm.modules import adapter_files
 from ldm.modules.folders import TUNED, read_folder, write_folder  # noqa: F401 (TUNED is imported from here)
-from ldm.tuning import Chosen, choose, shares, table
-
-UNET = "model.diffusion_model."
+from ldm.tuning import UNET, Chosen, Tuning, choose, table, unet_fingerprint
 
 
 def save(model: nn.Module, folder: str | Path, notes: Mapping[str, Any] | None = None) -> None:
@@ -30,18 +27,18 @@ def save(model: nn.Module, folder: str | Path, notes: Mapping[str, Any] | None =
     """
     unet = model.model.diffusion_model
     adapters = adapter_files.describe(unet)
+    in_adapters = {UNET + name for name in adapter_files.adapter_tensors(unet)}
     tensors: dict[str, Tensor] = {}
     entries = []
-    for chosen, own in zip(model.families, shares(model, model.families), strict=True):
-        own = {name: value for name, value in own.items() if not is_adapter(name)}
+    for chosen, learnt in model.tuning.shares():
+        own = {name: value for name, value in learnt.items() if name not in in_adapters}
         if own and model.is_tuned:
             name = {"family": table.name_of(chosen.target), "target": chosen.target}  # the target is for older readers
             entries.append({**name, "params": chosen.params, "tensors": list(own)})
             tensors |= own
     if not adapters and not entries:
         raise InputError("nothing was tuned in this model: give it an adapter_config, a train_level or tuning")
-    changed = {name.removeprefix(UNET) for name in tensors}
-    about = adapter_files.about(unet, adapters, dict(notes or {}), changed)
+    about = adapter_files.about(adapters, dict(notes or {}), model.tuning.fingerprint)
     if entries:
         about["families"] = entries
     write_folder(folder, about, adapter_files.adapter_tensors(unet) if adapters else {}, tensors)
@@ -56,20 +53,21 @@ def load(model: nn.Module, folder: str | Path, scale: float = 1.0, add: bool = F
     which then answers as before, and for a family that is not ours and not allowed, before anything is imported.
     """
     held = read_folder(folder)
-    own = [one.target for one in model.families]
+    own = [one.target for one in model.tuning.families]
     entries = [{**entry, "target": table.target_in(entry, str(folder), own)} for entry in held.families]
-    unet, tensors = model.model.diffusion_model, held.tuned
+    unet, tensors, tuning = model.model.diffusion_model, held.tuned, model.tuning
     if entries and not model.is_tuned:
         settle(model)
-    base = set(model.state_dict())
+    if held.config:
+        state = {**model.state_dict(), **tuning.released}
+        base = {name: value for name, value in state.items() if tuning.is_base(name)}
+        adapter_files.check_base(held.config, unet_fingerprint(base, changed=tensors), str(folder))
     added = [_installed(model, entry, tensors, scale, add, str(folder)) for entry in entries]  # changes no answer yet
     if held.config is None or held.config["adapters"]:
         adapter_files.put(unet, held, scale, add)
-    else:
-        adapter_files.check_base(unet, held.config, str(folder))
     for entry, (chosen, own) in zip(entries, added, strict=True):
-        _fill(model, own, [tensors[name] for name in entry["tensors"]], base, scale)
-        model.families += [chosen] if all(chosen is not one for one in model.families) else []
+        _fill(tuning, own, [tensors[name] for name in entry["tensors"]], scale)
+        tuning.families += [chosen] if all(chosen is not one for one in tuning.families) else []
 
 
 def settle(model: nn.Module) -> None:
@@ -77,7 +75,7 @@ def settle(model: nn.Module) -> None:
     if model.use_ema:
         model.model_ema.copy_to(model.model)
         model.use_ema = False
-    model.families, model.is_tuned = [], True
+    model.tuning.families, model.is_tuned = [], True
     model.requires_grad_(False)
 
 
@@ -85,7 +83,7 @@ def _installed(
     model: nn.Module, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], scale: float, add: bool, source: str
 ) -> tuple[Chosen, dict[str, nn.Parameter]]:
     """The family of an entry, on the model at this strength but with its start; its parameters in the entry's order."""
-    same = [one for one in model.families if (one.target, one.params) == (entry["target"], entry["params"])]
+    same = [one for one in model.tuning.families if (one.target, one.params) == (entry["target"], entry["params"])]
     if same and not add:
         chosen = same[0]
     else:
@@ -105,24 +103,20 @@ def _installed(
 
 
 @torch.no_grad()
-def _fill(
-    model: nn.Module, own: Mapping[str, nn.Parameter], values: list[Tensor], base: Container[str], scale: float
-) -> None:
+def _fill(tuning: Tuning, own: Mapping[str, nn.Parameter], values: list[Tensor], scale: float) -> None:
     """Put values into parameters: what tuning added takes them, base weights go a share of their way to them."""
-    released = vars(model).setdefault("released_weights", {})  # before anything was loaded onto them
+    released = tuning.remember(own)
     for (name, parameter), value in zip(own.items(), values, strict=True):
         value = value.to(parameter.device, parameter.dtype)
-        if name not in base or is_added(name):
-            parameter.copy_(value)
-            continue
-        start = released.setdefault(name, parameter.clone())
-        alone = scale == 1 and torch.equal(parameter, start)
-        parameter.copy_(value if alone else parameter + scale * (value - start))
+        start = released.get(name)
+        alone = start is None or (scale == 1 and torch.equal(parameter, start))
+        # Not in place: the released value is set aside and may lie in the pages of a checkpoint's file.
+        parameter.data = value.clone() if alone else parameter + scale * (value - start)
 
 
 def _matched(chosen: Chosen, model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, nn.Parameter]:
     """The parameters of a family in the order of its tensors, whose names may count the families otherwise."""
-    own = {name: p for name, p in chosen.family.trainable(model).items() if not is_adapter(name)}
+    own = chosen.family.trainable(model)
     if own.keys() == tensors.keys():
         own = {name: own[name] for name in tensors}
     if len(own) != len(tensors):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from ldm.checkpoints import is_adapter, is_added
 from ldm.errors import InputError
 from ldm.patterns import Patterns
 from ldm.tuning import named
@@ -26,17 +25,17 @@ class ByName:
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         patterns = Patterns("pattern")
-        return named(model, lambda name: patterns.search(self.pattern, name) and not is_added(name))
+        return named(model, lambda name: patterns.search(self.pattern, name) and model.tuning.is_base(name))
 
 
 class UNet:
-    """Every weight of the UNet, position adapters included if there are any."""
+    """Every weight of the UNet."""
 
     def install(self, model: nn.Module) -> None:
         pass
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return named(model, lambda name: name.startswith("model.") and (is_adapter(name) or not is_added(name)))
+        return named(model, lambda name: name.startswith("model.") and model.tuning.is_base(name))
 
 
 class ConditionStage(ByName):

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
-from ldm.checkpoints import is_added
 from ldm.tuning import named
 
 
 class Norms:
-    """Weight and bias of every group norm and layer norm of the UNet; those of its adapters excluded."""
+    """Weight and bias of every group norm and layer norm of the UNet, but for norms that tuning added."""
 
     def install(self, model: nn.Module) -> None:
         pass
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         norms = {name for name, module in model.named_modules() if isinstance(module, (nn.GroupNorm, nn.LayerNorm))}
-        own = {name for name in norms if name.startswith("model.") and not is_added(f"{name}.")}
-        return named(model, lambda name: name.rpartition(".")[0] in own)
+        own = {name for name in norms if name.startswith("model.")}
+        return named(model, lambda name: name.rpartition(".")[0] in own and model.tuning.is_base(name))

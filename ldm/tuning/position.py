@@ -6,19 +6,20 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ldm.checkpoints import is_adapter
 from ldm.modules.adapters import attach_adapters
-from ldm.tuning import named
+from ldm.tuning import UNET, named
 
 
 class PositionAdapters:
-    """The adapters that the UNet has from its own `adapter_config`, and those of the one given here."""
+    """The adapters of an `adapter_config`, by default that of the UNet, in every block of their kind."""
 
     def __init__(self, adapter_config: Mapping | None = None) -> None:
         self.adapter_config = adapter_config
+        self.prefixes: tuple[str, ...] = ()
 
     def install(self, model: nn.Module) -> None:
-        attach_adapters(model.model.diffusion_model, self.adapter_config)
+        attached = attach_adapters(model.model.diffusion_model, self.adapter_config)
+        self.prefixes = tuple(f"{UNET}{name}." for name in attached)
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return named(model, lambda name: name.startswith("model.") and is_adapter(name))
+        return named(model, lambda name: name.startswith(self.prefixes)) if self.prefixes else {}

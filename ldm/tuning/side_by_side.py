@@ -9,7 +9,8 @@ goes its own way. That holds for any family, since the views are compared and no
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.taps import TappedBlock
+
+# Within its context random numbers on a device are those of one training.
+Drawing = Callable[[torch.device], AbstractContextManager]
 
 
 def view(model: nn.Module) -> nn.Module:
@@ -46,13 +50,23 @@ class Shares(nn.Module):
         super().__init__()
         self.parts = nn.ModuleDict({str(number): part for number, part in enumerate(parts) if part is not None})
         self.count = len(parts)
+        self.drawing: Sequence[Drawing] | None = None  # of each training, where modules draw random numbers
+        self.draws = any(map(_draws, self.parts.values()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        shares = [_share((args, kwargs), number, self.count) for number in range(self.count)]
-        answers = {int(number): part(*shares[int(number)][0], **shares[int(number)][1])
-                   for number, part in self.parts.items()}  # fmt: skip
+        answers = {}
+        for number, part in ((int(number), part) for number, part in self.parts.items()):
+            own, named = _share((args, kwargs), number, self.count)
+            drawn = self.training and self.draws and self.drawing is not None
+            with self.drawing[number](args[0].device) if drawn else nullcontext():
+                answers[number] = part(*own, **named)
         nothing = torch.zeros_like(next(iter(answers.values())))
         return torch.cat([answers.get(number, nothing) for number in range(self.count)])
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a module may draw random numbers in training: it drops something out."""
+    return any(isinstance(m, nn.Dropout) and m.p > 0 or hasattr(m, "rank_dropout") for m in module.modules())
 
 
 def _share(value: Any, number: int, count: int) -> Any:

@@ -28,7 +28,7 @@ from ldm.config import load_config, plain
 from ldm.data.pictures import find_pictures, read_picture, to_tensor
 from ldm.errors import InputError
 from ldm.evaluate.kept import class_folder, kept
-from ldm.evaluate.metrics import agreement, cosines, mean_and_error, similarity_to
+from ldm.evaluate.metrics import clip_i, clip_t, cosines, mean_and_error
 from ldm.evaluate.subjects import class_word_of
 from ldm.files import read_text
 from ldm.generate import Settings, generate
@@ -135,11 +135,11 @@ def measure(family: str, subject: Path, clip: CLIP, options: argparse.Namespace)
         "weights that learn": sum(value.numel() for value in trainer.lightning_module.learning().values()),
         "file, kB": sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1000,
         "ms per step": 1000 * report.seconds / report.steps,
-        "CLIP-I": similarity_to(tuned, photos).mean().item(),
-        "CLIP-T": agreement(tuned, caption).mean().item(),
+        "CLIP-I": clip_i(tuned, photos).mean().item(),
+        "CLIP-T": clip_t(tuned, caption).mean().item(),
         "drift of the class": (1 - cosines(prior, base).diagonal()).mean().item(),
-        "CLIP-I before": similarity_to(base, photos).mean().item(),
-        "CLIP-T before": agreement(base, caption).mean().item(),
+        "CLIP-I before": clip_i(base, photos).mean().item(),
+        "CLIP-T before": clip_t(base, caption).mean().item(),
     }
 
 

@@ -22,7 +22,7 @@ from ldm.cli import (
 from ldm.config import load_config
 from ldm.data.captioned import CaptionedPictures
 from ldm.evaluate.figures import save_grid
-from ldm.evaluate.metrics import agreement, mean_and_error, pairwise_similarity, psnr, retrieval
+from ldm.evaluate.metrics import clip_t, mean_and_error, pairwise_similarity, psnr, retrieval
 from ldm.generate import Settings, generate
 from ldm.models.clip import CLIP
 from ldm.util import load_model_from_config
@@ -140,11 +140,11 @@ def evaluate_base(options: Any, model: Any, clip: CLIP, held_out: CaptionedPictu
     real_rows = drawings(held_out, 60) + photos(held_out, 40)
     captions = [held_out.captions[row][0] for row in real_rows]
     texts = clip.embed_captions(captions)
-    real = agreement(clip.embed_pictures(shown(held_out, real_rows)), texts)
+    real = clip_t(clip.embed_pictures(shown(held_out, real_rows)), texts)
     print("CLIP-T of {} real pictures: {:.3f} +- {:.3f}".format(len(real), *mean_and_error(real)))
     for scale in SCALES:
         pictures = sampled(model, captions, options, scale)
-        made = agreement(clip.embed_pictures(2 * pictures - 1), texts)
+        made = clip_t(clip.embed_pictures(2 * pictures - 1), texts)
         mean, error = mean_and_error(made)
         print(f"CLIP-T of generated pictures at scale {scale}: {mean:.3f} +- {error:.3f}, "
               f"{mean / real.mean().item():.0%} of real ones")  # fmt: skip

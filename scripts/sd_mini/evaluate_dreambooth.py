@@ -25,7 +25,7 @@ from ldm.config import find_file, load_config, plain
 from ldm.data.dreambooth import PersonalizedBase
 from ldm.evaluate.figures import save_grid
 from ldm.evaluate.kept import class_folder, kept
-from ldm.evaluate.metrics import mean_and_error, pairwise_similarity, similarity_to
+from ldm.evaluate.metrics import clip_i, mean_and_error, pairwise_similarity
 from ldm.evaluate.subjects import class_word_of
 from ldm.generate import Settings, generate
 from ldm.models.clip import CLIP
@@ -86,7 +86,7 @@ def measure(subject: Path, options: argparse.Namespace, clip: CLIP) -> tuple[dic
     target = clip.embed_pictures(photos)
     seen = {"base": base, "before": before, "after": after, "prior": prior}
     seen = {name: clip.embed_pictures(2 * made - 1) for name, made in seen.items()}
-    figures = {name: similarity_to(vectors, target).mean().item() for name, vectors in seen.items()}
+    figures = {name: clip_i(vectors, target).mean().item() for name, vectors in seen.items()}
     figures |= {f"among {name}": pairwise_similarity(seen[name]).item() for name in ("base", "prior")}
     figures["same when off"] = torch.equal(draw(of_class), base)
     shown = ((photos + 1) / 2)[: options.samples].repeat(options.samples, 1, 1, 1)[: options.samples]

@@ -227,7 +227,7 @@ def test_a_concept_that_was_trained_here_leaves_as_a_delta(base, tmp_path, capsy
     ]
     for one in chosen:
         one.family.install(model)
-    model.families, model.is_tuned = chosen, True
+    model.tuning.families, model.is_tuned = chosen, True
     for parameter in chosen[0].family.trainable(model).values():
         parameter.data = parameter.data + 0.2
     files.save(model, tmp_path / "own")
@@ -277,9 +277,9 @@ def test_inspect(base, lora, tuned, tmp_path, capsys):
     norm = sum(delta(f).norm() ** 2 for f in lora.layers.values()).sqrt().item()
     assert told[0]["norm of the change"] == pytest.approx(norm, rel=1e-4)
     assert told[1]["weights"] == 32 and list(told[1]["words"]) == ["<new1>"]
-    from ldm.modules.adapter_files import base_fingerprint
+    from ldm.modules.adapter_files import own_fingerprint
 
-    assert told[2]["base fingerprint"] == base_fingerprint(model.model.diffusion_model)
+    assert told[2]["base fingerprint"] == own_fingerprint(model.model.diffusion_model)
     assert told[3]["routes"][0].startswith("attn2o-ffni in ") and told[3]["parameters"] > 0
     run("inspect_adapter", tmp_path / "1", tmp_path / "lora")
     out = capsys.readouterr().out

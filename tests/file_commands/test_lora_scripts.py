@@ -162,7 +162,7 @@ def test_lora_add_upl_takes_every_kind_that_is_trained_here(base, tmp_path, kind
     params = {"kind": kind, "rank": 2, "targets": [UNET + "*.attn2.to_[kv]"]}
     chosen = choose({"target": "ldm.tuning.lora.LoRA", "params": params})
     chosen.family.install(model)
-    model.families, model.is_tuned = [chosen], True
+    model.tuning.families, model.is_tuned = [chosen], True
     generator = torch.Generator().manual_seed(2)
     for parameter in chosen.family.trainable(model).values():
         parameter.data = parameter.data + torch.randn(parameter.shape, generator=generator) * 0.3

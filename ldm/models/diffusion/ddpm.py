@@ -1,20 +1,221 @@
-"""Diffusion in the latents of a frozen autoencoder (arXiv 2112.10752), under LDM's names."""
+"""Denoising diffusion, in the space of the batch itself (arXiv 2006.11239) and in latents (arXiv 2112.10752).
+
+The models under LDM's names. What they share when they train is in `training.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.config import instantiate_from_config
+from ldm.checkpoints import read_weights
+from ldm.config import instantiate_from_config, plain
 from ldm.errors import InputError
-from ldm.models.building import BASE_IS_COMING
-from ldm.models.diffusion.pixels import DDPM, DiffusionWrapper, mask_of  # noqa: F401 (LDM has them here)
+from ldm.models.building import fill_added, load_base
+from ldm.models.diffusion.guidance import batched
+from ldm.models.diffusion.losses import diffusion_loss, simple_loss
+from ldm.models.diffusion.prediction import prediction
+from ldm.models.diffusion.process import DiffusionProcess
+from ldm.models.diffusion.training import DiffusionTraining
+from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.tuning import Chosen, families, freeze_rest, shares, trainable
+from ldm.tuning import Tuning, families, freeze_rest
+
+
+class DDPM(DiffusionProcess, DiffusionTraining):
+    """Denoising diffusion in the space of the batch itself. Constructor arguments and buffer names are LDM's.
+
+    `learning_rate` is an attribute that the training run sets. `min_snr_gamma` weighs the steps by Min-SNR
+    (arXiv 2303.09556, which recommends 5). Raises `InputError` for values that make no sense.
+    """
+
+    def __init__(
+        self,
+        unet_config: Mapping,
+        timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        loss_type: str = "l2",
+        ckpt_path: str | None = None,
+        monitor: str | None = "val/loss",
+        use_ema: bool = True,
+        first_stage_key: str = "image",
+        image_size: int = 256,
+        channels: int = 3,
+        log_every_t: int = 100,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+        given_betas: Any = None,
+        original_elbo_weight: float = 0.0,
+        v_posterior: float = 0.0,
+        l_simple_weight: float = 1.0,
+        conditioning_key: str | None = None,
+        parameterization: str = "eps",
+        scheduler_config: Mapping | None = None,
+        optimizer_config: Mapping | None = None,
+        learn_logvar: bool = False,
+        logvar_init: float = 0.0,
+        min_snr_gamma: float | None = None,
+        mask_as_published: bool = False,  # see `ldm.models.diffusion.losses.simple_loss`
+    ) -> None:
+        super().__init__()
+        self.prediction = prediction(parameterization)
+        if loss_type not in ("l1", "l2"):
+            raise InputError(f"loss_type must be l1 or l2, got {loss_type!r}")
+        self.parameterization, self.loss_type, self.v_posterior = parameterization, loss_type, v_posterior
+        if min_snr_gamma is not None and min_snr_gamma <= 0:
+            raise InputError(f"min_snr_gamma must be positive, got {min_snr_gamma}")
+        self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
+        self.min_snr_gamma = min_snr_gamma
+        self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
+        self.log_every_t, self.learn_logvar, self.mask_as_published = log_every_t, learn_logvar, mask_as_published
+        self.scheduler_config = scheduler_config
+        self.optimizer_config = optimizer_config or {"target": "torch.optim.AdamW"}
+        if monitor is not None:
+            self.monitor = monitor
+        self.model = DiffusionWrapper(unet_config, conditioning_key)
+        self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        logvar = torch.full((self.num_timesteps,), float(logvar_init))
+        if learn_logvar:
+            self.logvar = nn.Parameter(logvar)
+        else:
+            self.register_buffer("logvar", logvar, persistent=False)
+        self.use_ema = use_ema
+        self._install(use_ema, ckpt_path)
+
+    def _install(self, use_ema: bool, ckpt_path: str | None) -> dict[str, Tensor]:
+        """What comes after all parts are there; the tensors of the checkpoint that only tuning has a place for."""
+        if use_ema:
+            self.model_ema = LitEma(self.model)
+        return {} if ckpt_path is None else load_base(self, read_weights(ckpt_path), source=str(ckpt_path))
+
+    def init_from_ckpt(self, path: str) -> None:
+        """Load the weights of a checkpoint; what tuning added and the checkpoint lacks stays as it is."""
+        fill_added(self, load_base(self, read_weights(path), source=str(path)), path)
+
+    def weights_loaded(self, lacking: Set[str]) -> None:
+        """Averages that a checkpoint lacks begin at the weights that it has; `load_weights` calls this."""
+        if self.use_ema:
+            self.model_ema.begin(self.model, {name.removeprefix("model_ema.") for name in lacking})
+
+    @contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Within this context the UNet has its averaged weights, if averages are kept."""
+        if not self.use_ema:
+            yield
+            return
+        self.model_ema.store(self.model.parameters())
+        self.model_ema.copy_to(self.model)
+        try:
+            yield
+        finally:
+            self.model_ema.restore(self.model.parameters())
+
+    # --- the model and its loss
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        """What the UNet predicts for x_t: the noise, x_0 or the velocity, as `parameterization` says.
+
+        `cond`: a tensor, a list of tensors, or LDM's `{"c_concat": [...], "c_crossattn": [...]}`.
+        """
+        if not isinstance(cond, Mapping):
+            cond = cond if isinstance(cond, Sequence) or cond is None else [cond]
+            cond = {"c_concat" if self.model.conditioning_key == "concat" else "c_crossattn": cond}
+        return self.model(x_noisy, t, **cond)
+
+    def predict_noise(self, x_noisy: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        """The predicted noise, whatever the network predicts; what samplers ask for. t [b] may be fractional."""
+        predicted = self.apply_model(x_noisy, t, cond)
+        return self.prediction.to_epsilon(predicted, x_noisy, *self.level(t, x_noisy))
+
+    def loss_of(
+        self, predicted: Tensor, x_start: Tensor, noise: Tensor, t: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts for logging, from what the UNet predicted; only where the mask [b, 1, h, w] is 1."""
+        target = self.prediction.target(x_start, noise, *self.level(t, x_start))
+        return diffusion_loss(
+            simple_loss(predicted.float(), target.float(), self.loss_type, mask, self.mask_as_published),
+            t,
+            self.logvar,
+            self.lvlb_weights,
+            self.simple_weight(t),
+            self.original_elbo_weight,
+            self.learn_logvar,
+        )
+
+    def simple_weight(self, t: Tensor) -> float | Tensor:
+        """What the errors at steps t [b] weigh in the loss: `l_simple_weight`, times Min-SNR's weights if asked for."""
+        if self.min_snr_gamma is None:
+            return self.l_simple_weight
+        alphas_cumprod = self.alphas_cumprod.to(t.device)[t]
+        snr = alphas_cumprod / (1 - alphas_cumprod)
+        return self.l_simple_weight * self.prediction.min_snr_weight(snr, self.min_snr_gamma)
+
+    def p_losses(
+        self, x_start: Tensor, cond: Any, t: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss at steps t [b] for clean x_0 under a condition (arXiv 2112.10752, eqs. 2 and 3), and its parts."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        predicted = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        loss, parts = self.loss_of(predicted, x_start, noise, t)
+        return loss, self._prefixed(parts)
+
+    def _prefixed(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {f"{'train' if self.training else 'val'}/{name}": value for name, value in parts.items()}
+
+    def forward(self, x: Tensor, cond: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss for clean x_0 [b, c, h, w] at steps drawn at random."""
+        t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
+        return self.p_losses(x, cond, t)
+
+    def get_input(self, batch: Mapping[str, Any], k: str) -> Tensor:
+        """An entry [b, h, w, c] or [b, h, w] of a batch as [b, c, h, w]."""
+        x = batch[k]
+        return rearrange(x if x.dim() == 4 else x[..., None], "b h w c -> b c h w").contiguous().float()
+
+    def clean(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """x_0 [b, c, h, w] of a batch and its condition."""
+        return self.get_input(batch, self.first_stage_key), None
+
+    def draw(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any, Tensor, Tensor]:
+        """x_0, condition, steps t [b] and noise for one batch, drawn in the order of the published code."""
+        x_start, cond = self.clean(batch)
+        t = self.draws.steps(self.num_timesteps, len(x_start), x_start.device)
+        return x_start, cond, t, self.draws.normal_like(x_start)
+
+    def losses_of(
+        self, drawn: Sequence[tuple[Tensor, Any, Tensor, Tensor]], masks: Sequence[Tensor | None] | None = None
+    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """The losses for what `draw` gave, from one call of the UNet."""
+        if len({x_start.shape[1:] for x_start, *_ in drawn}) > 1:
+            raise InputError(
+                "pictures of the subject and of its class must have one size; set data.params.*.params.size"
+            )
+        x_start, cond, t, noise = (_join(*column) for column in zip(*drawn, strict=True))
+        predicted = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        sizes = [len(x) for x, *_ in drawn]
+        columns = [column.split(sizes) for column in (predicted, x_start, noise, t)]
+        return [self.loss_of(*parts) for parts in zip(*columns, masks or [None] * len(drawn), strict=True)]
+
+    def rest(self, step: int) -> None:
+        """Take the gradients away from what does not learn in this step."""
+
+    def after_step(self, step: int, optimizer: Any) -> None:
+        """What follows on the optimizer's step number `step`."""
+
+    def learning(self) -> dict[str, nn.Parameter]:
+        """What learns, by state-dict name."""
+        return dict(self.named_parameters())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What learns, as the groups of an optimizer; none where nothing does."""
+        return [{"params": learning}] if (learning := list(self.learning().values())) else []
 
 
 class LatentDiffusion(DDPM):
@@ -26,6 +227,7 @@ class LatentDiffusion(DDPM):
 
     def __init__(
         self,
+        unet_config: Mapping,
         first_stage_config: Mapping,
         cond_stage_config: Mapping | str,
         num_timesteps_cond: int | None = None,
@@ -37,11 +239,12 @@ class LatentDiffusion(DDPM):
         scale_factor: float = 1.0,
         scale_by_std: bool = False,
         reg_weight: float = 1.0,
-        embedding_reg_weight: float = 0.0,  # weighed the embedding manager's loss, which position tuning has not
+        embedding_reg_weight: float = 0.0,  # unused; accepted because older YAML files have it
         train_level: str | Sequence[str] | None = None,
         tuning: Mapping | Sequence[Mapping] | None = None,
         use_ema: bool = True,
         ckpt_path: str | None = None,
+        install_tuning: bool = True,
         **ddpm: Any,
     ) -> None:
         if (num_timesteps_cond or 1) != 1:
@@ -52,7 +255,8 @@ class LatentDiffusion(DDPM):
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == "__is_unconditional__":
             conditioning_key = None
-        super().__init__(conditioning_key=conditioning_key, use_ema=False, ckpt_path=None, **ddpm)
+        unet_config, adapter_config = without_adapters(unet_config)
+        super().__init__(unet_config, conditioning_key=conditioning_key, use_ema=False, ckpt_path=None, **ddpm)
         self.cond_stage_key, self.cond_stage_trainable = cond_stage_key, cond_stage_trainable
         self.cond_stage_forward, self.reg_weight = cond_stage_forward, reg_weight
         self.scale_by_std = scale_by_std
@@ -67,35 +271,35 @@ class LatentDiffusion(DDPM):
             self.cond_stage_model = instantiate_from_config(cond_stage_config)
         self.is_tuned = bool(train_level or tuning)  # else what learns is a model of its own, not a change of another
         whole = ["unet", "embeder"] if cond_stage_trainable else ["unet"]
-        self.families = families(train_level, tuning) if self.is_tuned else families(whole, None)
+        whole = ["unet", "embeder"] if cond_stage_trainable else ["unet"]
+        levels = train_level if self.is_tuned else whole
+        self.tuning = Tuning(self, families(levels, tuning, adapter_config))
         self.use_ema = use_ema
         freeze_rest(self, self.learning())
-        self._install(use_ema, ckpt_path)
-        if not BASE_IS_COMING.get():
+        self.for_tuning = self._install(use_ema, ckpt_path), str(ckpt_path)
+        if install_tuning:
             self.tune()
 
     def tune(self) -> None:
         """Install the families on the base weights; from here on only what they let learn has gradients."""
-        for chosen in self.families:
-            chosen.family.install(self)
+        self.tuning.install()
         freeze_rest(self, self.learning())
         if self.use_ema and not self.model_ema.tracks(self.model):
-            self.model_ema = LitEma(self.model)
+            self.model_ema = LitEma(self.model, known=self.model_ema)
+        fill_added(self, *self.for_tuning)
+        self.for_tuning = {}, ""
 
     def learning(self) -> dict[str, nn.Parameter]:
         """What the families let learn, by state-dict name."""
-        return trainable(self, self.families) | self._own()
+        return self.tuning.parameters() | self._own()
 
     def _own(self) -> dict[str, nn.Parameter]:
         return {"logvar": self.logvar} if self.learn_logvar else {}
 
-    def _shares(self) -> list[tuple[Chosen, dict[str, nn.Parameter]]]:
-        return list(zip(self.families, shares(self, self.families), strict=True))
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """A group for each learning rate that families have of their own; whatever has none is in the first one."""
         groups: dict[float | None, list[nn.Parameter]] = {None: list(self._own().values())}
-        for chosen, own in self._shares():
+        for chosen, own in self.tuning.shares():
             groups.setdefault(chosen.learning_rate, []).extend(own.values())
         rates = {rate: {} if rate is None else {"lr": rate} for rate in groups}
         return [{"params": parameters} | rates[rate] for rate, parameters in groups.items() if parameters]
@@ -103,16 +307,18 @@ class LatentDiffusion(DDPM):
     # --- stages: outside its steps a family's parameters have no gradient, so that no optimizer touches them.
     # Who learns is a function of the step alone: a run resumes within any stage.
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        resting = [chosen for chosen in self.families if not chosen.learns_at(self.global_step)]
-        if resting:
-            active = trainable(self, [chosen for chosen in self.families if chosen not in resting])
-            for name, parameter in trainable(self, resting).items():
-                if name not in active:
-                    parameter.grad = None
+    def rest(self, step: int) -> None:
+        if all(one.learns_at(step) for one in self.tuning.families):
+            return
+        active = self.tuning.parameters(of=lambda one: one.learns_at(step))
+        for name, parameter in self.tuning.parameters(of=lambda one: not one.learns_at(step)).items():
+            if name not in active:
+                parameter.grad = None
 
     def after_step(self, step: int, optimizer: Any) -> None:
-        for chosen in (one for one in self.families if one.learns_at(step) and hasattr(one.family, "after_step")):
+        for chosen in self.tuning.families:
+            if not (chosen.learns_at(step) and hasattr(chosen.family, "after_step")):
+                continue
             rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
             learning = chosen.family.trainable(self).values()
             chosen.family.after_step(self, max((rates[id(p)] for p in learning), default=0.0))
@@ -172,3 +378,17 @@ class LatentDiffusion(DDPM):
         if self.scale_by_std and self.global_step == 0 and batch_idx == 0:
             latents, _ = self.clean(batch[0] if isinstance(batch, (list, tuple)) else batch)
             self.scale_factor.fill_(self.scale_factor / latents.std())
+
+
+def without_adapters(unet_config: Mapping) -> tuple[Any, Any]:
+    """The config of a UNet without its `adapter_config`, and that: its adapters are a family of tuning."""
+    config = plain(unet_config)
+    if not isinstance(config, Mapping) or not isinstance(config.get("params"), Mapping):
+        return unet_config, None
+    params = dict(config["params"])
+    adapter_config = params.pop("adapter_config", None)
+    return {**config, "params": params}, adapter_config
+
+
+def _join(*parts: Any) -> Any:
+    return None if parts[0] is None else batched(*parts)

@@ -1,0 +1,43 @@
+"""The UNet and the way in which the condition enters it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config import instantiate_from_config
+from ldm.errors import InputError
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Contexts [b, m, d] as one; a single one stays the same tensor, by which `ldm.modules.text_once` knows it."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
+# How each `conditioning_key` hands the condition to the UNet: (channels to append, context, class labels).
+CONDITIONING = {
+    None: lambda concat, cross: ([], None, None),
+    "concat": lambda concat, cross: (concat, None, None),
+    "crossattn": lambda concat, cross: ([], joined(cross), None),
+    "hybrid": lambda concat, cross: (concat, joined(cross), None),
+    "adm": lambda concat, cross: ([], None, cross[0]),
+}
+
+
+class DiffusionWrapper(nn.Module):
+    """The UNet and the way in which the condition enters it."""
+
+    def __init__(self, diff_model_config: Mapping, conditioning_key: str | None) -> None:
+        super().__init__()
+        if conditioning_key not in CONDITIONING:
+            raise InputError(f"conditioning_key must be one of {list(CONDITIONING)}, got {conditioning_key!r}")
+        self.diffusion_model = instantiate_from_config(diff_model_config)
+        self.conditioning_key = conditioning_key
+
+    def forward(
+        self, x: Tensor, t: Tensor, c_concat: list[Tensor] | None = None, c_crossattn: list[Tensor] | None = None
+    ) -> Tensor:
+        channels, context, labels = CONDITIONING[self.conditioning_key](c_concat, c_crossattn)
+        return self.diffusion_model(torch.cat([x, *channels], dim=1), t, context=context, y=labels)
