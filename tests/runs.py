@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import ROOT
 
-TINY = ROOT / "tests" / "data" / "tiny.yaml"
+TINY = ROOT / "tests" / "configs" / "tiny.yaml"
 # One thread: tests run beside each other, and sums in another order would not be the same bit for bit.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 

@@ -1,4 +1,4 @@
-"""On an accelerator the small model computes what it computes on a CPU. Run by `tests/test_accelerator.py`."""
+"""On an accelerator the small model computes what it computes on a CPU. Run by `test_accelerator.py`."""
 
 import json
 

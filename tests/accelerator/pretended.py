@@ -3,7 +3,7 @@
 As on a GPU, tensors of two devices cannot meet in an operation (numbers without dimensions and indices may come from
 the CPU), and the host waits wherever it reads a value and wherever a tensor changes the device without
 `non_blocking=True`: `waits` holds those operations. Registering a device changes
-torch for the whole process, so what uses this runs in one of its own (`tests/test_accelerator.py`).
+torch for the whole process, so what uses this runs in one of its own (`test_accelerator.py`).
 """
 
 from collections.abc import Iterator

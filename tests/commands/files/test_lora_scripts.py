@@ -12,9 +12,9 @@ from ldm.interchange.lora import Lora, delta, weighted_sum
 from ldm.interchange.names import UNET
 from tests import interchange_models
 from tests.helpers import assert_close_to
+from tests.interchange.test_lora_keys import random_lora, same
 from tests.interchange_models import run
-from tests.test_lora_keys import random_lora, same
-from tests.test_position_sums import saved as saved_adapter
+from tests.modules.test_position_sums import saved as saved_adapter
 
 torch.set_num_threads(1)
 

@@ -1,14 +1,13 @@
 """SD-mini's tokenizer: CLIP's format, identifiers as tokens of their own, any text encodes."""
 
 import json
-from pathlib import Path
 
 import pytest
 from transformers import CLIPConfig, CLIPTokenizer
 
 from scripts.sd_mini import train_tokenizer
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "models/sd-mini/clip"
 
 

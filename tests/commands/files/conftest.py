@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from ldm.interchange import custom_diffusion
 from tests import interchange_models
-from tests.test_lora_keys import random_lora
+from tests.interchange.test_lora_keys import random_lora
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from ldm.checkpoints import save_torch
 from ldm.errors import InputError
 from ldm.interchange import cloneofsimo, custom_diffusion, embeddings, lora_keys
+from tests.data.test_latents import config as latents_config
 from tests.interchange_models import run
+from tests.modules.test_position_sums import saved as saved_adapter
 from tests.runs import TINY, pictures
-from tests.test_latents import config as latents_config
-from tests.test_position_sums import saved as saved_adapter
 from tests.test_writing import files_of_at_most
 
 NO_FOLDER = "file/in"  # below a file, where no folder can be

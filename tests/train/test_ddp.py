@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from ldm.data.sampling import ResumableBatches, SharedBatches
 from ldm.errors import InputError
 from tests.conftest import ROOT
-from tests.runs import arguments, command, differences, events, find_run, last, pictures, resume, start, train
-from tests.test_published_models import narrow
+from tests.models.test_published_models import narrow
+from tests.runs import TINY, arguments, command, differences, events, find_run, last, pictures, resume, start, train
 
 TWO = ("--accelerator", "cpu", "--devices", "2")
 
@@ -165,7 +165,7 @@ def test_a_killed_process_ends_the_other(tmp_path, victim):
 
 def test_class_pictures_are_made_once_for_all(tmp_path):
     pictures(tmp_path / "photos", 2)
-    words = ["--base", "tests/data/tiny.yaml", "-t", "--data_root", tmp_path / "photos", "--logdir", tmp_path / "logs"]
+    words = ["--base", TINY, "-t", "--data_root", tmp_path / "photos", "--logdir", tmp_path / "logs"]
     words += ["--reg_data_root", tmp_path / "class", "--num_class_images", 2, "-n", "run", *TWO, "--max_steps", 1]
     done = command("main_dream_booth.py", *words)
     assert done.returncode == 0, done.stderr
@@ -176,7 +176,7 @@ def test_class_pictures_are_made_once_for_all(tmp_path):
 def test_an_autoencoder_and_its_discriminator_train_in_two_processes(tmp_path):
     """Its two optimizers take turns, so that each backward pass leaves the other's parameters without a gradient."""
     pytest.importorskip("taming.modules.discriminator.model", reason="the discriminator needs the extra vq")
-    noise = {"target": "tests.test_published_models.Batches"}
+    noise = {"target": "tests.models.test_published_models.Batches"}
     config = {
         "model": {"base_learning_rate": 1e-3, **narrow(ROOT / "configs/autoencoder/autoencoder_kl_8x8x64.yaml")},
         "data": {

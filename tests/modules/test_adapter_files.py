@@ -19,7 +19,7 @@ from ldm.modules.folders import read_folder
 from ldm.tuning import files
 from tests import tuned_models
 from tests.conftest import ROOT
-from tests.test_adapters import both, conv, mlp, run, unet
+from tests.modules.test_adapters import both, conv, mlp, run, unet
 
 
 @pytest.fixture

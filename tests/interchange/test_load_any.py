@@ -14,7 +14,7 @@ from ldm.interchange.names import UNET
 from ldm.tuning import choose, files
 from tests import interchange_models
 from tests.helpers import assert_close_to
-from tests.test_lora_keys import random_lora, same
+from tests.interchange.test_lora_keys import random_lora, same
 
 torch.set_num_threads(1)
 

@@ -30,7 +30,7 @@ from tests.runs import (
     train,
 )
 
-PUBLISHED = ROOT / "tests" / "data" / "published-attn2o-ffni.yaml"
+PUBLISHED = ROOT / "tests" / "configs" / "published-attn2o-ffni.yaml"
 NARROW = [  # a published config at the size of the tiny one
     "model.params.unet_config.params.model_channels=32",
     "model.params.unet_config.params.channel_mult=[1,2]",

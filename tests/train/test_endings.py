@@ -12,7 +12,7 @@ from ldm.errors import InputError
 from ldm.train import caches
 from ldm.train import manifest as manifests
 from tests.runs import arguments, command, differences, find_run, last, resume, start, train
-from tests.test_resume import ENDLESS, wait_for
+from tests.train.test_resume import ENDLESS, wait_for
 
 CPU = ("--accelerator", "cpu")
 SCRIPT = """

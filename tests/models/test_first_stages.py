@@ -228,7 +228,7 @@ class Distance(nn.Module):
 @needs_taming
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_a_perceptual_network_is_passed_in(kind, caplog):
-    part = {"target": "tests.test_first_stages.Distance"}
+    part = {"target": "tests.models.test_first_stages.Distance"}
     with_network = make(kind, loss_config(kind, perceptual_weight=0.5, perceptual_loss=part))
     assert not caplog.records
     assert not with_network.loss.perceptual_loss.weight.requires_grad
