@@ -20,15 +20,17 @@ help:  ## list these targets
 demo: .venv/runtime.stamp  ## train an adapter on a few pictures, sample with it, print where the pictures are
 	$(PY) -m ldm demo --base $(DEMO_CONFIG) --data_root $(DEMO_SUBJECT) --class_word $(DEMO_WORD)
 
-test: .venv/test.stamp  ## check the style, then run all tests
+test: .venv/test.stamp  ## check the style and the floors, then run all tests
 	.venv/bin/ruff check .
+	.venv/bin/lint-imports --no-logo
 	$(PY) -m pytest -n 2
 
 campaign: .venv/test.stamp  ## attack the programs: hostile files, kills, full disks, signals; a table of what came of it
 	$(PY) -m tests.campaign
 
-lint: .venv/test.stamp  ## check the style and mend what can be mended
+lint: .venv/test.stamp  ## check the style and mend what can be mended; check the floors
 	.venv/bin/ruff check --fix .
+	.venv/bin/lint-imports --no-logo
 
 bench: .venv/bench.stamp  ## measure against peers in the same run
 	for name in load start train_step caches sample scaling; do $(PY) benchmarks/$$name.py --repeats 2 || exit 1; done

@@ -21,7 +21,7 @@ from common import can_compute, in_turns, machine, parser
 from train_step import keep_freed, ours, step_of
 
 from ldm.devices import cast_frozen
-from ldm.modules.diffusionmodules.convolution import Conv2d
+from ldm.modules.convolution import Conv2d
 from ldm.train.compiled import compile_module
 
 

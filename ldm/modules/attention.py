@@ -7,8 +7,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.errors import InputError
-from ldm.modules.diffusionmodules.convolution import Conv2d
-from ldm.modules.diffusionmodules.util import checkpoint, zero_module
+from ldm.modules.convolution import Conv2d
+from ldm.modules.parts import checkpoint, zero_module
 from ldm.modules.taps import TappedBlock
 
 

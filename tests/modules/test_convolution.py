@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.modules.diffusionmodules.convolution import Conv2d
+from ldm.modules.convolution import Conv2d
 from tests.helpers import assert_close_to
 
 

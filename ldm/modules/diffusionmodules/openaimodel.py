@@ -14,8 +14,9 @@ from ldm.errors import InputError
 from ldm.modules import adapter_files
 from ldm.modules.adapters import attach_adapters, tapped_blocks
 from ldm.modules.attention import SpatialTransformer
-from ldm.modules.diffusionmodules.convolution import Conv2d
-from ldm.modules.diffusionmodules.util import checkpoint, normalization, timestep_embedding, zero_module
+from ldm.modules.convolution import Conv2d
+from ldm.modules.diffusionmodules.util import normalization, timestep_embedding
+from ldm.modules.parts import checkpoint, zero_module
 from ldm.modules.taps import TappedBlock
 
 
