@@ -2,8 +2,14 @@
 
 from setuptools import find_packages, setup
 
-# import-linter holds the floors of docs/architecture.md: it sees imports within functions, and circles.
-TEST = ["hypothesis>=6.100", "import-linter>=2.15", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9"]
+TEST = [
+    "hypothesis>=6.100",
+    "import-linter>=2.15",  # holds the floors of docs/architecture.md: sees imports within functions, and circles
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "ruff>=0.9",
+]
 PEERS = ["diffusers>=0.31"]  # the other side of file formats, and what timings are compared with
 LORA_COMMANDS = [
     "lora_add = ldm.__main__:lora_add",

@@ -1,7 +1,6 @@
 """Noise schedules, constants of the diffusion process, time-step embeddings: equal to the published ones."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from safetensors.torch import load_file
 
 from ldm.errors import InputError
 from ldm.models.diffusion.prediction import PREDICTIONS, prediction
+from ldm.models.diffusion.process import DiffusionProcess
 from ldm.models.diffusion.schedule import ddpm_buffers
 from ldm.modules.diffusionmodules.util import (
     make_beta_schedule,
@@ -75,15 +75,9 @@ def test_buffer_names(index):
 
 
 def test_the_forward_process_and_its_posterior(tensors):
-    from ldm.models.diffusion.ddpm import DDPM
-
-    class Process(SimpleNamespace):
-        _at = DDPM._at
-        q_sample, q_mean_variance, q_posterior = DDPM.q_sample, DDPM.q_mean_variance, DDPM.q_posterior
-        predict_start_from_noise = DDPM.predict_start_from_noise
-
     q = {name.removeprefix("q."): value for name, value in tensors.items() if name.startswith("q.")}
-    process = Process(**sd_buffers())
+    process = DiffusionProcess()
+    process.register_schedule(**SD)
     x0, xt, t, noise = (q.pop(name) for name in ("x0", "xt", "t", "noise"))
     actual = {
         "q_sample": process.q_sample(x0, t, noise),

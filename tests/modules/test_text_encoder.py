@@ -60,7 +60,7 @@ def test_prompts(encoder, mini):
 
 
 def test_a_learnt_word_stands_for_its_vectors(encoder):
-    table = encoder._text_model.embeddings.token_embedding.weight
+    table = encoder.transformer.get_input_embeddings().weight
     word = encoder.tokenize("dog")[0, 1]
     plain = encoder(["photo of a dog", "a house"])
     encoder.add_token("<toy>", table[word][None].clone())

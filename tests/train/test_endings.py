@@ -202,7 +202,7 @@ def test_asked_to_stop_before_the_first_step_it_says_that_nothing_was_learnt(tmp
     def sleeps(*_):
         os.kill(os.getpid(), {int(number)})
         __import__("time").sleep(20)
-    caches._encode_pictures = sleeps
+    caches.pictures = sleeps
     """
     done, run = run_with(setup, tmp_path)
     assert done.returncode == code, done.stderr

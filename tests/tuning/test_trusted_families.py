@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from functools import cache
+from importlib import metadata
 
 import pytest
 import torch
@@ -165,11 +166,16 @@ def install(place, name="my-package", entry="mine = my_own_family:Mine"):
     (about / "entry_points.txt").write_text(f"[ldm.families]\n{entry}\n")
 
 
+def packages_are_in(place, monkeypatch):
+    distributions = metadata.distributions
+    monkeypatch.setattr(metadata, "distributions", lambda path: distributions(path=[str(place)]))
+
+
 def test_an_installed_family(mine, tmp_path, monkeypatch):
     packages = tmp_path / "site-packages"
     packages.mkdir()
     install(packages)
-    monkeypatch.setattr(trust, "_package_folders", lambda: [str(packages)])
+    packages_are_in(packages, monkeypatch)
     rename(mine, family="mine")
     tuned = model()
     files.load(tuned, mine)
@@ -183,7 +189,7 @@ def test_an_installed_family(mine, tmp_path, monkeypatch):
 
 def test_an_installed_family_cannot_take_the_name_of_ours(folder, tmp_path, monkeypatch):
     install(tmp_path, entry="lora = evil:Family")
-    monkeypatch.setattr(trust, "_package_folders", lambda: [str(tmp_path)])
+    packages_are_in(tmp_path, monkeypatch)
     files.load(model(), folder)
     assert not list(tmp_path.rglob("ran"))
 
