@@ -9,11 +9,11 @@ from omegaconf import OmegaConf
 
 from ldm import trust
 from ldm.cli import Parser
+from ldm.commands import fit
 from ldm.config import ALIASES, load_config, plain, stored_config
 from ldm.errors import InputError
 from ldm.train import many
 from ldm.train.options import dreambooth_parser
-from ldm.train.options import parser as general_parser
 from ldm.tuning import table
 from tests import runs
 from tests.conftest import ROOT
@@ -131,7 +131,9 @@ def test_the_user_may_trust_it(stored, monkeypatch):
 def test_the_options_of_training_say_so(monkeypatch):
     for name in ("trust_config", "allowed_families"):
         monkeypatch.setattr(trust, name, getattr(trust, name))
-    for parser in (dreambooth_parser(""), general_parser(""), dreambooth_parser("", several=True)):
+    general = Parser()
+    fit.add_arguments(general)
+    for parser in (dreambooth_parser(""), general, dreambooth_parser("", several=True)):
         parser.parse_known_args(["--trust_config", "--allow_family", "a.B"])
         assert trust.trust_config and trust.allowed_families == ["a.B"]
         Parser().parse_args([])
