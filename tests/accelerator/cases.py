@@ -11,6 +11,7 @@ import main_dream_booth  # isort: skip
 from ldm import generate
 from ldm.config import find_file, load_config
 from ldm.interchange import load_any
+from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.train import run as runs
 from ldm.tuning import files
 from ldm.util import load_model_from_config
@@ -64,7 +65,7 @@ def test_sampling(how):
     assert_close_to(found, expected, 1e-3)
 
 
-@pytest.mark.parametrize("sampler", sorted(generate.SAMPLERS))
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_sampling_waits_as_often_for_many_steps_as_for_few(sampler):
     with pretended() as device:
         model, counts = small(device=device), []

@@ -257,7 +257,7 @@ def test_concepts_from_a_file_with_our_keys_or_those_of_diffusers(work, tmp_path
 @pytest.mark.parametrize(
     "content,message",
     [
-        ("{", "cannot be read"),
+        ("{", "is damaged: no valid JSON"),
         ("{}", "expected a JSON list of mappings"),
         ('[{"datapath": "DOG", "caption": "dog", "prompt": "a"}]', "concept 1 has the unknown key prompt"),
         ('[{"datapath": "DOG"}]', "concept 1 lacks its folder of pictures or its caption"),

@@ -213,12 +213,12 @@ def test_asked_to_stop_before_the_first_step_it_says_that_nothing_was_learnt(tmp
 def test_twice_ctrl_c_saves_the_last_finished_step(tmp_path):
     code = """
     from ldm.models.diffusion.ddpm import LatentDiffusion
-    losses = LatentDiffusion.losses
-    def slow(self, batches):
+    losses = LatentDiffusion.losses_of
+    def slow(self, *drawn):
         if self.global_step == 3:
             os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)
-        return losses(self, batches)
-    LatentDiffusion.losses = slow
+        return losses(self, *drawn)
+    LatentDiffusion.losses_of = slow
     """
     done, run = run_with(code, tmp_path)
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr

@@ -270,7 +270,7 @@ def test_weights_that_are_not_finite_are_not_kept_either(tmp_path, monkeypatch):
 
 def test_before_the_first_checkpoint_it_says_that_there_is_none(tmp_path):
     with pytest.raises(InputError, match="no checkpoint had been written"):
-        train(tmp_path, "run", "model.base_learning_rate=.inf", "--max_steps", 3)
+        train(tmp_path, "run", "model.base_learning_rate=1.0e+30", "--max_steps", 3)
 
 
 def test_checkpoints_hold_no_code(tmp_path):
