@@ -24,7 +24,13 @@ BIG = {"a": torch.ones(300_000)}
 
 @contextmanager
 def files_of_at_most(size: int):
-    """No process can write a larger file meanwhile: what a full disk looks like, without one."""
+    """No process can write a larger file meanwhile: what a full disk looks like, without one.
+
+    Python would leave half of what it compiles meanwhile, and not find out.
+    """
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(sys, "dont_write_bytecode", True)
+    monkey.setenv("PYTHONDONTWRITEBYTECODE", "1")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -33,6 +39,7 @@ def files_of_at_most(size: int):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+        monkey.undo()
 
 
 def folder(path):

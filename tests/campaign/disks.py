@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -90,6 +91,7 @@ def attack(world: World, random: Random, number: int, work: Path) -> Attack:
 
     def prepare() -> None:
         if kind == "limit":
+            sys.dont_write_bytecode = True  # Python would leave half of what it compiles, and not find out
             resource.setrlimit(resource.RLIMIT_FSIZE, (size * KiB, size * KiB))
             return
         held = 300 if name == "a resumed training" else 0

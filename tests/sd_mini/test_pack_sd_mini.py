@@ -26,7 +26,7 @@ def test_both_towers_of_clip_are_written_in_half_precision(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--clip", "{other}"], "--clip .*other.safetensors lacks"),
+        (["--clip", "{other}"], "--clip .*other.safetensors does not fit this config: it lacks"),
         (["--clip", "{other}", "--autoencoder", "{other}"], "--autoencoder and --ldm together"),
         (["--ldm", "{other}"], "--autoencoder and --ldm together"),
         (["--autoencoder", "{other}", "--ldm", "{other}"], "1 averages are not in it, e.g. model_ema"),
