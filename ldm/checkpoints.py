@@ -43,7 +43,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Reads `.safetensors` and torch files (told apart by their content, not by their names), with or without a
     `state_dict` level. Raises `InputError` for whatever is not a checkpoint, in one line.
     """
-    content = read_object(path)
+    return weights_in(read_object(path), path)
+
+
+def weights_in(content: Any, path: str | Path) -> dict[str, Tensor]:
+    """The tensors in what a checkpoint file holds, with or without a `state_dict` level. Raises `InputError`."""
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):

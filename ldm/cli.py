@@ -159,12 +159,9 @@ def in_order(values: Sequence[str], named: Mapping[str, str | None], usage: str)
     return found
 
 
-BASE = "configs/stable-diffusion/v1-inference.yaml"
-
-
-def add_files(parser: argparse.ArgumentParser) -> None:
+def add_files(parser: argparse.ArgumentParser, config: str) -> None:
     """What commands on files share: `--config`, the model that files belong to, `--force`, and `--allow_family`."""
-    parser.add_argument("--config", default=BASE, help=f"config of the base model (default {BASE})")
+    parser.add_argument("--config", default=config, help=f"config of the base model (default {config})")
     parser.add_argument("--force", action="store_true", help="overwrite what exists")
     add_allow_family(parser)
 

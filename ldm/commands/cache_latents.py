@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 
 from ldm.cli import Parser
-
-WITHIN = "first_stage_model."  # an autoencoder's names within a diffusion model
+from ldm.models.bases import FIRST_STAGE
 
 
 def add_arguments(p: Parser) -> None:
@@ -38,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     config, device = load_config(find_file(options.config)), best_device(options.device)
     autoencoder = instantiate_from_config(config.model)
     weights = read_weights(options.ckpt)
-    own = {n.removeprefix(WITHIN): value for n, value in weights.items() if n.startswith(WITHIN)} or weights
+    own = {n.removeprefix(FIRST_STAGE): value for n, value in weights.items() if n.startswith(FIRST_STAGE)} or weights
     load_weights(autoencoder, own, options.ckpt, may_lack=lambda name: name.startswith("loss."))
     autoencoder.eval().to(device, memory_format=torch.channels_last)
     pictures = instantiate_from_config(config.data.params.train).to(device)

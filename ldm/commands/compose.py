@@ -15,6 +15,7 @@ from pathlib import Path
 from ldm.cli import Parser, add_files
 from ldm.errors import InputError
 from ldm.files import read_text
+from ldm.models.bases import CONDITIONER, DEFAULT
 
 MOST = 200  # captions read of each file
 
@@ -34,7 +35,7 @@ def add_arguments(p: Parser) -> None:
         help=f"captions on which the weights are to stay, one per line, the first {MOST} count (default %(default)s)",
     )
     p.add_argument("--device", help="cuda, mps or cpu; by default the best there is")
-    add_files(p)
+    add_files(p, DEFAULT.config)
 
 
 def read_lines(path: str) -> list[str]:
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     regularization = read_lines(options.regularization_prompt)
     deltas = [custom_diffusion.read(path) for path in paths]
     weights = read_model(options.ckpt)
-    text = {n.removeprefix("cond_stage_model."): v for n, v in weights.items() if n.startswith("cond_stage_model.")}
+    text = {n.removeprefix(CONDITIONER): v for n, v in weights.items() if n.startswith(CONDITIONER)}
     with skip_init():
         encoder = instantiate_from_config(params_of(options.config).cond_stage_config)
     load_weights(encoder, text, options.ckpt)

@@ -25,7 +25,7 @@ def add_arguments(p: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ldm.interchange import DELTAS, custom_diffusion, identify
+    from ldm.interchange import Context, by_name, custom_diffusion, open_file, recognise
     from ldm.interchange.command import read_model, to_be_written
 
     source = Path(options.delta_ckpt)
@@ -34,10 +34,11 @@ def run(options: argparse.Namespace) -> None:
             f"{source.name}: the output is called as the input with compressed_delta for delta; rename it so"
         )
     output = to_be_written(source.with_name(source.name.replace("delta", "compressed_delta")), options.force)
-    if (kind := identify(source)) not in DELTAS:
-        raise InputError(f"{source} is no Custom Diffusion delta but of the kind {kind}")
-    delta = custom_diffusion.read(source)
+    row = recognise(file := open_file(source))
+    if row.form != "delta":
+        raise InputError(f"{source} is no Custom Diffusion delta but of the kind {row.name}")
+    delta = row.read("delta", file)
     packed = custom_diffusion.compress(delta, read_model(options.ckpt), options.compression_ratio, str(source))
-    custom_diffusion.write(output, packed, "diffusers" if options.diffuser or kind == "delta-diffusers" else "ldm")
+    (by_name("delta-diffusers") if options.diffuser else row).write(output, packed, Context())
     before, after = (path.stat().st_size / 2**20 for path in (source, output))
     print(f"{output}  {before:.2f} MB -> {after:.2f} MB")

@@ -19,9 +19,10 @@ from pathlib import Path
 
 from ldm.cli import Parser, add_files
 from ldm.errors import InputError
+from ldm.interchange.formats import written
+from ldm.models.bases import DEFAULT
 
-LORAS = ("cloneofsimo", "cloneofsimo-pt", "diffusers", "kohya")
-TARGETS = (*LORAS, "delta", "delta-diffusers", "words", "words-ldm", "checkpoint", "diffusers-model")
+TARGETS = written("lora", "delta", "words", "model")
 ORDERS = ("diffusers", "ldm", "diffusers-new")  # of ldm.interchange.layers, whose import would slow --help
 MODES = ("diffuser-to-webui", "compvis-to-webui", "compvis-to-diffuser", "diffuser-to-compvis")
 
@@ -33,7 +34,7 @@ def add_arguments(p: Parser) -> None:
                    help="of the layers of a cloneofsimo file: of the input where its shapes do not tell it (default: "
                    "what fits first), of the output (default diffusers)")  # fmt: skip
     p.add_argument("--modifier_token", help="names of a delta's new words, joined by + (default <new1>+<new2>...)")
-    add_files(p)
+    add_files(p, DEFAULT.config)
     published = p.add_argument_group("the published interface for deltas; the output lies beside the delta")
     published.add_argument("--mode", choices=MODES,
                            help="to-diffuser, to-compvis: the delta's layout; to-webui: a whole model")  # fmt: skip
@@ -57,56 +58,33 @@ def run(options: argparse.Namespace) -> None:
 
 def convert(source: str, output: Path, options: argparse.Namespace) -> str:
     """Read by what the input is, write what is wanted; a line about it. Raises `InputError` where that cannot be."""
-    from ldm.interchange import DELTAS, KINDS, custom_diffusion, diffusers_model, identify, own, read_lora, words_in
-    from ldm.interchange import LORAS as READ
-    from ldm.interchange.command import params_of, read_model, skeleton, write_checkpoint, write_lora
+    from ldm.interchange import Context, by_name, open_file, recognise
+    from ldm.interchange.custom_diffusion import split_words
+    from ldm.interchange.forms import FORMS
 
-    kind, to = identify(source), options.to
-    words = custom_diffusion.split_words(options.modifier_token)
-    if to in LORAS and kind in (*READ, "adapter"):
-        model = skeleton(options.config)
-        lora = read_lora(source, model, options.order)
-        if not lora.layers and to != LORAS[0]:  # cloneofsimo's files may hold words alone
-            raise InputError(f"{source} holds words and no LoRA; write them with --to words")
-        write_lora(output, lora, model, to, options.order or "diffusers")
-        lost = (
-            f"; its words {', '.join(lora.tokens)} are not in it: --to words" if lora.tokens and to != LORAS[0] else ""
-        )
-        return f"{output}  {len(lora.layers)} layers, ranks {lora.ranks()}{lost}"
-    if to in DELTAS and kind in (*DELTAS, "adapter"):
-        delta = own.delta(source) if kind == "adapter" else custom_diffusion.read(source, words)
-        custom_diffusion.write(output, delta, "ldm" if to == "delta" else "diffusers")
-        return f"{output}  {len(delta.weights)} weights, words {', '.join(delta.tokens) or 'none'}"
-    if to in ("words", "words-ldm"):
-        learnt = words_in(source, kind, words)
-        if not learnt:
-            raise InputError(f"{source} holds no learnt words")
-        return write_words(learnt, output, to)
-    if to in ("checkpoint", "diffusers-model") and kind in ("checkpoint", "diffusers-model"):
-        weights = read_model(source)
-        if to == "checkpoint":
-            write_checkpoint(output, weights)
-        else:
-            diffusers_model.write_folder(output, weights, params_of(options.config), source)
-        return f"{output}  {len(weights)} tensors"
-    raise InputError(f"{source} is {KINDS[kind]}: it cannot become {to}")
-
-
-def write_words(words: dict, output: Path, to: str) -> str:
-    """Write words for diffusers or for LDM."""
-    from ldm.interchange import embeddings
-
-    if to == "words-ldm":
-        embeddings.write_ldm(output, words)
-        return f"{output}  {', '.join(words)}"
-    files = embeddings.write_diffusers(output, words)
-    return f"{', '.join(map(str, files))}  {', '.join(words)}"
+    row, to = recognise(file := open_file(source)), by_name(options.to)
+    form = FORMS[to.form]
+    context = Context(
+        config=options.config, order=options.order, words=split_words(options.modifier_token), source=source
+    )
+    if form.name not in row.holds:
+        raise InputError(f"{source} {form.absent or f'is {row.title}: it cannot become {to.name}'}")
+    value = row.read(form.name, file, context)
+    if not value:
+        raise InputError(f"{source} {form.absent}")
+    words = getattr(value, "tokens", {})
+    lost = words if "words" not in to.holds else {}
+    if lost and not value.layers:
+        raise InputError(f"{source} holds words and no LoRA; write them with --to words")
+    files = to.write(output, value, context)
+    told = f"{', '.join(map(str, files))}  {form.summary(value)}"
+    return f"{told}; its words {', '.join(lost)} are not in it: --to words" if lost else told
 
 
 def convert_delta(options: argparse.Namespace) -> str:
     """The published modes."""
-    from ldm.interchange import apply, custom_diffusion, embeddings
-    from ldm.interchange.command import read_model, to_be_written, write_checkpoint
+    from ldm.interchange import Context, apply, by_name, custom_diffusion
+    from ldm.interchange.command import read_model, to_be_written
 
     if not options.delta_ckpt or not options.ckpt:
         raise InputError(f"--mode {options.mode} needs --ckpt and --delta_ckpt")
@@ -114,13 +92,15 @@ def convert_delta(options: argparse.Namespace) -> str:
     delta = custom_diffusion.read(source, custom_diffusion.split_words(options.modifier_token))
     if not options.mode.endswith("-to-webui"):
         to_ldm = options.mode == "diffuser-to-compvis"
-        output = to_be_written(source.with_name("delta.ckpt" if to_ldm else "delta.bin"), options.force)
-        custom_diffusion.write(output, delta, "ldm" if to_ldm else "diffusers")
+        name, to = ("delta.ckpt", "delta") if to_ldm else ("delta.bin", "delta-diffusers")
+        output = to_be_written(source.with_name(name), options.force)
+        by_name(to).write(output, delta, Context())
         return f"{output}  {len(delta.weights)} weights, words {', '.join(delta.tokens) or 'none'}"
     output = to_be_written(source.with_name(options.modelname), options.force)
     files = {word: to_be_written(source.with_name(f"{word}.pt"), options.force) for word in delta.tokens}
     weights = read_model(options.ckpt)
-    write_checkpoint(output, apply.merged(weights, custom_diffusion.changes(delta, weights, str(source))))
+    changed = apply.merged(weights, custom_diffusion.changes(delta, weights, str(source)))
+    by_name("checkpoint").write(output, changed, Context())
     for word, file in files.items():
-        embeddings.write_ldm(file, {word: delta.tokens[word]})
+        by_name("words-ldm").write(file, {word: delta.tokens[word]}, Context())
     return "  ".join(map(str, [output, *files.values()]))

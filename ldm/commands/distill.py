@@ -11,6 +11,8 @@ import argparse
 
 from ldm.cli import Parser, add_files, in_order, underscores
 from ldm.errors import InputError
+from ldm.interchange.formats import written
+from ldm.models.bases import DEFAULT
 
 MODELS = ("target_model", "base_model")
 
@@ -27,9 +29,9 @@ def add_arguments(p: Parser) -> None:
                    help="the published rule: that of the signed values, which depends on the SVD's signs")  # fmt: skip
     p.add_argument("--device", help="cuda, mps or cpu; by default the best there is")
     p.add_argument("--save_path", default="svd_distill.safetensors", help="(default svd_distill.safetensors)")
-    p.add_argument("--format", choices=("cloneofsimo", "cloneofsimo-pt", "diffusers", "kohya"), default="cloneofsimo",
+    p.add_argument("--format", choices=written("lora"), default="cloneofsimo",
                    help="(default cloneofsimo)")  # fmt: skip
-    add_files(p)
+    add_files(p, DEFAULT.config)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from ldm.cli import Parser, add_files, boolean, in_order, underscores
 from ldm.errors import InputError
+from ldm.interchange.formats import written
+from ldm.models.bases import DEFAULT
 
 MODES = ("lpl", "ljl", "sum", "upl", "upl-ckpt-v2")
 PATHS = ("path_1", "path_2", "output_path")
@@ -39,9 +41,9 @@ def add_arguments(p: Parser) -> None:
     p.add_argument("--with_text_lora", type=boolean, nargs="?", const=True, default=False,
                    help="for .pt files: their text encoder's lists too (.safetensors have theirs inside)")  # fmt: skip
     p.add_argument("--rank", type=int, help="for sum: reduce to this rank by SVD")
-    p.add_argument("--format", choices=("cloneofsimo", "cloneofsimo-pt", "diffusers", "kohya"),
+    p.add_argument("--format", choices=written("lora"),
                    help="of the output of sum (default: that of the first file)")  # fmt: skip
-    add_files(p)
+    add_files(p, DEFAULT.config)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -76,24 +78,25 @@ def numbered(one: str, two: str, output: Path, options: argparse.Namespace) -> s
 
 def weighted(one: str, two: str, output: Path, options: argparse.Namespace) -> str:
     """The honest sum, between any formats."""
-    from ldm.interchange import cloneofsimo, identify, read_lora
+    from ldm.interchange import by_name, cloneofsimo, open_file, read_lora, recognise
     from ldm.interchange.command import skeleton, to_be_written, write_lora
     from ldm.interchange.lora import weighted_sum
 
-    kinds = [identify(path) for path in (one, two)]
-    kind = options.format or (kinds[0] if kinds[0] != "adapter" else "kohya")
+    files = [open_file(path) for path in (one, two)]
+    kinds = [recognise(file).name for file in files]
+    kind = options.format or (kinds[0] if kinds[0] in written("lora") else "kohya")
     to_be_written(output, options.force, kind)
     alphas = (options.alpha_1, options.alpha_2)
-    contents = [cloneofsimo.read_safetensors(path) for path in (one, two)] if {kind, *kinds} == {"cloneofsimo"} else []
+    contents = [cloneofsimo.read_safetensors(file) for file in files] if {kind, *kinds} == {"cloneofsimo"} else []
     if contents and cloneofsimo.alike(*contents):  # numbers tell the layers: no model is needed
         merged = weighted_sum([cloneofsimo.numbered(content) for content in contents], alphas, options.rank)
         cloneofsimo.write_safetensors(output, cloneofsimo.renumbered(merged, contents))
     else:
         model = skeleton(options.config)
-        merged = weighted_sum([read_lora(path, model) for path in (one, two)], alphas, options.rank)
+        merged = weighted_sum([read_lora(file, model) for file in files], alphas, options.rank)
         write_lora(output, merged, model, kind)
     words = ", ".join(merged.tokens)
-    if words and kind != "cloneofsimo":
+    if words and "words" not in by_name(kind).holds:
         return f"{output}  ranks {merged.ranks()}; the words {words} are not in it: convert each file --to words"
     return f"{output}  ranks {merged.ranks()}, words {words or 'none'}"
 
@@ -101,28 +104,27 @@ def weighted(one: str, two: str, output: Path, options: argparse.Namespace) -> s
 def into_model(model_path: str, lora_path: str, output: Path, options: argparse.Namespace) -> str:
     """A LoRA's change in a model's own weights, for good."""
     from ldm.checkpoints import write_all
-    from ldm.interchange import apply, diffusers_model, embeddings, identify, own, read_lora
-    from ldm.interchange import lora as loras
-    from ldm.interchange.command import filled_model, params_of, read_model, skeleton, to_be_written, write_checkpoint
+    from ldm.interchange import Context, by_name, embeddings, open_file, recognise, words_in
+    from ldm.interchange.command import filled_model, read_model, to_be_written
+    from ldm.interchange.forms import FORMS
 
     to_be_written(output, options.force)
     weights = read_model(model_path)
-    if identify(lora_path) == "adapter":
-        tokens = own.words(lora_path)
-        merged = own.folded(lora_path, filled_model(options.config, weights, model_path), options.alpha_1)
-    else:
-        lora = read_lora(lora_path, skeleton(options.config))
-        tokens = lora.tokens
-        merged = apply.merged(weights, loras.changes(lora, weights, lora_path), options.alpha_1)
+    row = recognise(file := open_file(lora_path))
+    form, context = FORMS[row.form], Context(config=options.config, source=model_path)
+    if form.folded is None:
+        raise InputError(f"{lora_path} is {row.title}; expected a LoRA")
+    tokens = words_in(file)
+    value = row.read(form.name, file, context)
+    merged = form.folded(
+        value, weights, lambda: filled_model(options.config, weights, model_path), options.alpha_1, lora_path
+    )
     beside = output.with_name(f"{output.stem}.words.safetensors")
     if tokens:
         to_be_written(beside, options.force)
 
     def write(path: Path) -> None:
-        if options.mode == "upl":
-            diffusers_model.write_folder(path, merged, params_of(options.config), model_path)
-        else:
-            write_checkpoint(path, merged)
+        by_name("diffusers-model" if options.mode == "upl" else "checkpoint").write(path, merged, context)
 
     files = embeddings.diffusers_files(beside, tokens) if tokens else {}
     write_all({**files, output: write})

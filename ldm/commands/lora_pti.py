@@ -108,7 +108,8 @@ def train(given: argparse.Namespace, work: Path) -> Path | None:
     """Train; the folder with what was learnt last, or None in all processes but the first."""
     from omegaconf import OmegaConf
 
-    from ldm.interchange.command import read_model, write_checkpoint
+    from ldm.interchange.checkpoint import write as write_checkpoint
+    from ldm.interchange.command import read_model
     from ldm.train import dreambooth
     from ldm.train.options import dreambooth_parser, parse
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from ldm.cli import Parser, add_allow_family, add_compile, seed_number, text
 from ldm.errors import InputError
 from ldm.files import read_text
+from ldm.models.bases import BASES, DEFAULT
 
 
 class DescriptionAndDefaults(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -28,7 +29,7 @@ def add_arguments(p: Parser) -> None:
     what.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise")
 
     model = p.add_argument_group("model")
-    model.add_argument("--config", default="configs/stable-diffusion/v1-inference.yaml")
+    model.add_argument("--config", default=DEFAULT.config)
     model.add_argument("--ckpt", help="checkpoint of the base model; by default the one that the config names")
     model.add_argument("--laion400m", action="store_true", help="use the LAION-400M text-to-image model")
     model.add_argument("--adapter_path", action="append", default=[], metavar="PATH",
@@ -66,7 +67,7 @@ def add_arguments(p: Parser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.laion400m:
-        options.config = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
+        options.config = next(base.config for base in BASES if base.name == "txt2img-1p4B-eval")
     check(options)
     prompts = read_prompts(options)
 
@@ -146,11 +147,11 @@ def untuned(config):
 
 
 def add_adapters(model, options: argparse.Namespace) -> None:
-    from ldm.interchange import dealt, load_any
+    from ldm.interchange import assign_tokens, load_any
     from ldm.interchange.custom_diffusion import split_words
     from ldm.modules.encoders.tokens import load_words
 
-    names = dealt(split_words(options.modifier_token), options.adapter_path)
+    names = assign_tokens(split_words(options.modifier_token), options.adapter_path)
     if options.embedding_path:  # words as they are called in the file, `*` too, as in LDM
         load_words(model.cond_stage_model, options.embedding_path, "--embedding_path")
     scales = options.adapter_scale or [1.0]

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import read_metadata, read_object, refuse_not_finite, save_safetensors, save_torch, write_all
+from ldm.checkpoints import refuse_not_finite, save_safetensors, save_torch, write_all
 from ldm.errors import InputError
 from ldm.files import parse_json
 from ldm.interchange import layers
+from ldm.interchange.formats import Codec, Context, Opened, open_file
 from ldm.interchange.lora import Factors, Lora, first_of, fitted, folded
 from ldm.modules.encoders.tokens import EMBEDDED, grouped
 
@@ -52,14 +54,15 @@ class Published:
 # --- files
 
 
-def is_published(path: str | Path) -> bool:
-    """Whether a `.safetensors` file is one of these."""
-    return any(part in read_metadata(path) for part in PARTS)
+def is_published(file: Opened) -> bool:
+    """Whether a file is one of these, a `.safetensors`."""
+    return isinstance(file.content, Mapping) and any(part in file.metadata for part in PARTS)
 
 
-def read_safetensors(path: str | Path) -> Published:
+def read_safetensors(path: str | Path | Opened) -> Published:
     """Read a `.safetensors` file. Raises `InputError` where its metadata and its tensors disagree."""
-    tensors, about = read_object(path), read_metadata(path)
+    file = open_file(path)
+    path, tensors, about = file.path, dict(file.content), file.metadata
     refuse_not_finite(tensors, str(path))
     tokens = {name: tensors.pop(name) for name, kind in about.items() if kind == EMBEDDED and name in tensors}
     factors: dict[str, list[Factors]] = {}
@@ -104,9 +107,10 @@ def write_safetensors(path: str | Path, content: Published) -> None:
     save_safetensors(path, tensors, about)
 
 
-def read_list(path: str | Path) -> list[Factors]:
+def read_list(path: str | Path | Opened) -> list[Factors]:
     """A `.pt` list [up, down, up, down, ...]; its factors are without scale."""
-    content = read_object(path)
+    file = open_file(path)
+    path, content = file.path, file.content
     if (
         not isinstance(content, list)
         or len(content) % 2
@@ -124,11 +128,12 @@ def text_beside(path: str | Path) -> Path:
     return path.with_name(f"{path.name.removesuffix('.pt')}.text_encoder.pt")
 
 
-def read_pt(path: str | Path) -> Published:
+def read_pt(path: str | Path | Opened) -> Published:
     """Read a `.pt` list and the text encoder's beside it, if there is one."""
-    factors = {"unet": read_list(path)}
-    if text_beside(path).is_file():
-        factors["text_encoder"] = read_list(text_beside(path))
+    file = open_file(path)
+    factors = {"unet": read_list(file)}
+    if text_beside(file.path).is_file():
+        factors["text_encoder"] = read_list(text_beside(file.path))
     return Published(factors, {})
 
 
@@ -314,3 +319,41 @@ def renumbered(lora: Lora, like: Sequence[Published]) -> Published:
     parts = first_of(content.factors for content in like)
     factors = {part: [lora.layers[f"{part}:{i}"] for i in range(len(old))] for part, old in parts.items()}
     return Published(factors, first_of(content.classes for content in like), dict(lora.tokens), _order(like))
+
+
+# --- the rows
+
+
+def _codec(
+    recognises: Callable[[Opened], bool],
+    read: Callable[[Opened], Published],
+    write: Callable[[Path, Published], None],
+    reads: Mapping[str, Callable[[Opened, Context], Any]] | None = None,
+    **others: Any,
+) -> Codec:
+    """What the two formats share: layers by number where there is no model to name them."""
+
+    def lora(file: Opened, context: Context) -> Lora:
+        content = read(file)
+        if context.model is None:
+            return numbered(content)
+        return to_lora(content, context.model, str(file.given), context.order)
+
+    def write_lora(path: Path, value: Lora, context: Context) -> None:
+        write(path, from_lora(value, context.model, context.order or "diffusers"))
+
+    return Codec(recognises, {"lora": lora, **(reads or {})}, write_lora, **others)
+
+
+def _searched(file: Opened) -> dict[str, Any]:
+    classes = read_safetensors(file).classes
+    return {"searched classes": classes} if classes else {}
+
+
+SAFETENSORS = _codec(
+    is_published, read_safetensors, write_safetensors, {"words": lambda file, _: read_safetensors(file).tokens},
+    notes=_searched,
+)  # fmt: skip
+LIST = _codec(
+    lambda file: isinstance(file.content, list), read_pt, write_pt, beside=lambda path: [text_beside(path)]
+)

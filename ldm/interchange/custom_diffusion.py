@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import read_object, refuse_not_finite, save_torch
+from ldm.checkpoints import refuse_not_finite, save_torch
 from ldm.errors import InputError, short
+from ldm.interchange.formats import Codec, Opened, open_file
 from ldm.interchange.names import (
     TEXT,
     UNET,
@@ -66,12 +67,13 @@ def kind_of(content: Any) -> str | None:
     return "ldm" if is_delta and any(str(key).startswith(UNET) for key in state) else None
 
 
-def read(path: str | Path, words: Sequence[str] = ()) -> Delta:
+def read(path: str | Path | Opened, words: Sequence[str] = ()) -> Delta:
     """Read a delta of any layout. `words` name the rows of `embed`, which has none: by default <new1>, <new2>, ...
 
     Raises `InputError` for another file, for names that are no layers, and for too few words.
     """
-    content = read_object(path)
+    file = open_file(path)
+    path, content = file.path, file.content
     kind = kind_of(content)
     if kind is None:
         raise InputError(f"{path} is no Custom Diffusion delta: expected attn2 weights, got {short(content)}")
@@ -225,3 +227,19 @@ def kept_rank(singular_values: Tensor, ratio: float) -> int:
     share = singular_values.cumsum(0) / singular_values.sum()
     above = (share > ratio).nonzero() if ratio < 1 else share.new_zeros(0)
     return int(above[0]) if len(above) else len(singular_values) - 1
+
+
+# --- the rows
+
+_READS = {
+    "delta": lambda file, context: read(file, context.words),
+    "words": lambda file, context: read(file, context.words).tokens,
+}
+LDM = Codec(
+    lambda file: kind_of(file.content) == "ldm", _READS, lambda path, delta, _: write(path, delta, "ldm")
+)
+DIFFUSERS = Codec(
+    lambda file: kind_of(file.content) in ("diffusers", "flat"),
+    _READS,
+    lambda path, delta, _: write(path, delta, "diffusers"),
+)

@@ -15,6 +15,7 @@ from ldm.config import find_file, plain
 from ldm.errors import InputError
 from ldm.files import read_json
 from ldm.interchange import layers
+from ldm.interchange.formats import Codec, Context
 from ldm.interchange.names import (
     TEXT,
     UNET,
@@ -26,14 +27,13 @@ from ldm.interchange.names import (
     unet_table,
     vae_table,
 )
+from ldm.models.bases import BASES, DEFAULT, Base, Part, base_of, explained
 from ldm.modules.encoders.modules import CLIP_VIT_L_14
 
 log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in older versions
-OLD_NAMES = {"text_encoder": "pytorch_model"}
 
 
 # --- weights: LDM's names <-> {"unet": ..., "vae": ..., "text_encoder": ...}
@@ -43,7 +43,10 @@ def to_diffusers(weights: Mapping[str, Tensor], source: str = "the checkpoint") 
     """The weights of a `LatentDiffusion` by diffusers' names, for each part. Raises `InputError` for other models."""
     unet, vae, text = (_below(weights, prefix) for prefix in (UNET, VAE, TEXT))
     if not (unet and vae and text):
-        raise InputError(f"{source} is not a whole Stable Diffusion v1 model: expected UNet, autoencoder, text encoder")
+        error = InputError(
+            f"{source} is not a whole Stable Diffusion v1 model: expected UNet, autoencoder, text encoder"
+        )
+        raise explained(error, weights, source)
     tables = {"unet": unet_table(layout_of(unet)), "vae": vae_table(*_vae_layout(vae))}
     parts = {part: _renamed(content, tables[part], source) for part, content in (("unet", unet), ("vae", vae))}
     parts["vae"] = {name: value.reshape(_flat_if_attention(name, value)) for name, value in parts["vae"].items()}
@@ -99,7 +102,7 @@ def _is_attention(name: str, value: Tensor) -> bool:
 # --- configurations
 
 
-def configurations(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def configurations(params: Mapping[str, Any], base: Base = DEFAULT) -> dict[str, dict[str, Any]]:
     """The JSON of each part for `model.params` of an LDM config, and the `model_index.json` under "" ."""
     unet, vae = (plain(params[key]["params"]) for key in ("unet_config", "first_stage_config"))
     dd = vae["ddconfig"]
@@ -111,20 +114,19 @@ def configurations(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     attends = [2**level in rates for level in range(len(mult))]
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends]
     up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)]
+    parts = base.parts
+    classes = {part.folder: [part.library, part.cls] for part in parts.values()}
+    classes |= {name: list(others) for name, others in base.others.items()}
     return {
         "": {
-            "_class_name": "StableDiffusionPipeline",
+            "_class_name": base.pipeline,
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
             "safety_checker": [None, None],
-            "scheduler": ["diffusers", "PNDMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
+            **dict(sorted(classes.items())),
         },
-        "unet": {
-            "_class_name": "UNet2DConditionModel",
+        parts["unet"].folder: {
+            "_class_name": parts["unet"].cls,
             "act_fn": "silu",
             # diffusers calls the number of heads so, for the sake of its first models
             "attention_head_dim": unet["num_heads"],
@@ -140,8 +142,8 @@ def configurations(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             "sample_size": params.get("image_size", 64),
             "transformer_layers_per_block": unet.get("transformer_depth", 1),
         },
-        "vae": {
-            "_class_name": "AutoencoderKL",
+        parts["vae"].folder: {
+            "_class_name": parts["vae"].cls,
             "act_fn": "silu",
             "block_out_channels": [dd["ch"] * m for m in dd["ch_mult"]],
             "down_block_types": ["DownEncoderBlock2D"] * len(dd["ch_mult"]),
@@ -154,9 +156,13 @@ def configurations(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             "sample_size": dd["resolution"],
             "scaling_factor": params.get("scale_factor", 1.0),
         },
-        "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **_text(params)},
+        parts["text_encoder"].folder: {
+            "architectures": [parts["text_encoder"].cls],
+            "model_type": "clip_text_model",
+            **_text(params),
+        },
         "scheduler": {
-            "_class_name": "PNDMScheduler",
+            "_class_name": base.others["scheduler"][1],
             "beta_start": params.get("linear_start", 1e-4),
             "beta_end": params.get("linear_end", 2e-2),
             "beta_schedule": "scaled_linear",
@@ -186,7 +192,8 @@ def write_folder(
 
     Raises `InputError` for a model that is not of the Stable Diffusion v1 family, and for the config of another one.
     """
-    parts, configs = to_diffusers(weights, source), configurations(params)
+    base = _base_of(weights)
+    parts, configs = to_diffusers(weights, source), configurations(params, base)
     _compare(weights, params, source)
     tokenizer = tokenizer_folder(params)
     if tokenizer is None:
@@ -198,7 +205,8 @@ def write_folder(
             name = "scheduler_config.json" if part == "scheduler" else "config.json"
             save_json(beside / part / name, config)
         for part, tensors in parts.items():
-            save_safetensors(beside / part / f"{WEIGHTS[part]}.safetensors", tensors, {"format": "pt"})
+            place = base.parts[part]
+            save_safetensors(beside / place.folder / f"{place.file}.safetensors", tensors, {"format": "pt"})
         if tokenizer:
             (beside / "tokenizer").mkdir()
             for file in TOKENIZER_FILES:
@@ -235,7 +243,16 @@ def read_folder(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not is_folder(path):
         raise InputError(f"{path} is not a diffusers model: expected a folder with model_index.json")
-    return from_diffusers({part: _read_part(path / part, part) for part in WEIGHTS}, str(path))
+    index = read_json(path / "model_index.json")
+    pipeline = index.get("_class_name") if isinstance(index, Mapping) else None
+    base = next((base for base in BASES if base.pipeline and base.pipeline == pipeline), DEFAULT)
+    return from_diffusers({name: _read_part(path / part.folder, part) for name, part in base.parts.items()}, str(path))
+
+
+def _base_of(weights: Mapping[str, Tensor]) -> Base:
+    """The base that says how a folder for these weights is laid out: their own, else that of Stable Diffusion v1."""
+    base = base_of(weights)
+    return base if base and base.pipeline else DEFAULT
 
 
 def is_folder(path: str | Path) -> bool:
@@ -243,10 +260,22 @@ def is_folder(path: str | Path) -> bool:
     return (Path(path) / "model_index.json").is_file()
 
 
-def _read_part(folder: Path, part: str) -> dict[str, Tensor]:
-    stems = [WEIGHTS[part], OLD_NAMES.get(part, WEIGHTS[part])]
+def _read_part(folder: Path, part: Part) -> dict[str, Tensor]:
+    stems = [part.file, part.older]
     files = [folder / f"{s}{v}.{e}" for v in ("", ".fp16") for s, e in zip(stems, ("safetensors", "bin"), strict=True)]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
         raise InputError(f"{folder} holds none of {', '.join(f.name for f in files)}; is the download complete?")
     return read_weights(found)
+
+
+# --- the row
+
+
+def _write(path: Path, weights: Mapping[str, Tensor], context: Context) -> None:
+    write_folder(path, weights, context.params, context.source)
+
+
+FOLDER = Codec(
+    lambda file: file.path.is_dir() and is_folder(file.path), {"model": lambda file, _: read_folder(file.path)}, _write
+)

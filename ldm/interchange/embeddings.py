@@ -1,4 +1,4 @@
-"""Learnt words (textual inversion): files of LDM, web UIs and diffusers; reading is `ldm.modules.encoders.tokens`."""
+"""Learnt words (textual inversion): files of LDM, web UIs and diffusers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoints import read_object, save_safetensors, save_torch, write_all
+from ldm.checkpoints import save_safetensors, save_torch, write_all
 from ldm.errors import InputError
-from ldm.modules.encoders.tokens import read_embeddings
+from ldm.interchange.formats import Codec, Context, Opened, open_file
+from ldm.modules.encoders.tokens import embeddings_in
 
 WEB_UI = "*"  # what LDM's files and web UIs call the word inside; the word itself is then the name of the file
 
@@ -27,10 +28,11 @@ def looks_like(content: Any) -> bool:
     return len(shapes) == len(content) and len(set(shapes)) == 1 and not any("." in str(name) for name in content)
 
 
-def read(path: str | Path) -> dict[str, Tensor]:
+def read(path: str | Path | Opened) -> dict[str, Tensor]:
     """Words with their vectors [v, d]. A word called `*` or `emb_params` inside takes the file's own name, `<name>`."""
-    found, content = read_embeddings(path), read_object(path)
-    name = content.get("name") if isinstance(content.get("name"), str) else Path(path).stem
+    file = open_file(path)
+    found, content = embeddings_in(file.content, file.metadata, file.path), file.content
+    name = content.get("name") if isinstance(content.get("name"), str) else file.path.stem
     own = name if name.startswith("<") else f"<{name}>"
     return {own if word in (WEB_UI, "emb_params") else word: vectors for word, vectors in found.items()}
 
@@ -66,3 +68,16 @@ def write_ldm(path: str | Path, words: Mapping[str, Tensor]) -> None:
     about = {"name": next(iter(words))} if only else {}
     ids = dict.fromkeys(inside, 265)  # the id of `*` in CLIP's vocabulary, which readers expect to be there
     save_torch(path, {"string_to_token": ids, "string_to_param": inside, **about})
+
+
+# --- the rows
+
+
+def _read(file: Opened, context: Context) -> dict[str, Tensor]:
+    return read(file)
+
+
+WORDS = Codec(
+    lambda file: looks_like(file.content), {"words": _read}, lambda path, words, _: write_diffusers(path, words)
+)
+LDM = Codec(lambda file: False, {"words": _read}, lambda path, words, _: write_ldm(path, words))

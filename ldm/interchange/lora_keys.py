@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import read_metadata, read_weights, refuse_not_finite, save_safetensors
+from ldm.checkpoints import refuse_not_finite, save_safetensors, weights_in
 from ldm.errors import InputError, short
 from ldm.files import parse_json, read_json
+from ldm.interchange.formats import Codec, Context, Opened, open_file
 from ldm.interchange.layers import dialects
 from ldm.interchange.lora import Factors, Lora, fitted, folded, rank_of
 from ldm.interchange.names import UNET
@@ -41,14 +42,14 @@ def split(key: str) -> tuple[str, str] | None:
     return next(((key.removesuffix(end), role) for end, role in ENDS if key.endswith(end)), None)
 
 
-def is_keyed(keys) -> bool:
+def is_keyed(content: Any) -> bool:
     """Whether the names of a file's tensors are those of a LoRA that names its layers."""
-    return any((found := split(key)) and found[1] != "alpha" for key in keys)
+    return isinstance(content, Mapping) and any((found := split(str(key))) and found[1] != "alpha" for key in content)
 
 
-def kind(keys) -> str:
-    """`kohya` or `diffusers`, by the first key."""
-    return "kohya" if any(key.startswith(("lora_unet_", "lora_te_")) for key in keys) else "diffusers"
+def is_kohya(content: Any) -> bool:
+    """Whether they are in kohya's spelling."""
+    return is_keyed(content) and any(str(key).startswith(("lora_unet_", "lora_te_")) for key in content)
 
 
 def file_of(path: str | Path) -> Path:
@@ -56,16 +57,17 @@ def file_of(path: str | Path) -> Path:
     return next((file for name in PEFT if (file := Path(path) / name).is_file()), Path(path))
 
 
-def read_factors(path: str | Path) -> dict[str, Factors]:
+def read_factors(path: str | Path | Opened) -> dict[str, Factors]:
     """The factors of a file by layer, as the file calls it, with the scale at which they act where they were trained.
 
     That is alpha / rank by the file's own alpha, else what PEFT's configuration says, else 1, as in diffusers.
     Raises `InputError` for keys that are no LoRA's and for a damaged configuration.
     """
-    path = file_of(path)
+    file = open_file(path)
+    path = file.path
     found: dict[str, dict[str, Tensor]] = {}
     unknown = []
-    weights = read_weights(path)
+    weights = weights_in(file.content, path)
     refuse_not_finite(weights, str(path))
     for key, value in weights.items():
         if (parts := split(key)) is None:
@@ -77,7 +79,7 @@ def read_factors(path: str | Path) -> dict[str, Factors]:
         raise _unknown(path, unknown)
     factors = {}
     try:
-        configurations, patterns = _configurations(path), Patterns(f"{path}: PEFT's configuration is damaged")
+        configurations, patterns = _configurations(file), Patterns(f"{path}: PEFT's configuration is damaged")
         for layer, roles in found.items():
             down, up, alpha = roles["down"], roles["up"], roles.get("alpha")
             rank = rank_of(down, layer, str(path))
@@ -102,11 +104,12 @@ def _unknown(path: str | Path, keys: list[str]) -> InputError:
     return InputError(f"{path}: {len(keys)} unknown keys, e.g. {', '.join(keys[:3])}; wrong base model or format?")
 
 
-def _configurations(file: Path) -> dict[str, dict[str, Any]]:
+def _configurations(opened: Opened) -> dict[str, dict[str, Any]]:
     """PEFT's configuration, by what the names of the layers that it is for begin with.
 
     PEFT writes it beside its file, for all layers; diffusers into the metadata, as `unet.lora_alpha` and so on.
     """
+    file = opened.path
     beside = file.with_name("adapter_config.json")
     if file.name in PEFT and beside.is_file():
         try:
@@ -114,7 +117,7 @@ def _configurations(file: Path) -> dict[str, dict[str, Any]]:
         except InputError as error:
             raise InputError(f"{file}: PEFT's configuration is damaged: {error}") from None
     found: dict[str, dict[str, Any]] = {}
-    about = parse_json(read_metadata(file).get("lora_adapter_metadata", "{}"), f"{file}: lora_adapter_metadata")
+    about = parse_json(opened.metadata.get("lora_adapter_metadata", "{}"), f"{file}: lora_adapter_metadata")
     for key, value in about.items():
         part, dot, name = key.partition(".")
         found.setdefault(part + dot, {})[name] = value
@@ -136,14 +139,15 @@ def _scale(name: str, rank: int, configurations: Mapping[str, Mapping[str, Any]]
     return alpha / (rank**0.5 if about.get("use_rslora") else rank)
 
 
-def read(path: str | Path, model: nn.Module) -> Lora:
+def read(path: str | Path | Opened, model: nn.Module) -> Lora:
     """Read a LoRA of any of these spellings. Raises `InputError` for unknown keys and another base model."""
-    found, known = read_factors(path), _lookup(model)
+    file = open_file(path)
+    source, found, known = str(file.given), read_factors(file), _lookup(model)
     if unknown := [layer for layer in found if plain_name(layer) not in known]:
-        raise _unknown(path, unknown)
+        raise _unknown(source, unknown)
     shapes = model.state_dict()
     named = {known[plain_name(layer)]: factors for layer, factors in found.items()}
-    return Lora({name: fitted(one, shapes[f"{name}.weight"].shape, name, str(path)) for name, one in named.items()})
+    return Lora({name: fitted(one, shapes[f"{name}.weight"].shape, name, source) for name, one in named.items()})
 
 
 def plain_name(layer: str) -> str:
@@ -187,3 +191,23 @@ def write_kohya(path: str | Path, lora: Lora, model: nn.Module) -> None:
             f"{stem}.alpha": alpha,
         }
     save_safetensors(path, tensors, {"ss_network_module": "networks.lora", "format": "pt"})
+
+
+# --- the rows
+
+
+def _lora(file: Opened, context: Context) -> Lora:
+    return Lora(read_factors(file)) if context.model is None else read(file, context.model)
+
+
+DIFFUSERS = Codec(
+    lambda file: is_keyed(file.content) and not is_kohya(file.content),
+    {"lora": _lora},
+    lambda path, lora, context: write_diffusers(path, lora, context.model),
+    file_in=file_of,
+)
+KOHYA = Codec(
+    lambda file: is_kohya(file.content),
+    {"lora": _lora},
+    lambda path, lora, context: write_kohya(path, lora, context.model),
+)

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ldm.errors import InputError
+from ldm.models import bases
 
-UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+UNET, VAE, TEXT = bases.UNET, bases.FIRST_STAGE, bases.TEXT
 
 RESNET = {  # LDM's residual block -> diffusers'
     "in_layers.0": "norm1",

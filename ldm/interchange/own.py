@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ldm.errors import InputError
 from ldm.interchange.custom_diffusion import NEW_TOKENS, SAVED, Delta
+from ldm.interchange.formats import Codec, Opened
 from ldm.interchange.lora import Factors, Lora, weighted_sum
-from ldm.modules.folders import read_config, read_folder
+from ldm.modules.folders import names_adapter, read_config, read_folder
 from ldm.tuning import choose, table
 from ldm.tuning.lora import LoRA
 from ldm.tuning.textual_inversion import TextualInversion
@@ -140,3 +141,24 @@ def delta(path: str | Path) -> Delta:
     if not tuned:
         raise InputError(f"{path} tunes no cross-attention ({', '.join(SAVED)})")
     return Delta(tuned, words(path))
+
+
+# --- the row
+
+
+def is_folder(file: Opened) -> bool:
+    """Whether a folder is one of these, or of position adapters that the published code wrote."""
+    folder = file.path
+    published = folder.is_dir() and any(names_adapter(f"{inner.stem}.") for inner in folder.glob("*.pt"))
+    return published or (folder / "adapter_config.json").is_file()
+
+
+FOLDER = Codec(
+    is_folder,
+    {
+        "adapters": lambda file, _: file.path,
+        "lora": lambda file, _: lora(file.path),
+        "delta": lambda file, _: delta(file.path),
+        "words": lambda file, _: words(file.path),
+    },
+)

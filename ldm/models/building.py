@@ -24,18 +24,9 @@ from ldm.config import (
     plain,
 )
 from ldm.errors import InputError
+from ldm.models.bases import explained, in_model_names, is_ignored
 
 log = logging.getLogger(__name__)
-
-
-# Names in released checkpoints that a model need not have: averages, constants of the schedule, position ids, losses
-# and discriminators of autoencoders, and the scale of CLIP's contrast. Patterns are matched whole.
-BOOKKEEPING = re.compile(
-    r"(.*\.)?(model_ema\..+|loss\..+|position_ids|logit_scale|attn_mask|scale_factor|logvar|lvlb_weights"
-    r"|betas|alphas_cumprod(_prev)?|sqrt_(one_minus_)?alphas_cumprod|log_one_minus_alphas_cumprod"
-    r"|sqrt_recip(m1)?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|denoiser\.sigmas"
-    r"|global_step|num_updates|cond_ids|ddim_\w+)"
-)
 
 
 class skip_init(TorchFunctionMode):
@@ -67,9 +58,9 @@ def filled(
 ) -> dict[str, Tensor]:
     """Put `weights` into a model; the answer is those that it has no place for.
 
-    Of names that the model does not have, `BOOKKEEPING` is left out. Buffers may be absent: the model has
-    computed its own, or does so when its `weights_loaded(names of what is absent)` is called at the end. Parameters may
-    be absent if `may_lack(name)`.
+    Of names that the model does not have, those that released files have (`bases.is_ignored`) are left out. Buffers may
+    be absent: the model has computed its own, or does so when its `weights_loaded(names of what is absent)` is called
+    at the end. Parameters may be absent if `may_lack(name)`.
     Raises `InputError`, with the first few names, if other parameters are absent, shapes differ or one is not finite.
     """
     parameters = dict(model.named_parameters())
@@ -90,25 +81,25 @@ def filled(
         ) from None
     lacking = [name for name in result.missing_keys if name in parameters]
     if unexpected := [name for name in lacking if not may_lack(name)]:
-        unknown = [name for name in result.unexpected_keys if not BOOKKEEPING.fullmatch(name)]
+        unknown = [name for name in result.unexpected_keys if not is_ignored(name)]
         also = f" and holds {len(unknown)} that it has no place for ({', '.join(unknown[:3])})" if unknown else ""
         raise InputError(
             f"{source} does not fit this config: it lacks {len(unexpected)} of {len(parameters)} weights "
             f"({', '.join(unexpected[:3])}){also}; use the config that the checkpoint was made with"
         )
-    used = {name: value for name, value in weights.items() if not BOOKKEEPING.fullmatch(name)}
+    used = {name: value for name, value in weights.items() if not is_ignored(name)}
     refuse_not_finite(used, source, "get an undamaged copy of the checkpoint")
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.dtype != dtypes[name]:
             value.data = value.data.to(dtypes[name])
     if hasattr(model, "weights_loaded"):
         model.weights_loaded(set(result.missing_keys))
-    return {name: weights.get(name) for name in result.unexpected_keys if not BOOKKEEPING.fullmatch(name)}
+    return {name: weights.get(name) for name in result.unexpected_keys if not is_ignored(name)}
 
 
 def refuse_unknown(names: Iterable[str], source: str) -> None:
-    """Raises `InputError` for names of weights that a model has no place for and that are no `BOOKKEEPING`."""
-    unknown = [name for name in names if not BOOKKEEPING.fullmatch(name)]
+    """Raises `InputError` for names of weights that a model has no place for and that are not ignored."""
+    unknown = [name for name in names if not is_ignored(name)]
     if unknown:
         raise InputError(
             f"{source} holds {len(unknown)} tensors that this config has no place for ({', '.join(unknown[:3])}): use "
@@ -161,13 +152,20 @@ def build_model(
 
 
 def filled_model(config: Mapping, weights: Mapping[str, Tensor], source: str, tuned: bool = True) -> nn.Module:
-    """The model of a config with these weights. What its tuning adds starts fresh where they lack it."""
+    """The model of a config with these weights. What its tuning adds starts fresh where they lack it.
+
+    Raises `InputError`, which names the base that the weights are of where it is another one.
+    """
     with skip_init():
         model = untuned_model(config)
-    added = load_base(model, weights, source)
-    if tuned:
-        tune(model)
-    fill_added(model, added, source)
+    weights = in_model_names(weights)
+    try:
+        added = load_base(model, weights, source)
+        if tuned:
+            tune(model)
+        fill_added(model, added, source)
+    except InputError as error:
+        raise explained(error, weights, source, model.state_dict()) from None
     return model
 
 

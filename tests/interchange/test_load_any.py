@@ -8,7 +8,7 @@ import torch
 from ldm.checkpoints import read_metadata, read_object, save_safetensors
 from ldm.commands import Program, sample
 from ldm.errors import InputError
-from ldm.interchange import cloneofsimo, custom_diffusion, dealt, embeddings, identify, load_any, lora_keys, own
+from ldm.interchange import assign_tokens, cloneofsimo, custom_diffusion, embeddings, identify, load_any, lora_keys, own
 from ldm.interchange.lora import Lora, delta
 from ldm.interchange.names import UNET
 from ldm.tuning import choose, files
@@ -154,9 +154,9 @@ def test_names_are_dealt_out_over_the_files(made, model, given, named, taught):
 
 def test_names_must_be_as_many_as_the_words(made):
     with pytest.raises(InputError, match=r"1 words are named \(<a>\), the LoRAs and deltas hold 2: <new1>\+<s1>"):
-        dealt(["<a>"], [made / "delta", made / "cloneofsimo"])
+        assign_tokens(["<a>"], [made / "delta", made / "cloneofsimo"])
     with pytest.raises(InputError, match="the LoRAs and deltas hold 0: none"):
-        dealt(["<a>"], [made / "words", made / "kohya"])
+        assign_tokens(["<a>"], [made / "words", made / "kohya"])
 
 
 def test_a_word_of_several_vectors_stays_one(model, tmp_path):

@@ -72,7 +72,11 @@ def read_embeddings(path: str | Path) -> dict[str, Tensor]:
     Knows the LDM layout (`string_to_param`, arXiv 2208.01618), a plain mapping from words to vectors (diffusers), and
     the words in a file of cloneofsimo's lora. Raises `InputError`.
     """
-    content, about = read_object(path), read_metadata(path)
+    return embeddings_in(read_object(path), read_metadata(path), path)
+
+
+def embeddings_in(content: Any, about: Mapping[str, str], path: str | Path) -> dict[str, Tensor]:
+    """The same for what a file holds and its metadata."""
     if EMBEDDED in about.values():
         held = {name: content[name] for name, kind in about.items() if kind == EMBEDDED and name in content}
         refuse_not_finite(held, str(path))

@@ -1,0 +1,177 @@
+"""The formats of files and folders, a row each, and a file once it is open.
+
+A format is one file, which has its `Codec`, and one row of `FORMATS`. Nothing here imports torch, so that command lines
+can list the rows at once; a codec is imported where a file is opened.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import InputError, short
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file that was opened once: what it holds, and the metadata of a `.safetensors` file; of a folder its path.
+
+    `given` is the path as the user named it. `path` is the file that was read: PEFT's, where a folder holds one.
+    """
+
+    given: Path
+    path: Path
+    content: Any = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """What a format may need beside the file. The model of `config` is only built for formats that ask for it."""
+
+    layers: nn.Module | None = None  # whose layers a LoRA is named by
+    config: str | Path | None = None
+    order: str | None = None  # of layers without names, one of `layers.ORDERS`
+    words: Sequence[str] = ()  # names for words that have none in the file
+    source: str = "the input"  # for messages
+
+    @cached_property
+    def model(self) -> nn.Module | None:
+        """The model that names the layers; None where neither a model nor a config is given."""
+        if self.layers is not None or self.config is None:
+            return self.layers
+        from ldm.interchange import layers
+
+        return layers.skeleton(self._config)
+
+    @property
+    def params(self) -> Any:
+        """`model.params` of the config."""
+        return self._config.model.params
+
+    @cached_property
+    def _config(self) -> Any:
+        from ldm.config import find_file, load_config
+
+        return load_config(find_file(self.config))
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a format is recognised, read and written.
+
+    reads: for each form that it holds (`forms.FORMS`), a function of the opened file and a `Context`; without a model
+        layers keep the names that the file gives them
+    write: (path, value, context), the value in the first of those forms; may return the files that it has written
+    file_in: the file within a folder that another program wrote, or the path itself
+    beside: other files that belong to an output
+    notes: what `describe` tells about a file beside what it holds
+    """
+
+    recognises: Callable[[Opened], bool]
+    reads: Mapping[str, Callable[[Opened, Context], Any]]
+    write: Callable[[Path, Any, Context], Sequence[Path] | None] | None = None
+    file_in: Callable[[Path], Path] = lambda path: path
+    beside: Callable[[Path], list[Path]] = lambda path: []
+    notes: Callable[[Opened], dict[str, Any]] = lambda file: {}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row: the name that commands and `identify` use, what the format is, and its codec by dotted name.
+
+    `holds` are the forms that can be read from it; in the first it goes into a model, and is written.
+    """
+
+    name: str
+    title: str
+    target: str
+    holds: tuple[str, ...]
+    not_written: str = ""  # why no command writes it
+
+    @property
+    def codec(self) -> Codec:
+        module, _, name = self.target.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    @property
+    def form(self) -> str:
+        """The form in which it goes into a model."""
+        return self.holds[0]
+
+    def read(self, form: str, file: Opened, context: Context | None = None) -> Any:
+        """A file of this format in one of the forms that it holds. Raises `InputError`."""
+        return self.codec.reads[form](file, context or Context())
+
+    def write(self, path: Path, value: Any, context: Context) -> Sequence[Path]:
+        """Write a value of the first form; the files written. Raises `InputError` for what the format cannot hold."""
+        return self.codec.write(path, value, context) or [path]
+
+
+HERE = "ldm.interchange"
+
+# A file is of the first format that recognises it.
+FORMATS = [
+    Format(
+        "cloneofsimo", "a LoRA of cloneofsimo's lora, .safetensors", f"{HERE}.cloneofsimo.SAFETENSORS",
+        ("lora", "words"),
+    ),
+    Format("cloneofsimo-pt", "a LoRA of cloneofsimo's lora, .pt list", f"{HERE}.cloneofsimo.LIST", ("lora",)),
+    Format("diffusers", "a LoRA with the keys of diffusers or PEFT", f"{HERE}.lora_keys.DIFFUSERS", ("lora",)),
+    Format("kohya", "a LoRA with the keys of kohya, which web UIs read", f"{HERE}.lora_keys.KOHYA", ("lora",)),
+    Format("delta", "a Custom Diffusion delta, LDM layout", f"{HERE}.custom_diffusion.LDM", ("delta", "words")),
+    Format(
+        "delta-diffusers", "a Custom Diffusion delta, diffusers layout", f"{HERE}.custom_diffusion.DIFFUSERS",
+        ("delta", "words"),
+    ),
+    Format("checkpoint", "the weights of a whole model", f"{HERE}.checkpoint.CHECKPOINT", ("model",)),
+    Format("words", "learnt words (textual inversion)", f"{HERE}.embeddings.WORDS", ("words",)),
+    Format("words-ldm", "learnt words in LDM's layout, read as words", f"{HERE}.embeddings.LDM", ("words",)),
+    Format("diffusers-model", "a whole model as a diffusers folder", f"{HERE}.diffusers_model.FOLDER", ("model",)),
+    Format(
+        "adapter", "a folder that training wrote here: position adapters and/or other families", f"{HERE}.own.FOLDER",
+        ("adapters", "lora", "delta", "words"), not_written="only training writes it",
+    ),
+]  # fmt: skip
+
+
+def by_name(name: str) -> Format:
+    """The format of a name."""
+    return next(row for row in FORMATS if row.name == name)
+
+
+def written(*forms: str) -> tuple[str, ...]:
+    """The names of the formats that are written, of some forms or of all."""
+    return tuple(row.name for row in FORMATS if not row.not_written and (not forms or row.form in forms))
+
+
+def open_file(path: str | Path | Opened) -> Opened:
+    """Open a file, or a folder in which a program keeps one. Raises `InputError`; unsafe files are refused, too."""
+    if isinstance(path, Opened):
+        return path
+    given = path = Path(path)
+    if path.is_dir():
+        path = next((file for row in FORMATS if (file := row.codec.file_in(given)) != given), given)
+    if path.is_dir():
+        return Opened(given, path)
+    from ldm.checkpoints import read_metadata, read_object
+
+    return Opened(given, path, read_object(path), read_metadata(path))
+
+
+def recognise(file: Opened) -> Format:
+    """The format of an opened file. Raises `InputError` for one of no known format."""
+    for row in FORMATS:
+        if row.codec.recognises(file):
+            return row
+    if file.path.is_dir():
+        raise InputError(f"{file.path} is a folder with neither model_index.json, adapter_config.json nor adapters")
+    held = list(file.content) if isinstance(file.content, Mapping) else file.content
+    raise InputError(f"{file.path} is of no known kind; it holds {short(held)}")

@@ -1,0 +1,114 @@
+"""The neutral forms that every format is read into, a row each: LoRA, delta, words, whole weights, our folder.
+
+What can be done with a form is done alike for all its formats: put it into a model, fold it into weights, tell what is
+in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm.errors import InputError
+from ldm.interchange import apply, custom_diffusion, facts, own
+from ldm.interchange import lora as loras
+from ldm.interchange.custom_diffusion import Delta
+from ldm.interchange.lora import Lora
+from ldm.tuning import files
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How something is put into a model; `source` is its path, for messages."""
+
+    source: str
+    scale: float = 1.0
+    add: bool = False  # position adapters come beside those that the model has
+    words: Sequence[str] = ()  # other names for the words
+
+
+@dataclass(frozen=True)
+class Form:
+    """A row; `value` is what the `reads` of the formats return.
+
+    load: (model, value, loading)
+    facts: what `ldm inspect` tells of a value
+    summary: what commands report of a value that they have written
+    folded: (value, weights, model, strength, source) -> all weights with the value's change in them; `model()` is a
+        model with those weights
+    absent: what is said of a source that does not hold the form, where that is more than a wrong format
+    renames_words: whether `--modifier_token` names its words
+    """
+
+    name: str
+    load: Callable[[nn.Module, Any, Loading], None] | None
+    facts: Callable[[Any], dict[str, Any]]
+    summary: Callable[[Any], str]
+    folded: Callable[[Any, Mapping[str, Tensor], Callable[[], nn.Module], float, str], dict[str, Tensor]] | None = None
+    absent: str = ""
+    renames_words: bool = False
+
+
+def add_tokens(model: nn.Module, tokens: Mapping[str, Tensor], words: Sequence[str] = ()) -> None:
+    """Add learnt words to a model's text encoder, under other names if some are given."""
+    if words and len(words) != len(tokens):
+        held = "+".join(tokens) or "none"
+        raise InputError(f"{len(words)} words are named ({'+'.join(words)}), the file holds {len(tokens)}: {held}")
+    for word, vectors in zip(words or tokens, tokens.values(), strict=True):
+        model.cond_stage_model.add_token(word, vectors)
+
+
+def _load_lora(model: nn.Module, lora: Lora, how: Loading) -> None:
+    changes = apply.lora_changes(lora, model, how.source)
+    model.tuning.remember(changes)
+    add_tokens(model, lora.tokens, how.words)
+    apply.add(model, changes, how.scale)
+
+
+def _load_delta(model: nn.Module, delta: Delta, how: Loading) -> None:
+    changes = custom_diffusion.changes(delta, model.tuning.remember(delta.weights), how.source)
+    add_tokens(model, delta.tokens, how.words)
+    apply.add(model, changes, how.scale)
+
+
+def _load_words(model: nn.Module, words: Mapping[str, Tensor], how: Loading) -> None:
+    add_tokens(model, words, how.words)
+
+
+def _load_adapters(model: nn.Module, folder: Path, how: Loading) -> None:
+    files.load(model, folder, how.scale, how.add)
+
+
+def _fold_lora(
+    lora: Lora, weights: Mapping[str, Tensor], model: Callable[[], nn.Module], strength: float, source: str
+) -> dict[str, Tensor]:
+    return apply.merged(weights, loras.changes(lora, weights, source), strength)
+
+
+def _fold_adapters(
+    folder: Path, weights: Mapping[str, Tensor], model: Callable[[], nn.Module], strength: float, source: str
+) -> dict[str, Tensor]:
+    return own.folded(folder, model(), strength)
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form(
+            "lora", _load_lora, facts.of_lora, lambda lora: f"{len(lora.layers)} layers, ranks {lora.ranks()}",
+            _fold_lora, renames_words=True,
+        ),
+        Form(
+            "delta", _load_delta, facts.of_delta,
+            lambda delta: f"{len(delta.weights)} weights, words {', '.join(delta.tokens) or 'none'}",
+            renames_words=True,
+        ),
+        Form("words", _load_words, facts.of_words, ", ".join, absent="holds no learnt words"),
+        Form("model", None, facts.of_model, lambda weights: f"{len(weights)} tensors"),
+        Form("adapters", _load_adapters, facts.of_folder, str, _fold_adapters),
+    )
+}  # fmt: skip

@@ -1,0 +1,270 @@
+"""The base models that are known, a description each, and what else is given in their place.
+
+A `Base` says which config builds the model (UNet, first stage, conditioner, prediction, schedule), how released files
+and diffusers' folders call its parts, and by which names and shapes a checkpoint of it is recognised. Another base is
+another row of `BASES`; `docs/adding-a-base.md` shows one. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldm.errors import InputError
+
+# How the parts are called in the model here, whatever files call them: `LatentDiffusion` has attributes of these names.
+UNET = "model.diffusion_model."
+FIRST_STAGE = "first_stage_model."
+CONDITIONER = "cond_stage_model."
+TEXT = CONDITIONER + "transformer."
+
+# Names in checkpoints of LDM's code that the model need not have: averages, constants of the schedule, position ids,
+# losses and discriminators of autoencoders, and the scale of CLIP's contrast. Matched whole.
+LDM_IGNORED = (
+    r"(.*\.)?(model_ema\..+|loss\..+|position_ids|logit_scale|attn_mask|scale_factor|logvar|lvlb_weights"
+    r"|betas|alphas_cumprod(_prev)?|sqrt_(one_minus_)?alphas_cumprod|log_one_minus_alphas_cumprod"
+    r"|sqrt_recip(m1)?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|denoiser\.sigmas"
+    r"|global_step|num_updates|cond_ids|ddim_\w+)"
+)
+
+Shapes = Mapping[str, Any]  # weights by name: all that matters here are names and shapes
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model in files.
+
+    prefix: how its weights begin in the model here; released: in checkpoints, where they are called otherwise
+    folder, file: where diffusers keeps it; older: how the file was called in older versions, as a torch file
+    library, cls: how diffusers' `model_index.json` names its class
+    """
+
+    prefix: str
+    folder: str = ""
+    file: str = "diffusion_pytorch_model"
+    older: str = "diffusion_pytorch_model"
+    library: str = "diffusers"
+    cls: str = ""
+    released: str | None = None
+
+    @property
+    def in_files(self) -> str:
+        """How its weights begin in checkpoints."""
+        return self.prefix if self.released is None else self.released
+
+
+@dataclass(frozen=True)
+class Base:
+    """A family of base models.
+
+    config: the shipped config that builds it, by its path from the top of the repository
+    size: side of its pictures in pixels
+    parts: `unet`, `vae` and, where it has one, `text_encoder`
+    marks: names of weights, as the model here has them, with the shapes by which a checkpoint is recognised
+    pipeline: its class in diffusers; None where its folders are not read or written here
+    ignored: a pattern of the names that released files have and the model need not have
+    """
+
+    name: str
+    title: str
+    config: str
+    size: int
+    marks: Mapping[str, tuple[int, ...]]
+    parts: Mapping[str, Part]
+    pipeline: str | None = None
+    others: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # further entries of model_index.json
+    ignored: str = LDM_IGNORED
+
+    @property
+    def what(self) -> str:
+        """A file of it, for messages."""
+        return f"a checkpoint of {self.title}"
+
+    @property
+    def instead(self) -> str:
+        """What to do with a file of it."""
+        return f"use --config {self.config} or another one of that model"
+
+    def recognises(self, weights: Shapes) -> bool:
+        """Whether weights are of this base, under the names of the model here or of released files."""
+        return any(
+            all(name in weights and tuple(weights[name].shape) == shape for name, shape in marks.items())
+            for marks in (self.marks, {self.released_name(name): shape for name, shape in self.marks.items()})
+        )
+
+    def released_name(self, name: str) -> str:
+        """A name of the model here as released files have it."""
+        return _renamed(name, [(part.prefix, part.in_files) for part in self.parts.values()])
+
+    def model_name(self, name: str) -> str:
+        """A name in a released file as the model here has it."""
+        return _renamed(name, [(part.in_files, part.prefix) for part in self.parts.values()])
+
+
+def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What people give in place of a checkpoint of a base above, recognised to say so."""
+
+    what: str
+    recognises: Callable[[Shapes], bool]
+    instead: str
+
+
+# --- bases
+
+SD_PARTS = {
+    "unet": Part(UNET, "unet", cls="UNet2DConditionModel"),
+    "vae": Part(FIRST_STAGE, "vae", cls="AutoencoderKL"),
+    "text_encoder": Part(TEXT, "text_encoder", "model", "pytorch_model", "transformers", "CLIPTextModel"),
+}
+SD_OTHERS = {"scheduler": ("diffusers", "PNDMScheduler"), "tokenizer": ("transformers", "CLIPTokenizer")}
+LDM_PARTS = {"unet": Part(UNET), "vae": Part(FIRST_STAGE)}
+
+FIRST_LAYER = UNET + "input_blocks.0.0.weight"  # [width of the finest level, latent channels, 3, 3]
+CONTEXT = UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"  # [width of the coarsest level, of the text]
+FIRST_DECODED = FIRST_STAGE + "decoder.conv_in.weight"  # [width of the coarsest level, latent channels, 3, 3]
+CODEBOOK = FIRST_STAGE + "quantize.embedding.weight"  # [entries, latent channels]
+
+
+def _published(name: str, title: str, marks: Mapping[str, tuple[int, ...]], size: int = 256) -> Base:
+    """A model of the latent diffusion paper (arXiv 2112.10752)."""
+    return Base(name, title, f"configs/latent-diffusion/{name}.yaml", size, marks, LDM_PARTS)
+
+
+FACES = {FIRST_LAYER: (224, 3, 3, 3), CODEBOOK: (8192, 3)}  # three models of one architecture
+BASES = [
+    Base(
+        "sd-v1", "Stable Diffusion v1", "configs/stable-diffusion/v1-inference.yaml", 512,
+        {FIRST_LAYER: (320, 4, 3, 3), CONTEXT: (1280, 768)}, SD_PARTS, "StableDiffusionPipeline", SD_OTHERS,
+    ),
+    Base(
+        "sd-mini", "SD-mini", "configs/sd-mini/inference.yaml", 64,
+        {FIRST_LAYER: (32, 4, 3, 3), CONTEXT: (128, 128)}, SD_PARTS, "StableDiffusionPipeline", SD_OTHERS,
+    ),
+    _published("txt2img-1p4B-eval", "LDM text-to-image, 1.4B", {FIRST_LAYER: (320, 4, 3, 3), CONTEXT: (1280, 1280)}),
+    _published("cin256-v2", "LDM ImageNet 256 x 256, VQ-f4", {FIRST_LAYER: (192, 3, 3, 3), CONTEXT: (960, 512)}),
+    _published("cin-ldm-vq-f8", "LDM ImageNet 256 x 256, VQ-f8", {FIRST_LAYER: (256, 4, 3, 3), CONTEXT: (1024, 512)}),
+    _published(
+        "lsun_churches-ldm-kl-8", "LDM LSUN churches", {FIRST_LAYER: (192, 4, 3, 3), FIRST_DECODED: (512, 4, 3, 3)}
+    ),
+    _published("ffhq-ldm-vq-4", "LDM FFHQ, CelebA-HQ or LSUN bedrooms", FACES),
+]  # fmt: skip
+DEFAULT = BASES[0]
+
+
+# --- what is none of them
+
+NO_TRANSFORMER = "this program has UNets alone; use a Stable Diffusion v1 checkpoint"
+USE_V1 = "use a checkpoint of Stable Diffusion v1, or the config of this model if you have one"
+LORA_KEY = re.compile(r"(^lora_(unet|te\d?)_)|\.lora_([AB]|down|up)\b|_lora\.(down|up)\.|\.lora_linear_layer\.")
+
+
+def _any(weights: Shapes, pattern: str) -> bool:
+    return any(re.match(pattern, str(name)) for name in weights)
+
+
+def _shape(weights: Shapes, name: str) -> tuple[int, ...]:
+    return tuple(getattr(weights.get(name), "shape", ())) if isinstance(weights, Mapping) else ()
+
+
+def _has_unet(weights: Shapes) -> bool:
+    return _any(weights, re.escape(UNET))
+
+
+FOREIGN = [
+    Foreign(
+        "an SDXL checkpoint",
+        lambda w: _any(w, r"conditioner\.embedders\.") or _has_unet(w) and UNET + "label_emb.0.0.weight" in w,
+        USE_V1,
+    ),
+    Foreign(
+        "a Stable Diffusion inpainting checkpoint (9 input channels)",
+        lambda w: _shape(w, FIRST_LAYER)[1:2] == (9,),
+        "use the checkpoint of a plain text-to-image model",
+    ),
+    Foreign(
+        "a Stable Diffusion 2.x checkpoint",
+        lambda w: _any(w, r"cond_stage_model\.model\.") or _shape(w, CONTEXT) == (1280, 1024),
+        USE_V1,
+    ),
+    Foreign("a Flux checkpoint", lambda w: _any(w, r"(model\.diffusion_model\.)?double_blocks\.\d"), NO_TRANSFORMER),
+    Foreign(
+        "a Stable Diffusion 3 checkpoint",
+        lambda w: _any(w, r"(model\.diffusion_model\.)?joint_blocks\.\d"),
+        NO_TRANSFORMER,
+    ),
+    Foreign(
+        "a LoRA",
+        lambda w: any(LORA_KEY.search(str(name)) for name in w),
+        "give it with --adapter_path, and the checkpoint of its base model here",
+    ),
+    Foreign(
+        "an autoencoder alone",
+        lambda w: not _has_unet(w) and _any(w, r"(first_stage_model\.|vae\.)?(encoder|decoder)\.(conv_in|mid)"),
+        "give the checkpoint of a whole model",
+    ),
+    Foreign(
+        "the UNet of a diffusers folder alone",
+        lambda w: _any(w, r"down_blocks\.\d+\.") and _any(w, r"time_embedding\.") and _any(w, r"up_blocks\.\d+\."),
+        "give the folder with model_index.json to ldm convert --to checkpoint",
+    ),
+    Foreign(
+        "the text encoder of a diffusers folder alone",
+        lambda w: not _has_unet(w) and _any(w, r"text_model\.encoder\.layers\."),
+        "give the folder with model_index.json to ldm convert --to checkpoint",
+    ),
+]
+
+
+def base_of(weights: Shapes) -> Base | None:
+    """The base that weights are of, by names and shapes; None for others."""
+    return next((base for base in BASES if base.recognises(weights)), None)
+
+
+def recognise(weights: Shapes) -> Base | Foreign | None:
+    """What weights are, by names and shapes."""
+    return base_of(weights) or next((one for one in FOREIGN if one.recognises(weights)), None)
+
+
+def holds_unet(names: Iterable[Any]) -> bool:
+    """Whether names are those of a whole model's weights: some begin as the UNet's of a base do."""
+    prefixes = tuple({base.parts["unet"].in_files for base in BASES})
+    return any(str(name).startswith(prefixes) for name in names)
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a name is one that released files have and models need not have."""
+    return any(re.fullmatch(pattern, name) for pattern in dict.fromkeys(base.ignored for base in BASES))
+
+
+def in_model_names(weights: Shapes) -> Shapes:
+    """The weights of a released file under the names of the model here."""
+    base = base_of(weights)
+    return weights if base is None else {base.model_name(name): value for name, value in weights.items()}
+
+
+def in_released_names(weights: Shapes) -> Shapes:
+    """The weights of a model here under the names of released files."""
+    base = base_of(weights)
+    return weights if base is None else {base.released_name(name): value for name, value in weights.items()}
+
+
+def explained(error: InputError, weights: Shapes, source: str, model: Shapes | None = None) -> InputError:
+    """An error about weights that do not fit, which begins with what they are where that explains it.
+
+    `model` is the state of the model that they were meant for: weights of its own base are not named.
+    """
+    found = recognise(weights)
+    if found is None or (model is not None and found is recognise(model)):
+        return error
+    detail = str(error).removeprefix(f"{source} ")
+    return InputError(f"{source} is {found.what}: {found.instead} ({detail})")
