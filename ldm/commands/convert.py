@@ -22,14 +22,13 @@ from ldm.errors import InputError
 from ldm.interchange.formats import written
 from ldm.models.bases import DEFAULT
 
-TARGETS = written("lora", "delta", "words", "model")
 ORDERS = ("diffusers", "ldm", "diffusers-new")  # of ldm.interchange.layers, whose import would slow --help
 MODES = ("diffuser-to-webui", "compvis-to-webui", "compvis-to-diffuser", "diffuser-to-compvis")
 
 
 def add_arguments(p: Parser) -> None:
     p.add_argument("paths", nargs="*", metavar="INPUT OUTPUT")
-    p.add_argument("--to", choices=TARGETS, metavar="FORMAT", help=", ".join(TARGETS))
+    p.add_argument("--to", choices=written(), metavar="FORMAT", help=", ".join(written()))
     p.add_argument("--order", choices=ORDERS,
                    help="of the layers of a cloneofsimo file: of the input where its shapes do not tell it (default: "
                    "what fits first), of the output (default diffusers)")  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any
 
 from ldm.cli import Parser, boolean, keep_rest, seed_number, underscores
 from ldm.errors import InputError
+from ldm.models.bases import CONDITIONER, UNET
 
 PATHS = ("instance_data_dir", "pretrained_model_name_or_path", "output_dir")
 TEMPLATES = {
@@ -27,10 +28,9 @@ TEMPLATES = {
         "{identifier} style",
     ],
 }
-UNET = ["model.diffusion_model.*.attn[12].to_*", "model.diffusion_model.*.ff.net.0.proj"]  # Attention, GEGLU
-RESIDUAL = ["model.diffusion_model.*.in_layers.2", "model.diffusion_model.*.out_layers.3",
-            "model.diffusion_model.*.emb_layers.1", "model.diffusion_model.*.skip_connection"]  # fmt: skip
-TEXT = ["cond_stage_model.*.self_attn.*_proj"]
+ATTENTION = [f"{UNET}*.attn[12].to_*", f"{UNET}*.ff.net.0.proj"]  # Attention, GEGLU
+RESIDUAL = [f"{UNET}*.{layer}" for layer in ("in_layers.2", "out_layers.3", "emb_layers.1", "skip_connection")]
+TEXT = [f"{CONDITIONER}*.self_attn.*_proj"]
 # Published arguments without a counterpart here, with the only value that is accepted...
 FIXED = dict.fromkeys(
     ("train_inpainting", "use_8bit_adam", "use_face_segmentation_condition", "use_mask_captioned_data", "log_wandb"),
@@ -223,7 +223,8 @@ def inversion(given: argparse.Namespace, words: list[str], starts: list[str | fl
 
 def loras(given: argparse.Namespace, first: int) -> list[dict]:
     """The second stage."""
-    targets = {"unet": UNET + RESIDUAL * given.use_extended_lora} | ({"text": TEXT} if given.train_text_encoder else {})
+    targets = {"unet": ATTENTION + RESIDUAL * given.use_extended_lora}
+    targets |= {"text": TEXT} if given.train_text_encoder else {}
     size = {"rank": given.lora_rank, "alpha": given.lora_scale * given.lora_rank, "dropout": given.lora_dropout_p}
     return [
         {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.checkpoints import atomic_write, read_weights, save_json, save_safetensors
 from ldm.config import find_file, plain
-from ldm.errors import InputError
+from ldm.errors import InputError, short
 from ldm.files import read_json
 from ldm.interchange import layers
 from ldm.interchange.formats import Codec, Context
@@ -159,7 +159,7 @@ def configurations(params: Mapping[str, Any], base: Base = DEFAULT) -> dict[str,
         parts["text_encoder"].folder: {
             "architectures": [parts["text_encoder"].cls],
             "model_type": "clip_text_model",
-            **_text(params),
+            **_text(params, base),
         },
         "scheduler": {
             "_class_name": base.others["scheduler"][1],
@@ -175,8 +175,8 @@ def configurations(params: Mapping[str, Any], base: Base = DEFAULT) -> dict[str,
     }
 
 
-def _text(params: Mapping[str, Any]) -> dict[str, Any]:
-    version = (params["cond_stage_config"].get("params") or {}).get("version", "openai/clip-vit-large-patch14")
+def _text(params: Mapping[str, Any], base: Base) -> dict[str, Any]:
+    version = (params["cond_stage_config"].get("params") or {}).get("version", base.text_model)
     file = find_file(version) / "config.json"
     config = read_json(file) if file.is_file() else CLIP_VIT_L_14
     return {key: value for key, value in config.get("text_config", config).items() if key not in ("architectures",)}
@@ -195,7 +195,7 @@ def write_folder(
     base = _base_of(weights)
     parts, configs = to_diffusers(weights, source), configurations(params, base)
     _compare(weights, params, source)
-    tokenizer = tokenizer_folder(params)
+    tokenizer = tokenizer_folder(params, base)
     if tokenizer is None:
         configs[""]["tokenizer"] = [None, None]
         log.warning("%s will have no tokenizer: name its folder in cond_stage_config.params.tokenizer", path)
@@ -224,16 +224,17 @@ def _compare(weights: Mapping[str, Tensor], params: Mapping[str, Any], source: s
     names = [name for name in wanted | found if not name.endswith("position_ids")]  # which some versions leave out
     if wrong := [name for name in names if wanted.get(name) != found.get(name)]:
         theirs, ours = (side.get(wrong[0], "none") for side in (found, wanted))
-        raise InputError(
+        error = InputError(
             f"{source} does not fit this config: {wrong[0]} has shape {theirs}, the config's model {ours} "
             f"({len(wrong)} such); use the config that the checkpoint was made with"
         )
+        raise explained(error, weights, source, model.state_dict())
 
 
-def tokenizer_folder(params: Mapping[str, Any]) -> Path | None:
+def tokenizer_folder(params: Mapping[str, Any], base: Base = DEFAULT) -> Path | None:
     """The folder with vocab.json and merges.txt that a config's text encoder uses, if it is on this machine."""
     text = params["cond_stage_config"].get("params") or {}
-    version = text.get("version", "openai/clip-vit-large-patch14")
+    version = text.get("version", base.text_model)
     folders = [text.get("tokenizer"), version, f"models/{Path(version).name}"]
     return next((f for f in (find_file(f) for f in folders if f) if (f / "vocab.json").is_file()), None)
 
@@ -245,8 +246,15 @@ def read_folder(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is not a diffusers model: expected a folder with model_index.json")
     index = read_json(path / "model_index.json")
     pipeline = index.get("_class_name") if isinstance(index, Mapping) else None
-    base = next((base for base in BASES if base.pipeline and base.pipeline == pipeline), DEFAULT)
-    return from_diffusers({name: _read_part(path / part.folder, part) for name, part in base.parts.items()}, str(path))
+    base = next((base for base in BASES if base.pipeline and base.pipeline == pipeline), None)
+    parts = (base or DEFAULT).parts
+    try:
+        return from_diffusers({name: _read_part(path / part.folder, part) for name, part in parts.items()}, str(path))
+    except InputError as error:
+        if base or not pipeline:
+            raise
+        known = ", ".join(dict.fromkeys(base.pipeline for base in BASES if base.pipeline))
+        raise InputError(f"{path} is a folder of {short(pipeline)}; expected one of {known} ({error})") from None
 
 
 def _base_of(weights: Mapping[str, Tensor]) -> Base:

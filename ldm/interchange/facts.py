@@ -13,6 +13,7 @@ from ldm.interchange import own
 from ldm.interchange.custom_diffusion import Delta, LowRank
 from ldm.interchange.lora import Factors, Lora, norm
 from ldm.interchange.names import UNET
+from ldm.models.bases import recognise
 from ldm.modules.folders import names_adapter, read_folder
 
 
@@ -61,7 +62,9 @@ def of_delta(delta: Delta) -> dict[str, Any]:
 def of_model(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Tensors, parameters, the fingerprint by which folders of adapters name their base."""
     unet = {name.removeprefix(UNET): value for name, value in weights.items() if name.startswith(UNET)}
+    found = recognise(weights)
     return {
+        **({"base": found.what} if found else {}),
         "tensors": len(weights),
         "parameters": sum(value.numel() for value in weights.values()),
         "parameters of the UNet": sum(value.numel() for value in unet.values()),

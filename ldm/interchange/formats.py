@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import InputError, short
+from ldm.models import bases
 
 if TYPE_CHECKING:
     from torch import nn
@@ -173,5 +174,7 @@ def recognise(file: Opened) -> Format:
             return row
     if file.path.is_dir():
         raise InputError(f"{file.path} is a folder with neither model_index.json, adapter_config.json nor adapters")
+    if isinstance(file.content, Mapping) and isinstance(found := bases.recognise(file.content), bases.Foreign):
+        raise InputError(f"{file.path} is {found.what}: {found.instead}")
     held = list(file.content) if isinstance(file.content, Mapping) else file.content
     raise InputError(f"{file.path} is of no known kind; it holds {short(held)}")

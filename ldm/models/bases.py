@@ -22,8 +22,9 @@ TEXT = CONDITIONER + "transformer."
 
 # Names in checkpoints of LDM's code that the model need not have: averages, constants of the schedule, position ids,
 # losses and discriminators of autoencoders, and the scale of CLIP's contrast. Matched whole.
+EMA = "model_ema."
 LDM_IGNORED = (
-    r"(.*\.)?(model_ema\..+|loss\..+|position_ids|logit_scale|attn_mask|scale_factor|logvar|lvlb_weights"
+    rf"(.*\.)?({re.escape(EMA)}.+|loss\..+|position_ids|logit_scale|attn_mask|scale_factor|logvar|lvlb_weights"
     r"|betas|alphas_cumprod(_prev)?|sqrt_(one_minus_)?alphas_cumprod|log_one_minus_alphas_cumprod"
     r"|sqrt_recip(m1)?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|denoiser\.sigmas"
     r"|global_step|num_updates|cond_ids|ddim_\w+)"
@@ -64,6 +65,9 @@ class Base:
     parts: `unet`, `vae` and, where it has one, `text_encoder`
     marks: names of weights, as the model here has them, with the shapes by which a checkpoint is recognised
     pipeline: its class in diffusers; None where its folders are not read or written here
+    others: further entries of the folder's `model_index.json`
+    text_model: the released text encoder that a config means which names none
+    ema: how the names of averages begin in its checkpoints
     ignored: a pattern of the names that released files have and the model need not have
     """
 
@@ -74,7 +78,9 @@ class Base:
     marks: Mapping[str, tuple[int, ...]]
     parts: Mapping[str, Part]
     pipeline: str | None = None
-    others: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # further entries of model_index.json
+    others: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    text_model: str = "openai/clip-vit-large-patch14"
+    ema: str = EMA
     ignored: str = LDM_IGNORED
 
     @property
@@ -90,7 +96,7 @@ class Base:
     def recognises(self, weights: Shapes) -> bool:
         """Whether weights are of this base, under the names of the model here or of released files."""
         return any(
-            all(name in weights and tuple(weights[name].shape) == shape for name, shape in marks.items())
+            all(_shape(weights, name) == shape for name, shape in marks.items())
             for marks in (self.marks, {self.released_name(name): shape for name, shape in self.marks.items()})
         )
 
@@ -173,7 +179,7 @@ def _any(weights: Shapes, pattern: str) -> bool:
 
 
 def _shape(weights: Shapes, name: str) -> tuple[int, ...]:
-    return tuple(getattr(weights.get(name), "shape", ())) if isinstance(weights, Mapping) else ()
+    return tuple(getattr(weights.get(name), "shape", ()))
 
 
 def _has_unet(weights: Shapes) -> bool:
@@ -204,7 +210,7 @@ FOREIGN = [
     ),
     Foreign(
         "a LoRA",
-        lambda w: any(LORA_KEY.search(str(name)) for name in w),
+        lambda w: FIRST_LAYER not in w and any(LORA_KEY.search(str(name)) for name in w),
         "give it with --adapter_path, and the checkpoint of its base model here",
     ),
     Foreign(

@@ -19,6 +19,7 @@ from ldm.cli import (
 )
 from ldm.config import instantiate_from_config, load_config
 from ldm.errors import InputError
+from ldm.models.bases import EMA, FIRST_STAGE, TEXT, UNET
 from ldm.models.building import load_weights
 from ldm.models.clip import CLIP
 
@@ -30,8 +31,8 @@ def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def averaged_unet(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The averaged weights of a run's UNet under the UNet's own names; LDM's averages have names without dots."""
-    unet = [name for name in weights if name.startswith("model.diffusion_model.")]
-    averages = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in unet}
+    unet = [name for name in weights if name.startswith(UNET)]
+    averages = {name: EMA + name.removeprefix("model.").replace(".", "") for name in unet}
     if lacking := [average for average in averages.values() if average not in weights]:
         raise InputError(f"--ldm: {len(lacking)} averages are not in it, e.g. {lacking[0]}; train with use_ema: true")
     return {name: weights[average] for name, average in averages.items()}
@@ -66,9 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.ldm:
         weights = averaged_unet(read_weights(options.ldm))
         first_stage = read_weights(options.autoencoder)
-        weights |= {f"first_stage_model.{k}": v for k, v in first_stage.items() if not k.startswith("loss.")}
+        weights |= {FIRST_STAGE + k: v for k, v in first_stage.items() if not k.startswith("loss.")}
         text = below(read_weights(f"{options.out}/clip/model.safetensors"), "text_model.")
-        weights |= {f"cond_stage_model.transformer.text_model.{k}": v for k, v in text.items()}
+        weights |= {f"{TEXT}text_model.{k}": v for k, v in text.items()}
         load_weights(instantiate_from_config(model), weights, "the packed model")
         save_safetensors(f"{options.out}/model.safetensors", half(weights))
         print(f"{options.out}/model.safetensors")

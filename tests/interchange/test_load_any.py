@@ -145,7 +145,7 @@ def test_folders_of_our_own(config, model, tmp_path):
         (["delta", "cloneofsimo"], None, ["<new1>", "<s1>"]),
     ],
 )
-def test_names_are_dealt_out_over_the_files(made, model, given, named, taught):
+def test_names_are_assigned_to_the_words_of_the_files(made, model, given, named, taught):
     given = [word for name in given for word in ("--adapter_path", str(made / name))]
     options = Program("sample").parser().parse_args(given + (["--modifier_token", named] if named else []))
     sample.add_adapters(model, options)
