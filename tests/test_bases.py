@@ -107,12 +107,12 @@ def test_the_same_base_is_not_named(config):
     """Where the base is the right one, the error is about what is wrong with the file."""
     weights = dict(interchange_models.small_model(config).state_dict())
     del weights[bases.CONTEXT]
-    with pytest.raises(InputError, match="^x lacks 1 of "):
+    with pytest.raises(InputError, match="^x does not fit this config: it lacks 1 of "):
         filled_model(config, weights, "x")
     mini = load_config(find_file("configs/sd-mini/inference.yaml"))
     weights = dict(read_weights(ROOT / "models/sd-mini/model.safetensors"))
     del weights[bases.CONTEXT]
-    with pytest.raises(InputError, match="^x lacks 1 of "):
+    with pytest.raises(InputError, match="^x does not fit this config: it lacks 1 of "):
         filled_model(mini, weights, "x")
 
 
