@@ -36,4 +36,4 @@ def _write(path: Path, weights: Mapping[str, Tensor], context: Context) -> None:
     write(path, weights)
 
 
-CHECKPOINT = Codec(is_checkpoint, {"model": lambda file, _: read(file)}, _write)
+CHECKPOINT = Codec(is_checkpoint, {"model": lambda file, context: context.checked(read(file), file.given)}, _write)

@@ -285,5 +285,7 @@ def _write(path: Path, weights: Mapping[str, Tensor], context: Context) -> None:
 
 
 FOLDER = Codec(
-    lambda file: file.path.is_dir() and is_folder(file.path), {"model": lambda file, _: read_folder(file.path)}, _write
+    lambda file: file.path.is_dir() and is_folder(file.path),
+    {"model": lambda file, context: context.checked(read_folder(file.path), file.given)},
+    _write,
 )

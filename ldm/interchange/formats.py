@@ -42,6 +42,7 @@ class Context:
     order: str | None = None  # of layers without names, one of `layers.ORDERS`
     words: Sequence[str] = ()  # names for words that have none in the file
     source: str = "the input"  # for messages
+    finite: bool = True  # whether weights of a whole model that are not finite are refused
 
     @cached_property
     def model(self) -> nn.Module | None:
@@ -51,6 +52,14 @@ class Context:
         from ldm.interchange import layers
 
         return layers.skeleton(self._config)
+
+    def checked(self, weights: Mapping[str, Any], source: Path) -> Mapping[str, Any]:
+        """The weights of a whole model. Raises `InputError` for values that are not finite."""
+        if self.finite:
+            from ldm.checkpoints import refuse_not_finite
+
+            refuse_not_finite(weights, str(source))
+        return weights
 
     @property
     def params(self) -> Any:
