@@ -244,8 +244,7 @@ def read_folder(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not is_folder(path):
         raise InputError(f"{path} is not a diffusers model: expected a folder with model_index.json")
-    index = read_json(path / "model_index.json")
-    pipeline = index.get("_class_name") if isinstance(index, Mapping) else None
+    pipeline = _pipeline(path / "model_index.json")
     base = next((base for base in BASES if base.pipeline and base.pipeline == pipeline), None)
     parts = (base or DEFAULT).parts
     try:
@@ -255,6 +254,16 @@ def read_folder(path: str | Path) -> dict[str, Tensor]:
             raise
         known = ", ".join(dict.fromkeys(base.pipeline for base in BASES if base.pipeline))
         raise InputError(f"{path} is a folder of {short(pipeline)}; expected one of {known} ({error})") from None
+
+
+def _pipeline(index: Path) -> str | None:
+    """The pipeline's name, which chooses among the descriptions here and nothing else; None where it cannot be read."""
+    try:
+        found = read_json(index)
+    except InputError:
+        return None
+    name = found.get("_class_name") if isinstance(found, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def _base_of(weights: Mapping[str, Tensor]) -> Base:
