@@ -124,10 +124,11 @@ def test_a_damaged_configuration_is_one_line(folder):
 
 
 def test_of_a_diffusers_folder_only_the_weights_are_read(tmp_path):
-    """Whatever its JSON names, and if it cannot be read: the weights are refused for what they are, by then nothing was imported."""
+    """Whatever its JSON names, readable or not: the weights are refused for what they are; nothing was imported."""
     (tmp_path / "model_index.json").write_text('{"unet": ["evil", "Model"], "auto_map": {"a": "evil.b"}')
     for part in bases.DEFAULT.parts.values():
         save_safetensors(tmp_path / part.folder / f"{part.file}.safetensors", {"x": torch.zeros(1)})
-        (tmp_path / part.folder / "config.json").write_text('{"_class_name": "evil.Model", "auto_map": {"a": "evil.b"}}')
+        config = '{"_class_name": "evil.Model", "auto_map": {"a": "evil.b"}}'
+        (tmp_path / part.folder / "config.json").write_text(config)
     with pytest.raises(InputError, match="unknown|not|lacks"):
         diffusers_model.read_folder(tmp_path)
