@@ -19,7 +19,7 @@ from ldm.models.bases import BASES, FOREIGN, UNET
 from ldm.models.building import build_model, filled_model
 from tests import interchange_models
 from tests.conftest import ROOT
-from tests.test_lora_keys import random_lora
+from tests.interchange.test_lora_keys import random_lora
 
 torch.set_num_threads(1)
 PAGE = (ROOT / "docs" / "adding-a-base.md").read_text()

@@ -16,8 +16,8 @@ from ldm.interchange.inspection import describe
 from ldm.interchange.lora import Factors, Lora
 from tests import interchange_models
 from tests.helpers import assert_close_to
+from tests.interchange.test_lora_keys import random_lora, same
 from tests.runs import ENVIRONMENT
-from tests.test_lora_keys import random_lora, same
 
 torch.set_num_threads(1)
 
