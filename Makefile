@@ -12,10 +12,10 @@ DEMO_SUBJECT ?= examples/subjects/noto_woman
 DEMO_WORD ?= woman
 DEMO_CONFIG ?= configs/sd-mini/attn2o-ffni.yaml
 
-.PHONY: help demo test campaign lint bench clean
+.PHONY: help demo test test-fast campaign lint bench clean
 
 help:  ## list these targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 10
 
 demo: .venv/runtime.stamp  ## train an adapter on a few pictures, sample with it, print where the pictures are
 	$(PY) -m ldm demo --base $(DEMO_CONFIG) --data_root $(DEMO_SUBJECT) --class_word $(DEMO_WORD)
@@ -23,7 +23,12 @@ demo: .venv/runtime.stamp  ## train an adapter on a few pictures, sample with it
 test: .venv/test.stamp  ## check the style and the floors, then run all tests
 	.venv/bin/ruff check .
 	.venv/bin/lint-imports --no-logo
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist worksteal
+
+test-fast: .venv/test.stamp  ## the same without the tests that are marked slow: a minute, for every commit
+	.venv/bin/ruff check .
+	.venv/bin/lint-imports --no-logo
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
 campaign: .venv/test.stamp  ## attack the programs: hostile files, kills, full disks, signals; a table of what came of it
 	$(PY) -m tests.campaign

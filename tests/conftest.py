@@ -10,6 +10,9 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+# Nothing is downloaded: without this, a tokenizer that is not there is looked for in vain for twenty seconds.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

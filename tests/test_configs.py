@@ -1,6 +1,7 @@
 """Every shipped config: loads, says how to run it, names what exists, and resolves to the published values."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(CONFIGS))
 
 
+@cache
 def resolved(path: Path) -> dict:
     return OmegaConf.to_container(load_config(path), resolve=True)
 

@@ -13,6 +13,8 @@ from tests.campaign.fuzz_torch_files import run
 from tests.conftest import ROOT
 from tests.runs import ENVIRONMENT
 
+pytestmark = pytest.mark.slow
+
 SECONDS, BYTES = 20, 10**9  # of the processor; most take a few hundredths of a second
 
 

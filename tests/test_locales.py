@@ -11,6 +11,8 @@ from PIL import Image
 from tests.conftest import ROOT
 from tests.runs import ENVIRONMENT, TINY, pictures
 
+pytestmark = pytest.mark.slow
+
 LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 PROMPT = "a \N{CAT FACE} in a caf\xe9"
 SCRIPT = """

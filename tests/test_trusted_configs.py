@@ -146,6 +146,7 @@ def shipped():
         yield plain(load_config(path))
 
 
+@pytest.mark.slow
 def test_every_shipped_config_is_of_ours():
     assert [found for config in shipped() if (found := trust.foreign_targets(config, ALIASES))] == []
 

@@ -14,6 +14,8 @@ from PIL import Image
 from tests.conftest import ROOT
 from tests.runs import ENVIRONMENT
 
+pytestmark = pytest.mark.slow
+
 SOURCES = ("setup.py", "pyproject.toml", "ldm", "main_dream_booth.py", "sample.py")
 DATA = ("configs", "models/sd-mini", "examples/subjects")
 ALONE = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}

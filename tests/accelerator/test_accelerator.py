@@ -9,8 +9,9 @@ import pytest
 from ldm.config import find_file
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 @pytest.mark.skipif(
     not find_file("models/sd-mini/model.safetensors").is_file(), reason="the small model is not in this checkout"
 )

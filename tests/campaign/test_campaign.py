@@ -8,13 +8,14 @@ from tests.campaign.attacks import REFUSED, SURVIVED, Failed, judged
 from tests.campaign.forked import Outcome
 from tests.runs import command
 
+pytestmark = pytest.mark.slow
+
 GROUPS = {
     "what is read": ("hostile", "configs", "adapters", "runs"),
     "what stops a program": ("kills", "disks", "signals", "concurrent"),
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_few_attacks_do_no_harm(group):
     done = command("-m", "tests.campaign", "--few", "--jobs", "1", "--only", *GROUPS[group])

@@ -260,6 +260,7 @@ def training(work, words: str) -> list[str]:
     return f"--base {TINY} -t {roots}".split() + more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINING)
 def test_training(work, name):
     words, message = TRAINING[name]
@@ -289,6 +290,7 @@ def test_sampling(work, name):
     one_line(message, main, beginning.split() + words.format_map({"work": work}).split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -13,6 +13,8 @@ from ldm.interchange.command import skeleton
 from ldm.interchange.lora import delta
 from tests.runs import TINY, pictures
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 

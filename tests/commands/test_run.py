@@ -30,6 +30,8 @@ from tests.runs import (
     train,
 )
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = ROOT / "tests" / "configs" / "published-attn2o-ffni.yaml"
 NARROW = [  # a published config at the size of the tiny one
     "model.params.unet_config.params.model_channels=32",

@@ -7,6 +7,8 @@ from scripts.train import main
 from tests.conftest import ROOT
 from tests.runs import TINY, events, find_run, pictures
 
+pytestmark = pytest.mark.slow
+
 
 def arguments(work, *more):
     """The tiny model from scratch for one step, with a test set and no other validation."""

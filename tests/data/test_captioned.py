@@ -205,6 +205,7 @@ def test_shares_decide_how_often_a_kind_is_drawn(built):
         CaptionedPictures(built, shares={"drawing": 1.0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option,key", [("emphasis", "class"), ("group_emphasis", "group")])
 def test_emphasis_decides_how_often_a_class_or_a_group_is_drawn(built, option, key):
     shares = {"drawing": 0.5, "photo": 0.5}

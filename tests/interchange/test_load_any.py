@@ -16,6 +16,8 @@ from tests import interchange_models
 from tests.helpers import assert_close_to
 from tests.interchange.test_lora_keys import random_lora, same
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 

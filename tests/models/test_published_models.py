@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.config import instantiate_from_config, load_config, plain
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 LATENT = sorted((ROOT / "configs/latent-diffusion").glob("*.yaml"))
 FIRST_STAGES = sorted((ROOT / "configs/autoencoder").glob("*.yaml"))
 SIDE = 128  # an eighth of it halved four times

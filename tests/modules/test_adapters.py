@@ -208,6 +208,7 @@ def test_a_call_within_a_call_keeps_its_own_accounts():
         torch.testing.assert_close(block(x, context), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [None, both(mlp(), mlp("attn2c", "attn2c"), res=[conv()])], ids=["plain", "adapters"]
 )

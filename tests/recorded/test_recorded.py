@@ -11,6 +11,8 @@ from tests.recorded.inputs import make
 from tests.recorded.machine import MACHINE, THREADS, differences
 from tests.recorded.record import read
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):

@@ -16,6 +16,8 @@ from ldm.train.progress import newest_run, read_progress
 from scripts.sd_mini import background as command
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 COUNTING = """
 import os, signal, sys, time
 def end(*_):

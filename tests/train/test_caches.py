@@ -11,6 +11,8 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.train import caches
 from tests.runs import differences, last, pictures, train
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_cache_changes_no_number(tmp_path):
     kept = str(tmp_path / "kept")

@@ -14,6 +14,8 @@ from ldm.train.compiled import ChannelsLast, Compiled, compile_module, upsample
 from tests import tuned_models
 from tests.runs import TINY, last, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("module", [model.Upsample(4), openaimodel.Upsample(4, True)], ids=["first stage", "UNet"])
 def test_upsampling_by_repetition_is_the_same(module):

@@ -19,6 +19,8 @@ from tests.conftest import ROOT
 from tests.helpers import assert_close_to
 from tests.tuned_models import config
 
+pytestmark = pytest.mark.slow
+
 CUSTOM = {"target": "src.model.CustomDiffusion"}
 SMALL_RUN = """
 checkpoint: {path: null, random_seed: 0}

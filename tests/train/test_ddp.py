@@ -17,6 +17,8 @@ from tests.conftest import ROOT
 from tests.models.test_published_models import narrow
 from tests.runs import TINY, arguments, command, differences, events, find_run, last, pictures, resume, start, train
 
+pytestmark = pytest.mark.slow
+
 TWO = ("--accelerator", "cpu", "--devices", "2")
 
 # What every process sees, into a file of its own: the pictures and the captions that it trained on, its parameters.

@@ -14,6 +14,8 @@ from ldm.train import manifest as manifests
 from tests.runs import arguments, command, differences, find_run, last, resume, start, train
 from tests.train.test_resume import ENDLESS, wait_for
 
+pytestmark = pytest.mark.slow
+
 CPU = ("--accelerator", "cpu")
 SCRIPT = """
 import os, signal, sys, pytorch_lightning as pl, torch

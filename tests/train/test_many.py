@@ -10,6 +10,8 @@ from ldm.errors import InputError
 from ldm.models.diffusion.training import DiffusionTraining
 from tests.runs import TINY, differences, find_run, last, pictures, pixels, train
 
+pytestmark = pytest.mark.slow
+
 CPU = ["--accelerator", "cpu"]
 QUIET = [*CPU, "lightning.callbacks.image_logger.params.disabled=true"]
 

@@ -11,6 +11,8 @@ import torch
 from ldm.train import memory, run
 from tests.runs import train
 
+pytestmark = pytest.mark.slow
+
 COUNT = """
 import json, resource, torch
 from ldm.train.memory import keep_freed_memory

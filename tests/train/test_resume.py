@@ -13,6 +13,8 @@ from ldm.errors import InputError
 from ldm.train.resume import SaveRun
 from tests.runs import arguments, command, differences, find_run, last, main_dream_booth, resume, start, train
 
+pytestmark = pytest.mark.slow
+
 # The tiny config has 4 photographs, shown 3 times: 12 batches in an epoch.
 VARIANTS = {
     "plain": [],

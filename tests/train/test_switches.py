@@ -7,6 +7,8 @@ from omegaconf import OmegaConf
 from ldm.train import run
 from tests.runs import events, last, train
 
+pytestmark = pytest.mark.slow
+
 QUIET = ["--max_steps", 50, "lightning.callbacks.image_logger.params.disabled=true"]
 
 

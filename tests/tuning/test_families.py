@@ -19,6 +19,8 @@ from tests.conftest import ROOT
 from tests.helpers import assert_close_to
 from tests.tuned_models import ROUTE, answer, base_weights, batch, family, model, shake, train
 
+pytestmark = pytest.mark.slow
+
 POSITION = family("position.PositionAdapters", adapter_config=ROUTE)
 WORD = family("textual_inversion.TextualInversion", words="<sks>", init_word="dog", vectors=2)
 LORA = family("lora.LoRA", rank=2)

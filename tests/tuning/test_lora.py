@@ -14,6 +14,8 @@ from ldm.tuning.lora import KINDS, TEXT_ATTENTION, UNET_ATTENTION, LoRA, merge, 
 from tests.helpers import assert_close_to
 from tests.tuned_models import UNET, answer, base_weights, batch, family, model, shake
 
+pytestmark = pytest.mark.slow
+
 EVERYWHERE = [*UNET_ATTENTION, "model.*.in_layers.2", "model.*.skip_connection", *TEXT_ATTENTION]
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 

@@ -8,6 +8,8 @@ from ldm.tuning.side_by_side import join, own_copies, view
 from tests import tuned_models
 from tests.tuned_models import ROUTE, batch, family, shake
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = {
     "position": ("position.PositionAdapters", {"adapter_config": ROUTE}),
     "another route": ("position.PositionAdapters", {"adapter_config": {

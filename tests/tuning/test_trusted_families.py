@@ -98,6 +98,7 @@ def test_every_program_refuses_it_and_runs_nothing(folder, tmp_path):
     assert not list(tmp_path.rglob("ran"))
 
 
+@pytest.mark.slow
 def test_a_command_ends_with_one_line_and_exit_code_2(folder, tmp_path):
     rename(folder, target="downloads.cat.evil.Family")
     command = [sys.executable, str(ROOT / "scripts/inspect_adapter.py"), str(folder)]

@@ -15,6 +15,8 @@ from tests.modules.test_position_sums import saved as saved_adapter
 from tests.runs import TINY, pictures
 from tests.test_writing import files_of_at_most
 
+pytestmark = pytest.mark.slow
+
 NO_FOLDER = "file/in"  # below a file, where no folder can be
 
 

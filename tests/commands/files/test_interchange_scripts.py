@@ -22,6 +22,8 @@ from tests.interchange_models import run
 from tests.modules.test_position_sums import saved as saved_adapter
 from tests.runs import ENVIRONMENT
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 SCRIPTS = [
     "get_deltas",

@@ -16,6 +16,8 @@ from tests.interchange.test_lora_keys import random_lora, same
 from tests.interchange_models import run
 from tests.modules.test_position_sums import saved as saved_adapter
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 
