@@ -11,7 +11,7 @@ from ldm import schema
 from ldm.config import check, check_entries, load_config, override, plain
 from ldm.errors import InputError, did_you_mean
 from ldm.train.options import dreambooth_parser, parse
-from ldm.train.run import read_configs
+from ldm.train.run import check_config
 from tests.conftest import ROOT
 from tests.runs import TINY
 
@@ -100,17 +100,22 @@ TYPES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    return load_config(TINY)
+
+
 @pytest.mark.parametrize("word", MISSPELT)
-def test_a_misspelt_key_is_refused_with_the_nearest_right_one(word):
+def test_a_misspelt_key_is_refused_with_the_nearest_right_one(word, tiny):
     with pytest.raises(InputError, match=rf"did you mean {MISSPELT[word]}\?") as refused:
-        read_configs([str(TINY)], [word], None)
+        check_config(override(tiny, [word]))
     assert word.partition("=")[0].split(".")[0] in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("word", TYPES)
-def test_a_value_of_another_type_is_refused_by_its_dotted_key(word):
+def test_a_value_of_another_type_is_refused_by_its_dotted_key(word, tiny):
     with pytest.raises(InputError) as refused:
-        read_configs([str(TINY)], [word], None)
+        check_config(override(tiny, [word]))
     assert str(refused.value) == TYPES[word]
 
 

@@ -137,6 +137,7 @@ def test_what_is_unknown_is_refused_with_the_nearest(words, message):
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
     done = ldm("inspect", str(tmp_path / "nothing.pt"))
     assert (done.returncode, done.stdout) == (2, "")

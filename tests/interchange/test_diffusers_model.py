@@ -58,6 +58,7 @@ def test_full_size_names(golden):
     assert names.translate_all(there.values(), names.inverse(table), "v1") == {v: k for k, v in there.items()}
 
 
+@pytest.mark.slow
 def test_full_size_names_are_those_of_diffusers(golden):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install .[test]")
     keys = json.loads((golden / "manifests/sd_v1_manifest.json").read_text())["keys"]
@@ -114,6 +115,7 @@ def test_old_names_of_the_autoencoders_attention(model):
     assert all(torch.equal(value, state[name]) for name, value in diffusers_model.from_diffusers(parts).items())
 
 
+@pytest.mark.slow
 def test_the_config_is_that_of_the_weights(config, model, tmp_path):
     """A folder's JSON is the config's: with another model's it would not load."""
     state, params = model.state_dict(), config.model.params

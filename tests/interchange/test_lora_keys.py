@@ -85,6 +85,7 @@ def test_our_outputs_change_and_come_back(model, lora):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [lora_keys.write_diffusers, lora_keys.write_kohya])
 def test_diffusers_loads_ours(model, lora, pipeline, tmp_path, write):
     write(tmp_path / "lora.safetensors", lora, model)

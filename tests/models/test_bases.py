@@ -79,6 +79,7 @@ def parts_of(state, prefix):
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
+@pytest.mark.slow
 def test_what_is_no_checkpoint_is_refused_by_name(config, tmp_path):
     model = interchange_models.small_model(config)
     state = model.state_dict()
@@ -125,6 +126,7 @@ def toy():
     BASES.remove(held["TOY"])
 
 
+@pytest.mark.slow
 def test_one_more_base(toy, config, tmp_path, capsys):
     """The example of docs/adding-a-base.md: loads, is named, becomes a folder and a checkpoint again."""
     model = interchange_models.small_model(config)

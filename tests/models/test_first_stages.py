@@ -104,6 +104,7 @@ def test_three_steps_of_training(kind, tmp_path):
     assert trainer.callback_metrics["val/d_weight"] == 0, "no gradients, no adaptive weight"
 
 
+@pytest.mark.slow
 @needs_taming
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_training_learns(kind, tmp_path):
@@ -143,6 +144,7 @@ def test_two_optimizers_share_nothing():
         assert second.param_groups[0]["lr"] == (2e-3 if kind == "vq" else 1e-3)
 
 
+@pytest.mark.slow
 @needs_taming
 def test_vq_with_schedule_averages_and_resizing(tmp_path):
     scheduler = {
@@ -362,6 +364,7 @@ def test_unknown_losses(options, message):
         make("vq", loss_config("vq", **options))
 
 
+@pytest.mark.slow
 @needs_taming
 def test_published_first_stages_are_built(golden):
     published = json.loads((golden / "manifests" / "published_configs.json").read_text())

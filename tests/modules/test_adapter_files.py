@@ -267,6 +267,7 @@ for number in range(10**6):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.system() != "Linux", reason="elsewhere a folder in the making may be refused")
 def test_a_folder_that_is_rewritten_is_read_whole(tmp_path):
     path = tmp_path / "folder"

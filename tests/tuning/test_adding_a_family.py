@@ -3,6 +3,7 @@
 import re
 import sys
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 
@@ -23,6 +24,7 @@ def test_the_page_is_one_page():
     assert len(PAGE.splitlines()) <= 80
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path, monkeypatch):
     (tmp_path / "ia3.py").write_text(block("python"))
     monkeypatch.syspath_prepend(tmp_path)
