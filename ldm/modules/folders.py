@@ -184,5 +184,7 @@ def _published(inside: Path) -> dict[str, Tensor]:
 
 
 def _finite(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    if wrong := next((name for name, value in tensors.items() if not value.is_floating_point()), None):
+        raise InputError(f"{source} is damaged: {wrong} is {tensors[wrong].dtype}, expected floating-point numbers")
     refuse_not_finite(tensors, str(source))
     return tensors

@@ -184,7 +184,8 @@ def unless_refused(run: Run, saver: SaveRun) -> Iterator[None]:
     """
     saver.listen()
     try:
-        yield
+        with before_the_first_step(saver):
+            yield
     except Exception:
         if run.resume is None and not saver.step and rank_zero_only.rank == 0:
             shutil.rmtree(run.folder, ignore_errors=True)
@@ -503,12 +504,14 @@ def outcome(run: Run) -> str:
 
 
 @contextlib.contextmanager
-def before_the_first_step() -> Iterator[None]:
-    """Whoever is stopped within this context is told that nothing was learnt yet."""
+def before_the_first_step(saver: SaveRun | None = None) -> Iterator[None]:
+    """Whoever is stopped within this context, and before the first step of `saver`, is told that nothing was learnt."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
-        log.info("stopped before the first step: nothing was learnt, nothing is saved")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if (saver is None or saver.done.step is None) and not getattr(stop, "is_told", False):
+            log.info("stopped before the first step: nothing was learnt, nothing is saved")
+            stop.is_told = True
         raise
 
 

@@ -215,6 +215,13 @@ UNCLAIMED = {
         ),
         r"1 of \d+ tensors are not finite, e.g. \w+",
     ),
+    "whole numbers": (
+        lambda f: (
+            without_digests(f),
+            more_tensors(f, next(iter(read_weights(f / "adapters.safetensors"))), torch.tensor([1])),
+        ),
+        r"is damaged: [\w.]+ is torch.int64, expected floating-point numbers",
+    ),
 }
 
 
