@@ -142,12 +142,8 @@ class Tuning:
         self.fingerprint = unet_fingerprint(before, changed=self.parameters())
 
     def is_base(self, name: str) -> bool:
-        """Whether a state-dict name is one of the base, not of what tuning added."""
+        """Whether a state-dict name was there before any family was installed; the others are what tuning added."""
         return self.base is None or name in self.base
-
-    def added(self) -> set[str]:
-        """The state-dict names of what tuning added: those after installing minus those before."""
-        return {name for name in self.model.state_dict() if not self.is_base(name)}
 
     def shares(self) -> list[tuple[Chosen, dict[str, nn.Parameter]]]:
         """The families with what each lets learn, by state-dict name; what several name, under the first of them."""
