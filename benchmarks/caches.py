@@ -14,7 +14,7 @@ from common import parser, table, timed
 from ldm.config import find_file, instantiate_from_config, load_config
 from ldm.devices import cast_frozen
 from ldm.models.building import skip_init
-from ldm.modules.encoded import EncodedPictures, EncodedPrompts
+from ldm.modules.cached_encoders import CachedPosteriors, CachedPrompts
 
 CONFIG = "configs/sd-inject-dreambooth/attn2o-ffni.yaml"
 
@@ -36,7 +36,7 @@ def main() -> None:
     model.log = model.log_dict = lambda *_, **__: None  # no trainer
     ids = torch.randint(0, 49407, (2, 77))
     model.cond_stage_model.tokenize = lambda texts: ids[: len(texts)]  # its two files are not shipped
-    optimizer = torch.optim.AdamW(model.learning().values(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=1e-4)
 
     def step(pair: list[dict]) -> None:
         optimizer.zero_grad()
@@ -49,8 +49,8 @@ def main() -> None:
 
     moments = model.first_stage_model.encode(pixels.permute(0, 3, 1, 2)).parameters.permute(0, 2, 3, 1).detach()
     known = {c: model.cond_stage_model([c])[0].detach() for pair in pictures for c in pair["caption"]}
-    model.first_stage_model = EncodedPictures(model.first_stage_model)
-    model.cond_stage_model = EncodedPrompts(model.cond_stage_model, known)
+    model.first_stage_model = CachedPosteriors(model.first_stage_model)
+    model.cond_stage_model = CachedPrompts(model.cond_stage_model, known)
     encoded = [{**picture, "image": moments} for picture in pictures]
     rows["encoded once"] = timed(lambda: step(encoded), options.repeats, device)
 

@@ -22,7 +22,7 @@ from ldm.data.class_images import missing_class_images
 from ldm.errors import InputError, WriteError
 from ldm.models.diffusion.guidance import guided
 from ldm.models.diffusion.samplers import draw, sampler
-from ldm.modules.text_once import text_once
+from ldm.modules.cached_text import cached_text
 from ldm.writing import printable, writing
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Settings:
     channels: int | None = None  # of the latents; by default the model's
     factor: int | None = None  # pixels per latent; by default the autoencoder's
     half: bool = False  # autocast, on devices that gain from it
-    text_once: bool = True  # keys and values of the text once, not at every step
+    cache_text: bool = True  # keys and values of the text once, not at every step
     decoded_pixels: int = 512 * 512  # of all pictures that the autoencoder decodes at once
 
     def latent_shape(self, model: Any) -> tuple[int, int, int]:
@@ -85,7 +85,7 @@ def generate(
     device = model.betas.device
     half = settings.half and device.type == "cuda"
     precision = torch.autocast(device.type, dtype=torch.float16) if half else nullcontext()
-    remembering = text_once(model.model.diffusion_model) if settings.text_once else nullcontext()
+    remembering = cached_text(model.model.diffusion_model) if settings.cache_text else nullcontext()
     with evaluating(model), model.ema_scope(), precision, remembering:
         condition = model.get_learned_conditioning(list(prompts))
         empty = None if settings.scale == 1 else model.get_learned_conditioning([""] * len(prompts))
@@ -159,16 +159,16 @@ def grid(pictures: Sequence[Tensor], columns: int, gap: int = 2) -> Tensor:
     return rearrange(framed, "(rows columns) c h w -> c (rows h) (columns w)", columns=columns)
 
 
-def save_png(picture: Tensor, path: Path, about: Mapping[str, Any], new: bool = False) -> None:
-    """Write a picture [3, H, W] in [0, 1] as PNG, with `about` in its text chunks, atomically; see `atomic_write`."""
+def save_png(picture: Tensor, path: Path, metadata: Mapping[str, Any], new: bool = False) -> None:
+    """Write a picture [3, H, W] in [0, 1] as PNG, with `metadata` as text chunks; see `atomic_write`."""
     chunks = PngInfo()
-    for key, value in about.items():
+    for key, value in metadata.items():
         chunks.add_itxt(key, printable(str(value)))
     with atomic_write(path, new) as beside:
         to_pil(picture).save(beside, format="PNG", pnginfo=chunks)
 
 
-def save_numbered(picture: Tensor, folder: Path, name: str, number: int, about: Mapping[str, Any]) -> int:
+def save_numbered(picture: Tensor, folder: Path, name: str, number: int, metadata: Mapping[str, Any]) -> int:
     """`save_png` under the first name from `number` on that nothing has; its number. `name` is such as `{:05}.png`.
 
     Of two programs that draw into one folder each gets numbers of its own.
@@ -176,7 +176,7 @@ def save_numbered(picture: Tensor, folder: Path, name: str, number: int, about: 
     while True:
         path = folder / name.format(number)
         try:
-            save_png(picture, path, about, new=True)
+            save_png(picture, path, metadata, new=True)
             return number
         except WriteError:
             if not path.exists():

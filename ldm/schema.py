@@ -381,8 +381,8 @@ def fits(value: Any, annotation: Any) -> bool:
     if not _is_plain_kind(annotation) or not _is_plain(value) or _is_reference(value):
         return True
     try:
-        told = json.dumps(_as_read(value), ensure_ascii=False)  # JSON's lists can be tuples
-        adapter(annotation).validate_json(told.encode("utf-8", "replace"), strict=True)  # names of files may be no text
+        as_json = json.dumps(_as_read(value), ensure_ascii=False)  # JSON's lists can be tuples
+        adapter(annotation).validate_json(as_json.encode("utf-8", "replace"), strict=True)  # a file name may be bytes
     except ValidationError:
         return False
     return True

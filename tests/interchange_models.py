@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from ldm.checkpoints import save_safetensors
 from ldm.config import instantiate_from_config, load_config
-from ldm.models.building import fill_zeros
+from ldm.models.building import reinit_zero_layers
 from tests.conftest import ROOT
 
 PROMPT = "a photo of a cat in the jungle"
@@ -37,7 +37,7 @@ def small_model(config, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = instantiate_from_config(config.model).eval().requires_grad_(False)
-        fill_zeros(model)
+        reinit_zero_layers(model)
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and name.endswith("bias"):
                 parameter.data = 0.1 * torch.randn_like(parameter)

@@ -86,6 +86,6 @@ def shake(model, seed=5, size=0.1):
     """Give what learns other values than its start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for value in model.learning().values():
+        for value in model.trainable_parameters().values():
             value.add_(size * torch.randn(value.shape, generator=generator))
     return model

@@ -76,8 +76,8 @@ def convert(source: str, output: Path, options: argparse.Namespace) -> str:
     if lost and not value.layers:
         raise InputError(f"{source} holds words and no LoRA; write them with --to words")
     files = to.write(output, value, context)
-    told = f"{', '.join(map(str, files))}  {form.summary(value)}"
-    return f"{told}; its words {', '.join(lost)} are not in it: --to words" if lost else told
+    summary = f"{', '.join(map(str, files))}  {form.summary(value)}"
+    return f"{summary}; its words {', '.join(lost)} are not in it: --to words" if lost else summary
 
 
 def convert_delta(options: argparse.Namespace) -> str:

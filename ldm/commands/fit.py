@@ -18,15 +18,15 @@ def add_arguments(p: Parser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     options, trainer_options, overrides = sorted_out(options)
-    from ldm.train import general
+    from ldm.train import from_config
     from ldm.train.run import finished, outcome
 
-    run = general.plan(options, trainer_options, overrides)
+    run = from_config.plan(options, trainer_options, overrides)
     if not options.train:
-        print(general.report(run))
+        print(from_config.report(run))
         return
     if line := finished(run):
         print(line)
         return
-    if general.train(run, test=not options.no_test).is_global_zero:
+    if from_config.train(run, test=not options.no_test).is_global_zero:
         print(outcome(run))

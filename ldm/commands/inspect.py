@@ -22,13 +22,13 @@ def run(options: argparse.Namespace) -> None:
     from ldm.interchange.inspection import describe
 
     for path in options.paths:
-        about = describe(path)
+        described = describe(path)
         if options.json:
-            print(json.dumps(about, default=str))
+            print(json.dumps(described, default=str))
             continue
-        print(about.pop("path"))
-        for key, value in about.items():
+        print(described.pop("path"))
+        for key, value in described.items():
             lines = value if isinstance(value, list) and key in ("routes", "families") else [value]
             if isinstance(value, dict):
-                lines = [f"{name}: {told}" for name, told in value.items()]
+                lines = [f"{name}: {text}" for name, text in value.items()]
             print("\n".join(f"  {key if i == 0 else '':24} {line}" for i, line in enumerate(lines)))

@@ -36,5 +36,5 @@ def run(options: argparse.Namespace) -> None:
     else:
         merged = (position.stacked if options.stack else position.summed)(folders, weights)
     position.write(output, merged)
-    told = (f"{e['din']}-{e['dout']}, mid_dim {e['mid_dim']}, scale {e['scale']:g}" for e in merged[0]["adapters"])
-    print(f"{output}  {'; '.join(told)}")
+    parts = (f"{e['din']}-{e['dout']}, mid_dim {e['mid_dim']}, scale {e['scale']:g}" for e in merged[0]["adapters"])
+    print(f"{output}  {'; '.join(parts)}")

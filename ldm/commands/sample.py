@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
         options.f, half=options.precision == "autocast",
     )  # fmt: skip
     outdir, singles = Path(options.outdir), Path(options.outdir) / "samples"
-    about = {
+    metadata = {
         "sampler": options.sampler, "steps": options.ddim_steps, "eta": options.ddim_eta, "scale": options.scale,
         "config": options.config, "ckpt": options.ckpt or "the config's", "embeddings": options.embedding_path or "",
         "adapter": ", ".join(options.adapter_path), "adapter scale": ", ".join(map(str, options.adapter_scale)),
@@ -99,16 +99,16 @@ def run(options: argparse.Namespace) -> None:
             texts, seeds, generate.generate(model, texts, seeds, settings, True), strict=True
         ):
             if not options.skip_save:
-                about_this = {"prompt": prompt, "seed": seed, **about}
-                number = generate.save_numbered(picture, singles, "{:05}.png", number, about_this)
+                of_picture = {"prompt": prompt, "seed": seed, **metadata}
+                number = generate.save_numbered(picture, singles, "{:05}.png", number, of_picture)
                 print(f"{singles / f'{number:05}.png'}  {prompt!r}, seed {seed}")
             number += 1
             pictures.append(picture)
     if not options.skip_grid:
         grid = generate.grid(pictures, options.n_rows or options.n_samples)
         first = generate.next_number(outdir, "grid-*.png")
-        about_all = {"prompt": " | ".join(prompts), "seed": options.seed, **about}
-        number = generate.save_numbered(grid, outdir, "grid-{:04}.png", first, about_all)
+        of_grid = {"prompt": " | ".join(prompts), "seed": options.seed, **metadata}
+        number = generate.save_numbered(grid, outdir, "grid-{:04}.png", first, of_grid)
         print(f"{outdir / f'grid-{number:04}.png'}  all {len(pictures)}")
 
 

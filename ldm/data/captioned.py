@@ -3,7 +3,7 @@
 The file is a webdataset: a tar (compressed or not) in which `<key>.json` and `<key>.webp` are neighbours. The JSON
 holds `captions` (list), `split`, `kind` ("drawing" or "photo"), `weight` (how often, among its kind) and what else is
 known of the picture.
-Draw k is a function of (seed, k) alone, whatever was drawn before, in whatever batches and by however many processes.
+sample k is a function of (seed, k) alone, whatever was drawn before, in whatever batches and by however many processes.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class CaptionedPictures(Dataset):
         return self.draws
 
     def __getitem__(self, k: int) -> dict[str, Tensor | str]:
-        """Draw k: `image` float32 [h, w, 3] in -1..1, `caption` str."""
+        """sample k: `image` float32 [h, w, 3] in -1..1, `caption` str."""
         return self.__getitems__([k])[0]
 
-    draw = __getitem__
+    sample = __getitem__
 
     def __getitems__(self, ks: Sequence[int]) -> list[dict[str, Tensor | str]]:
         """Several draws, put before their backgrounds together."""
@@ -95,7 +95,7 @@ class CaptionedPictures(Dataset):
         return self
 
     def batch(self, ks: Sequence[int] | Tensor) -> dict[str, Tensor | list[str]]:
-        """Draws ks: `image` float32 [b, h, w, 3] in -1..1 on the pictures' device, `caption` b strings, `row` [b]."""
+        """Samples ks: `image` float32 [b, h, w, 3] in -1..1 on the pictures' device, `caption` b strings, `row` [b]."""
         ks = torch.as_tensor(ks, dtype=torch.int64)
         u = uniforms(self.seed, ks, 16)  # b 16
         rows = torch.searchsorted(self._cumulative, u[:, 0] * self._cumulative[-1]).clamp(max=len(self.records) - 1)

@@ -35,7 +35,7 @@ class MaskBase(Dataset):
     """Pictures of one concept, in turn with pictures of its class if there are any.
 
     An item is `{"image": float32 [size, size, 3] (h w c) in [-1, 1], "caption": str, "mask": float32 [size, size]}`;
-    the mask is 1 where the picture is. Draw k is a function of (`seed`, k): draws 0, 2, ... show the concept, draws
+    the mask is 1 where the picture is. sample k is a function of (`seed`, k): draws 0, 2, ... show the concept, draws
     1, 3, ... its class, each of them every picture once before any comes again.
 
     Args:
@@ -91,17 +91,17 @@ class MaskBase(Dataset):
         self._order: dict[int, tuple[int, Tensor]] = {}
 
     def __len__(self) -> int:
-        """Draws in one epoch."""
+        """Samples in one epoch."""
         return self._length
 
     def __getitem__(self, k: int) -> dict[str, Any]:
-        return self.draw(k)
+        return self.sample(k)
 
-    def draw(self, k: int) -> dict[str, Any]:
+    def sample(self, k: int) -> dict[str, Any]:
         """Item number k of the run, k >= 0."""
         j, number = divmod(k, len(self.sets))
         path, caption = self.sets[number][self._place(number, j)]
-        draws = self._generator("draw", number, j)
+        draws = self._generator("sample", number, j)
         flip, choice = torch.rand(2, generator=draws).tolist()
         if caption is None:
             words = self.reg_caption if number else self.caption
@@ -137,7 +137,7 @@ class MaskBase(Dataset):
         return int(self._order[number][1][place])
 
     def _generator(self, purpose: str, number: int, j: int) -> torch.Generator:
-        key = (self.seed, number, ("draw", "order").index(purpose), j)
+        key = (self.seed, number, ("sample", "order").index(purpose), j)
         state = np.random.SeedSequence(key).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]) >> 1)
 
@@ -161,7 +161,7 @@ def describe(share: float, draws: torch.Generator) -> str:
 
 
 class Concepts(Dataset):
-    """Several concepts at once: draw k is draw k of each; collated, a list of batches, whose losses are added."""
+    """Several concepts at once: sample k is sample k of each; collated, a list of batches, whose losses are added."""
 
     def __init__(self, concepts: Sequence[Dataset]) -> None:
         self.concepts = list(concepts)
@@ -170,11 +170,11 @@ class Concepts(Dataset):
         return max(map(len, self.concepts))
 
     def __getitem__(self, k: int) -> tuple[dict[str, Any], ...]:
-        return self.draw(k)
+        return self.sample(k)
 
-    def draw(self, k: int) -> tuple[dict[str, Any], ...]:
+    def sample(self, k: int) -> tuple[dict[str, Any], ...]:
         """Item number k of the run: one of each concept."""
-        return tuple(concept.draw(k) for concept in self.concepts)
+        return tuple(concept.sample(k) for concept in self.concepts)
 
     def examples(self) -> list[str]:
         """Captions of all concepts and of their classes, for sample pictures."""

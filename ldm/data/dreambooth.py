@@ -34,8 +34,8 @@ CACHE_BYTES = 512 * 2**20  # pictures kept in memory per dataset and worker: 680
 class PersonalizedBase(Dataset):
     """The pictures of one folder with captions; the k-th item drawn is a function of (`seed`, k) alone.
 
-    `dataset[k]` is draw k, counted over the whole run: k may exceed `len()`, and epoch `k // len()` has its own order.
-    No global random state is read, so workers, epoch boundaries and restarts do not change what draw k is.
+    `dataset[k]` is sample k, counted over the run: k may exceed `len()`, and epoch `k // len()` has its own order.
+    No global random state is read, so workers, epoch boundaries and restarts do not change what sample k is.
 
     An item is `{"image": float32 [size, size, 3] (h w c) in [-1, 1], "caption": str}`.
 
@@ -115,7 +115,7 @@ class PersonalizedBase(Dataset):
         self._order: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
-        """Draws in one epoch."""
+        """Samples in one epoch."""
         return self._length
 
     def __iter__(self) -> Iterator[Item]:
@@ -123,19 +123,19 @@ class PersonalizedBase(Dataset):
         return (self[k] for k in range(len(self)))
 
     def __getitem__(self, k: int) -> Item:
-        return self.draw(k)
+        return self.sample(k)
 
-    def draw(self, k: int) -> Item:
+    def sample(self, k: int) -> Item:
         """Item number k of the run, k >= 0; the shapes are given above. Raises `IndexError` for a negative k."""
         chosen = self.choose(k)
         return {"image": self.picture(chosen.number, chosen.flipped), "caption": chosen.caption}
 
     def choose(self, k: int) -> Choice:
-        """What draw k shows. Raises `IndexError` for a negative k."""
+        """What sample k shows. Raises `IndexError` for a negative k."""
         if k < 0:
             raise IndexError(f"draws are counted from 0, got {k}")
         number = self._picture_of(k)
-        flip, mix, choice = torch.rand(3, generator=self._generator("draw", k)).tolist()
+        flip, mix, choice = torch.rand(3, generator=self._generator("sample", k)).tolist()
         identifier = f"{self.identifier}{number}" if mix < self.mixing_prob else self.identifier
         template = self.templates[int(choice * len(self.templates))]
         return Choice(number, flip < self.flip_p, template.format_map(self._parts(identifier)))
@@ -152,7 +152,7 @@ class PersonalizedBase(Dataset):
         return sorted({t.format_map(self._parts(name)) for t in self.templates for name in names})
 
     def _picture_of(self, k: int) -> int:
-        """The number of the picture that draw k shows."""
+        """The number of the picture that sample k shows."""
         epoch, place = divmod(k, len(self))
         if self.shuffle:
             if self._order is None or self._order[0] != epoch:
@@ -162,7 +162,7 @@ class PersonalizedBase(Dataset):
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         """A generator of its own for every draw and every epoch; the two sets of a pair have different ones."""
-        key = (self.seed, self.reg, ("draw", "order").index(purpose), number)
+        key = (self.seed, self.reg, ("sample", "order").index(purpose), number)
         state = np.random.SeedSequence([int(part) for part in key]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]) >> 1)
 
@@ -183,7 +183,7 @@ class PersonalizedBase(Dataset):
 
 
 class DreamBoothPairs(Dataset):
-    """Draw k of the subject with draw k of its class; collated, LDM's `[train batch, class batch]`.
+    """sample k of the subject with sample k of its class; collated, LDM's `[train batch, class batch]`.
 
     An item is `(instance item,)` or `(instance item, class item)`; `len()` is that of the instance set, and a shorter
     class set starts over in a new order.

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 from ldm.data.dreambooth import PersonalizedBase
 
 
-class EncodedDraws(Dataset):
-    """Draw k of `dataset`; its "image" is the posterior's parameters [h, w, 2c] of that picture, flipped or not.
+class EncodedSamples(Dataset):
+    """sample k of `dataset`; its "image" is the posterior's parameters [h, w, 2c] of that picture, flipped or not.
 
     `moments` [pictures, 2, 2c, h, w]: the second index is 1 for flipped pictures.
     """
@@ -23,9 +23,9 @@ class EncodedDraws(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, k: int) -> dict[str, Any]:
-        return self.draw(k)
+        return self.sample(k)
 
-    def draw(self, k: int) -> dict[str, Any]:
+    def sample(self, k: int) -> dict[str, Any]:
         chosen = self.dataset.choose(k)
         image = self.moments[chosen.number, int(chosen.flipped)].permute(1, 2, 0)
         return {"image": image, "caption": chosen.caption}

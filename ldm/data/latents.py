@@ -22,7 +22,7 @@ CAPTIONS_LENGTH = 2**26  # letters: a million captions
 class CachedLatents(Dataset):
     """Latents with captions out of one file, drawn at random with replacement. All of them are held in memory.
 
-    Draw k is a function of (seed, k) alone. With probability `ucg_rate` its caption is the empty one, from which
+    sample k is a function of (seed, k) alone. With probability `ucg_rate` its caption is the empty one, from which
     classifier-free guidance learns the model without a condition (arXiv 2207.12598, Alg. 1).
     Raises `InputError` for a file that is absent or no cache of latents.
     """
@@ -43,18 +43,18 @@ class CachedLatents(Dataset):
         return len(self.latents)
 
     def __getitem__(self, k: int) -> dict[str, Tensor | str]:
-        """Draw k: `image` float32 [h, w, c], the latent as LDM's batches have pictures, and `caption` str."""
+        """sample k: `image` float32 [h, w, c], the latent as LDM's batches have pictures, and `caption` str."""
         return self.__getitems__([k])[0]
 
-    draw = __getitem__
+    sample = __getitem__
 
     def __getitems__(self, ks: Sequence[int]) -> list[dict[str, Tensor | str]]:
         u = uniforms(self.seed, torch.as_tensor(ks), 2)
         rows = (u[:, 0] * len(self)).long()
-        told = (u[:, 1] >= self.ucg_rate).tolist()
+        captioned = (u[:, 1] >= self.ucg_rate).tolist()
         return [
-            {"image": latent, "caption": self.captions[row] if is_told else ""}
-            for latent, row, is_told in zip(self.latents[rows].float(), rows.tolist(), told, strict=True)
+            {"image": latent, "caption": self.captions[row] if is_captioned else ""}
+            for latent, row, is_captioned in zip(self.latents[rows].float(), rows.tolist(), captioned, strict=True)
         ]
 
 

@@ -85,8 +85,8 @@ class SharedBatches(Sampler[list[int]]):
             yield list(range(batch * size + first, batch * size + first + count))
 
 
-class Draws(Dataset):
-    """Any finite dataset as draws without end: draw k shows the item at place `k % len` of epoch `k // len`.
+class EndlessSamples(Dataset):
+    """Any finite dataset without end: sample k shows the item at place `k % len` of epoch `k // len`.
 
     Each epoch has its own order, a function of `seed` and its number.
     """
@@ -106,6 +106,6 @@ class Draws(Dataset):
         return self.dataset[int(self._order[1][place])]
 
 
-def as_draws(dataset: Dataset, seed: int = 0) -> Dataset:
-    """A dataset that can be asked for any draw: itself if it offers `draw(k)`, else wrapped into `Draws`."""
-    return dataset if hasattr(dataset, "draw") else Draws(dataset, seed)
+def as_samples(dataset: Dataset, seed: int = 0) -> Dataset:
+    """A dataset that has `sample(k)` for any sample index: itself, or wrapped into `EndlessSamples`."""
+    return dataset if hasattr(dataset, "sample") else EndlessSamples(dataset, seed)

@@ -13,5 +13,5 @@ def class_word_of(subject: Path) -> str:
     try:
         return read_json(subject / "subject.json")["class_word"]
     except (InputError, LookupError, TypeError) as error:
-        told = first_line(error)
-        raise InputError(f"{subject} is no subject, a folder with pictures and subject.json: {told}") from None
+        reason = first_line(error)
+        raise InputError(f"{subject} is no subject, a folder with pictures and subject.json: {reason}") from None

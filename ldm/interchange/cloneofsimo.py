@@ -62,9 +62,9 @@ def is_published(file: Opened) -> bool:
 def read_safetensors(path: str | Path | Opened) -> Published:
     """Read a `.safetensors` file. Raises `InputError` where its metadata and its tensors disagree."""
     file = open_file(path)
-    path, tensors, about = file.path, dict(file.content), file.metadata
+    path, tensors, metadata = file.path, dict(file.content), file.metadata
     refuse_not_finite(tensors, str(path))
-    tokens = {name: tensors.pop(name) for name, kind in about.items() if kind == EMBEDDED and name in tensors}
+    tokens = {name: tensors.pop(name) for name, kind in metadata.items() if kind == EMBEDDED and name in tensors}
     factors: dict[str, list[Factors]] = {}
     try:
         for part in PARTS:
@@ -73,7 +73,7 @@ def read_safetensors(path: str | Path | Opened) -> Published:
                 factors[part] = [
                     Factors(tensors.pop(f"{part}:{i}:down"), tensors.pop(f"{part}:{i}:up")) for i in range(count)
                 ]
-        classes = {part: sorted(parse_json(about[part], f"{path}: {part}", CLASSES_LENGTH)) for part in factors}
+        classes = {part: sorted(parse_json(metadata[part], f"{path}: {part}", CLASSES_LENGTH)) for part in factors}
     except InputError:
         raise
     except (KeyError, ValueError, IndexError, TypeError) as error:
@@ -87,24 +87,24 @@ def read_safetensors(path: str | Path | Opened) -> Published:
         raise InputError(
             f"{path} is not a cloneofsimo LoRA: unknown tensors {', '.join(list(tensors)[:3]) or '(none)'}"
         )
-    return Published(factors, classes, grouped(tokens), about.get("order"))
+    return Published(factors, classes, grouped(tokens), metadata.get("order"))
 
 
 def write_safetensors(path: str | Path, content: Published) -> None:
     """Write a `.safetensors` file: factors in fp16 with the scale inside `up`, words in fp32."""
     tensors: dict[str, Tensor] = {}
-    about = {"order": content.order} if content.order else {}
+    metadata = {"order": content.order} if content.order else {}
     for part, factors in content.factors.items():
-        about[part] = json.dumps(content.classes[part])
+        metadata[part] = json.dumps(content.classes[part])
         for i, one in enumerate(factors):
             down, up, _ = folded(one)
             tensors |= {f"{part}:{i}:up": up.half(), f"{part}:{i}:down": down.half()}
-            about[f"{part}:{i}:rank"] = str(one.rank)
+            metadata[f"{part}:{i}:rank"] = str(one.rank)
     for word, vectors in content.tokens.items():
         for i, vector in enumerate(vectors):  # one vector has one name; further ones as in diffusers
             name = f"{word}_{i}" if i else word
-            tensors[name], about[name] = vector.float(), EMBEDDED
-    save_safetensors(path, tensors, about)
+            tensors[name], metadata[name] = vector.float(), EMBEDDED
+    save_safetensors(path, tensors, metadata)
 
 
 def read_list(path: str | Path | Opened) -> list[Factors]:

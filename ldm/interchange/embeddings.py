@@ -65,9 +65,9 @@ def write_ldm(path: str | Path, words: Mapping[str, Tensor]) -> None:
         raise InputError("there are no words to write")
     only = len(words) == 1
     inside = {WEB_UI if only else word: vectors for word, vectors in words.items()}
-    about = {"name": next(iter(words))} if only else {}
+    extra = {"name": next(iter(words))} if only else {}
     ids = dict.fromkeys(inside, 265)  # the id of `*` in CLIP's vocabulary, which readers expect to be there
-    save_torch(path, {"string_to_token": ids, "string_to_param": inside, **about})
+    save_torch(path, {"string_to_token": ids, "string_to_param": inside, **extra})
 
 
 # --- the rows

@@ -117,8 +117,8 @@ def _configurations(opened: Opened) -> dict[str, dict[str, Any]]:
         except InputError as error:
             raise InputError(f"{file}: PEFT's configuration is damaged: {error}") from None
     found: dict[str, dict[str, Any]] = {}
-    about = parse_json(opened.metadata.get("lora_adapter_metadata", "{}"), f"{file}: lora_adapter_metadata")
-    for key, value in about.items():
+    written = parse_json(opened.metadata.get("lora_adapter_metadata", "{}"), f"{file}: lora_adapter_metadata")
+    for key, value in written.items():
         part, dot, name = key.partition(".")
         found.setdefault(part + dot, {})[name] = value
     return found
@@ -132,11 +132,11 @@ def _finite(alpha: Any, layer: str, source: str | Path) -> float:
 
 def _scale(name: str, rank: int, configurations: Mapping[str, Mapping[str, Any]], patterns: Patterns) -> float:
     """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732), as PEFT has it for a layer."""
-    part, about = next(((p, a) for p, a in configurations.items() if name.startswith(p)), ("", {}))
-    alphas = (about.get("alpha_pattern") or {}).items()
+    part, config = next(((p, a) for p, a in configurations.items() if name.startswith(p)), ("", {}))
+    alphas = (config.get("alpha_pattern") or {}).items()
     own = (alpha for key, alpha in alphas if patterns.fullmatch(rf"(.*\.)?({key})", name.removeprefix(part)))
-    alpha = _finite(next(own, about.get("lora_alpha", rank)), name, patterns.source)
-    return alpha / (rank**0.5 if about.get("use_rslora") else rank)
+    alpha = _finite(next(own, config.get("lora_alpha", rank)), name, patterns.source)
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def read(path: str | Path | Opened, model: nn.Module) -> Lora:

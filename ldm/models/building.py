@@ -144,7 +144,7 @@ def build_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_seed or 0)
             model = untuned_model(config)
-            fill_zeros(model)
+            reinit_zero_layers(model)
         if tuned:
             tune(model)
         return model
@@ -199,7 +199,7 @@ def fill_added(model: nn.Module, added: Mapping[str, Tensor], source: str) -> No
     log.info("%s: %d tensors of what was tuned are loaded, too", source, len(added))
 
 
-def fill_zeros(model: nn.Module) -> None:
+def reinit_zero_layers(model: nn.Module) -> None:
     """Give a random base what training would: layers that start at zero block every gradient; draw N(0, 1/fan_in)."""
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.detach().any():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,10 @@ def save(model: nn.Module, path: str | Path, notes: Mapping[str, Any]) -> None:
     entries = describe(model)
     if not entries:
         raise InputError("this model has no adapters to save; give it an adapter_config")
-    write_folder(path, about(entries, notes, own_fingerprint(model)), adapter_tensors(model))
+    write_folder(path, metadata(entries, notes, own_fingerprint(model)), adapter_tensors(model))
 
 
-def about(entries: list[dict], notes: Mapping[str, Any], base_fingerprint: str | None) -> dict[str, Any]:
+def metadata(entries: list[dict], notes: Mapping[str, Any], base_fingerprint: str | None) -> dict[str, Any]:
     """What the JSON of a folder says beside its tensors: adapters, notes, the base and the packages."""
     return {
         "format": "position-adapters-1",
@@ -81,7 +81,7 @@ def about(entries: list[dict], notes: Mapping[str, Any], base_fingerprint: str |
 
 def _version(package: str) -> str | None:
     try:
-        return metadata.version(package)
+        return importlib.metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
@@ -130,7 +130,7 @@ def put(model: nn.Module, folder: Folder, scale: float = 1.0, add: bool = False)
 
 
 def _check_same_routes(present: list[dict], found: list[dict], source: str) -> None:
-    def told(entries: list[dict]) -> str:
+    def listing(entries: list[dict]) -> str:
         return ", ".join(
             "{din}-{dout} ({method}, mid_dim {mid_dim})".format(**{"method": "?", "mid_dim": "?", **e}) for e in entries
         )
@@ -140,7 +140,7 @@ def _check_same_routes(present: list[dict], found: list[dict], source: str) -> N
 
     if compared(present) != compared(found):
         raise InputError(
-            f"{source} holds the adapters {told(found)}, this model has {told(present)}; "
+            f"{source} holds the adapters {listing(found)}, this model has {listing(present)}; "
             "use the config it was trained with"
         )
 

@@ -28,7 +28,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """[b, m, context_dim] -> [b, m, heads * d] twice; `ldm.modules.text_once` lets a text pass here once."""
+        """[b, m, context_dim] -> [b, m, heads * d] twice; `ldm.modules.cached_text` computes them once per text."""
         return self.to_k(context), self.to_v(context)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -56,7 +56,10 @@ def names_adapter(name: str) -> bool:
 
 
 def write_folder(
-    path: str | Path, told: Mapping[str, Any], adapters: Mapping[str, Tensor], tuned: Mapping[str, Tensor] | None = None
+    path: str | Path,
+    metadata: Mapping[str, Any],
+    adapters: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a folder from what its JSON tells and its tensors, atomically.
 
@@ -71,7 +74,7 @@ def write_folder(
         for name, held in parts.items():
             save_safetensors(beside / name, held)
             files[name] = {"tensors": len(held), "sha256": sha256_of(beside / name)}
-        save_json(beside / CONFIG, {**told, "files": files})
+        save_json(beside / CONFIG, {**metadata, "files": files})
 
 
 def read_folder(path: str | Path) -> Folder:
@@ -109,8 +112,8 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
             entry["kind"], entry["name"], entry["din"], entry["dout"], entry["blocks"], float(entry["scale"])
         for family in config.get("families", []):
             family["family" if "family" in family else "target"], family["params"], list(family["tensors"])
-        for about in config.get("files", {}).values():
-            about["tensors"], about["sha256"]
+        for entry in config.get("files", {}).values():
+            entry["tensors"], entry["sha256"]
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -136,10 +139,10 @@ def _read(inside: Path, path: Path) -> Folder:
 def _tensors(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of one file, if it is the one that the JSON was written with."""
     listed, is_there = config.get("files"), file.is_file()
-    about = (listed or {}).get(file.name)
-    if about is None and listed is not None and is_there:
+    entry = (listed or {}).get(file.name)
+    if entry is None and listed is not None and is_there:
         raise InputError(f"{file.parent} is damaged: {file.name} is not among the files that its {CONFIG} lists")
-    if about is not None and (not is_there or sha256_of(file) != about["sha256"]):
+    if entry is not None and (not is_there or sha256_of(file) != entry["sha256"]):
         raise InputError(f"{file.parent} is damaged: {file.name} is not the file that its {CONFIG} was written with")
     return read_weights(file) if is_there else {}
 

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from ldm.checkpoints import fingerprint, read_weights, refuse_not_finite, save_safetensors
 from ldm.data.dreambooth import PersonalizedBase
-from ldm.data.encoded import EncodedDraws
+from ldm.data.encoded import EncodedSamples
 from ldm.errors import InputError, short
+from ldm.modules.cached_encoders import CachedPosteriors, CachedPrompts
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.encoded import EncodedPictures, EncodedPrompts
 from ldm.train.datamodule import DataModuleFromConfig
 
 log = logging.getLogger(__name__)
@@ -63,14 +63,17 @@ def _encode_pictures(
     if not hasattr(model.first_stage_model, "downsampling_factor"):
         return  # nothing that encodes
     for name, dataset in data.datasets.items():
-        data.datasets[name] = EncodedDraws(dataset, pictures(model, dataset, folder, device, name))
+        data.datasets[name] = EncodedSamples(dataset, pictures(model, dataset, folder, device, name))
     for model in models:
-        model.first_stage_model = EncodedPictures(model.first_stage_model.cpu())
+        model.first_stage_model = CachedPosteriors(model.first_stage_model.cpu())
     data.num_workers = 0  # an encoded picture is read faster than it is sent between processes
 
 
 def _encode_prompts(models: Sequence[Any], data: DataModuleFromConfig, device: torch.device) -> None:
-    frozen = [one for one in models if not any(name.startswith("cond_stage_model.") for name in one.learning())]
+    def trains_text(model: Any) -> bool:
+        return any(name.startswith("cond_stage_model.") for name in model.trainable_parameters())
+
+    frozen = [one for one in models if not trains_text(one)]
     encoder = frozen[0].cond_stage_model if frozen else None
     if encoder is None:
         return
@@ -78,7 +81,7 @@ def _encode_prompts(models: Sequence[Any], data: DataModuleFromConfig, device: t
     captions = sorted({caption for pictures in sets for caption in pictures.all_captions()} | {""})
     known = prompts(encoder, captions, device)
     for model in frozen:
-        model.cond_stage_model = EncodedPrompts(model.cond_stage_model.cpu(), known)
+        model.cond_stage_model = CachedPrompts(model.cond_stage_model.cpu(), known)
 
 
 @torch.no_grad()

@@ -54,8 +54,8 @@ class ImageLogger(pl.Callback):
         self.prompts, self.seed = list(prompts or []), seed
         self.kwargs = dict(log_images_kwargs or {})
         words = {"ddim_steps": "steps", "ddim_eta": "eta", "unconditional_guidance_scale": "scale"}
-        told = {words[name]: value for name, value in self.kwargs.items() if name in words}
-        self.settings = generate.Settings(**{"steps": steps, "scale": scale} | told)
+        given = {words[name]: value for name, value in self.kwargs.items() if name in words}
+        self.settings = generate.Settings(**{"steps": steps, "scale": scale} | given)
         self.folders = [Path("images")]  # one for each training; the run sets its own
         self.drawn_at = 0
 
@@ -144,12 +144,12 @@ class EpochReport(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         seconds, steps = time.perf_counter() - self.start, trainer.global_step - self.first_step
         self.seconds, self.steps = self.seconds + seconds, self.steps + steps
-        told = {"loss": trainer.strategy.reduce(torch.stack(self.losses).mean())} if self.losses else {}
-        told |= self.validated
+        values = {"loss": trainer.strategy.reduce(torch.stack(self.losses).mean())} if self.losses else {}
+        values |= self.validated
         if trainer.is_global_zero:
             log.info(
                 "epoch %d: %s%d steps in %.1f s (%.2f steps/s), peak memory %.2f GiB (%s)", trainer.current_epoch,
-                "".join(f"{name} {float(value):.4f}, " for name, value in told.items()),
+                "".join(f"{name} {float(value):.4f}, " for name, value in values.items()),
                 steps, seconds, steps / seconds, peak_memory(module.device), module.device.type,
             )  # fmt: skip
 

@@ -32,26 +32,26 @@ def asked(options: argparse.Namespace) -> list[dict[str, str]]:
         return read_concepts(options.concepts_list)
     counts = {len(values) for values in given.values()}
     if given and (len(counts) > 1 or not {"datapath", "caption"} <= given.keys()):
-        told = ", ".join(f"{len(values)} times --{key}" for key, values in given.items())
-        raise InputError(f"each concept needs --datapath and --caption, all or none --reg_datapath; got {told}")
+        counts = ", ".join(f"{len(values)} times --{key}" for key, values in given.items())
+        raise InputError(f"each concept needs --datapath and --caption, all or none --reg_datapath; got {counts}")
     return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
 
 
-def fill_in(config: DictConfig, told: Mapping[str, Any]) -> None:
+def fill_in(config: DictConfig, settings: Mapping[str, Any]) -> None:
     """Put the concepts into the data section, or the photographs and the class word of DreamBooth as the only one."""
     sets, word = config.data.params, first_word(config)
-    concepts = told.get("concepts")
+    concepts = settings.get("concepts")
     if not concepts:
-        concept = {"datapath": told.get("data_root"), "caption": f"{word} {told['class_word']}"}
-        if told.get("reg_data_root"):
-            concept |= {"reg_datapath": told["reg_data_root"], "reg_caption": told["class_word"]}
+        concept = {"datapath": settings.get("data_root"), "caption": f"{word} {settings['class_word']}"}
+        if settings.get("reg_data_root"):
+            concept |= {"reg_datapath": settings["reg_data_root"], "reg_caption": settings["class_word"]}
         concepts = [concept]
     if not concepts[0].get("datapath"):
         raise InputError("no photographs: name their folder with --datapath and --caption, or with --data_root")
     given = list(sets.train) if OmegaConf.is_list(sets.train) else [sets.train]
     kinds = [*given, *[sets.get("train2") or given[0]] * len(concepts)][: len(concepts)]  # all are given on a resume
     sets.train = [
-        OmegaConf.merge(kind, {"params": {**concept, "seed": told["seed"]}})
+        OmegaConf.merge(kind, {"params": {**concept, "seed": settings["seed"]}})
         for kind, concept in zip(kinds, concepts, strict=True)
     ]
     sets.train2 = None

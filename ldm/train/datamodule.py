@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.config import instantiate_from_config
 from ldm.data.custom import Concepts
 from ldm.data.dreambooth import DreamBoothPairs
-from ldm.data.sampling import ResumableBatches, SharedBatches, as_draws
+from ldm.data.sampling import ResumableBatches, SharedBatches, as_samples
 from ldm.errors import InputError, short
 
 
@@ -76,7 +76,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def draws(self) -> Dataset:
         """The training set as draws without end; with class pictures each is a pair."""
-        train, *reg = (as_draws(self.datasets[name], self.seed) for name in ("train", "reg") if name in self.datasets)
+        train, *reg = (as_samples(self.datasets[name], self.seed) for name in ("train", "reg") if name in self.datasets)
         return DreamBoothPairs(train, *reg) if reg else train
 
     def batches_of(self, draws: Dataset) -> DataLoader:
@@ -98,18 +98,18 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
         Its processes may be other ones as long as they show the same pictures together.
         """
-        told = self.state_dict()
-        was = told | self.was  # checkpoints of earlier versions say only how many batches were done
+        now = self.state_dict()
+        was = now | self.was  # checkpoints of earlier versions say only how many batches were done
         size, processes = "batch_size", "processes"
-        if was[size] * was[processes] != told[size] * told[processes] or was["accumulated"] != told["accumulated"]:
+        if was[size] * was[processes] != now[size] * now[processes] or was["accumulated"] != now["accumulated"]:
             raise InputError(
                 f"the run had steps of {was[processes]} processes x batches of {was[size]} x {was['accumulated']} "
-                f"accumulated, now {told[processes]} x {told[size]} x {told['accumulated']}: a resume needs as many "
+                f"accumulated, now {now[processes]} x {now[size]} x {now['accumulated']}: a resume needs as many "
                 "pictures in a batch of all processes; set data.params.batch_size, or start a new run"
             )
-        if was["per_epoch"] != told["per_epoch"]:
+        if was["per_epoch"] != now["per_epoch"]:
             raise InputError(
-                f"its epochs had {was['per_epoch']} batches, now {told['per_epoch']}: the pictures, their "
+                f"its epochs had {was['per_epoch']} batches, now {now['per_epoch']}: the pictures, their "
                 "repeats or --limit_train_batches are others; set them back, or start a new run"
             )
 

@@ -43,17 +43,17 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         "words": getattr(options, "embedding_manager_ckpt", None) or None,
         "concepts": concepts.asked(options) or None,
     }
-    told = OmegaConf.merge(DEFAULTS, stored, {key: value for key, value in asked.items() if value is not None})
-    config = OmegaConf.merge(config, {"dreambooth": told})
+    settings = OmegaConf.merge(DEFAULTS, stored, {key: value for key, value in asked.items() if value is not None})
+    config = OmegaConf.merge(config, {"dreambooth": settings})
     if OmegaConf.select(config, "data.params.train") is None:
         raise InputError("data.params.train.target is missing: it names the class that shows the photographs")
     concepts.fill_in_words(config, options)
     if has_concepts(config):
-        concepts.fill_in(config, told)
+        concepts.fill_in(config, settings)
     elif asked["concepts"]:
         raise InputError("--datapath and --concepts_list are for Custom Diffusion; here --data_root names the pictures")
     else:
-        fill_in_pictures(config, told, options.num_class_images)
+        fill_in_pictures(config, settings, options.num_class_images)
     if mode := getattr(options, "compile", None):
         compiled = {"target": "ldm.train.compiled.Compiled", "params": {"modules": [UNET], "mode": mode}}
         config = OmegaConf.merge(config, {"lightning": {"callbacks": {"compiled": compiled}}})
@@ -63,23 +63,23 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
 
 def as_run(config: DictConfig, folder: Path, checkpoint: Path | None = None, debug: bool = False) -> Run:
     """The run of a config that is complete: as planned, or as stored in a run's folder."""
-    told, is_custom = OmegaConf.merge(DEFAULTS, config.dreambooth), has_concepts(config)
+    settings, is_custom = OmegaConf.merge(DEFAULTS, config.dreambooth), has_concepts(config)
     train = {} if is_custom else config.data.params.train.get("params", {})
     named = train.get("identifier") or train.get("placeholder_token", "sks")
     return Run(
         config=config,
         folder=folder,
-        base=told.get("base"),
+        base=settings.get("base"),
         resume=checkpoint,
-        seed=told.seed,
-        scale_lr=told.scale_lr,
-        keep_memory=told.keep_memory,
+        seed=settings.seed,
+        scale_lr=settings.scale_lr,
+        keep_memory=settings.keep_memory,
         debug=debug,
-        cache=told.cache,
-        base_precision=told.base_precision,
+        cache=settings.cache,
+        base_precision=settings.base_precision,
         notes={
             "identifier": concepts.first_word(config) if is_custom else named,
-            "class_word": told.class_word,
+            "class_word": settings.class_word,
         },
     )
 
@@ -98,34 +98,34 @@ def new_folder(options: argparse.Namespace) -> Path:
     return runs.new_folder(options.logdir, options.project, data, name, options.postfix)
 
 
-def fill_in_pictures(config: DictConfig, told: DictConfig, num_class_images: int) -> None:
+def fill_in_pictures(config: DictConfig, settings: DictConfig, num_class_images: int) -> None:
     """Put the folders, the class word and the seed into the data section. Raises `InputError` for what is missing."""
     sets = config.data.get("params", {})
-    if not told.get("data_root"):
+    if not settings.get("data_root"):
         raise InputError("no photographs: name their folder with --data_root")
-    if sets.get("reg") is not None and not told.get("reg_data_root"):
+    if sets.get("reg") is not None and not settings.get("reg_data_root"):
         raise InputError(
             "no class pictures: name their folder with --reg_data_root (--num_class_images N fills it), "
             "or train without prior preservation by data.params.reg=null"
         )
-    roots = {"train": told.data_root, "validation": told.data_root, "reg": told.get("reg_data_root")}
+    roots = {"train": settings.data_root, "validation": settings.data_root, "reg": settings.get("reg_data_root")}
     for name, root in roots.items():
         dataset = sets.get(name)
         if dataset is None:
             continue
         _, known = parameters_of(get_obj_from_str(dataset.target))
-        values = {"data_root": root, "class_word": told.class_word, "seed": told.seed}
+        values = {"data_root": root, "class_word": settings.class_word, "seed": settings.seed}
         taken = {key: value for key, value in values.items() if known is None or key in known}
         dataset.params = OmegaConf.merge(dataset.get("params") or {}, taken)
-    find_pictures(told.data_root)
+    find_pictures(settings.data_root)
     if sets.get("reg") is not None and not num_class_images:
-        find_pictures(told.reg_data_root)
+        find_pictures(settings.reg_data_root)
 
 
 def report(run: Run) -> str:
     """What would be trained, without training it."""
     model = runs.base_model(run)
-    learning = model.learning()
+    learning = model.trainable_parameters()
     count, total = sum(p.numel() for p in learning.values()), sum(p.numel() for p in model.model.parameters())
     return f"{len(learning)} tensors with {count:,} weights learn, {100 * count / total:.3f} % of the UNet"
 

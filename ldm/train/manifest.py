@@ -27,21 +27,21 @@ def manifest(content: Mapping[str, Any]) -> dict[str, Any]:
             rest.update(f"{path}={value!r}\n".encode())
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib works beside other threads
         digests = list(pool.map(_digest, tensors.values()))
-    told = {
+    listed = {
         path: {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest}
         for (path, tensor), digest in zip(tensors.items(), digests, strict=True)
     }
-    return {"tensors": told, "rest": rest.hexdigest()}
+    return {"tensors": listed, "rest": rest.hexdigest()}
 
 
 def check(content: Mapping[str, Any], source: str) -> None:
     """Raises `InputError` unless what a file holds is what its manifest tells."""
-    told = content[KEY]
-    if not (isinstance(told, Mapping) and isinstance(told.get("tensors"), Mapping)):
+    listed = content[KEY]
+    if not (isinstance(listed, Mapping) and isinstance(listed.get("tensors"), Mapping)):
         raise InputError(f"{source} is damaged: its manifest is no manifest; go on from another checkpoint")
     found = manifest(content)
-    paths = sorted(told["tensors"].keys() | found["tensors"].keys(), key=str)
-    differing = [path for path in paths if told["tensors"].get(path) != found["tensors"].get(path)]
+    paths = sorted(listed["tensors"].keys() | found["tensors"].keys(), key=str)
+    differing = [path for path in paths if listed["tensors"].get(path) != found["tensors"].get(path)]
     if differing:
         kind = "lacks" if differing[0] not in found["tensors"] else "differs from its manifest in"
         raise InputError(
@@ -49,7 +49,7 @@ def check(content: Mapping[str, Any], source: str) -> None:
             + (f" and {len(differing) - 1} more tensors" if differing[1:] else "")
             + "; a resume would train something else"
         )
-    if told.get("rest") != found["rest"]:
+    if listed.get("rest") != found["rest"]:
         raise InputError(
             f"{source} is damaged or was edited: its counters, options or states are not those that were written; "
             "a resume would train something else"

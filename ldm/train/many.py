@@ -71,7 +71,7 @@ def tuned_view(base: LatentDiffusion, part: Run) -> LatentDiffusion:
             "trainings side by side would share next to nothing; train it alone"
         )
     own_copies(one, own)
-    freeze_rest(one, one.learning())
+    freeze_rest(one, one.trainable_parameters())
     return one.train()
 
 
@@ -122,10 +122,10 @@ def without(config: DictConfig) -> dict[str, Any]:
     if isinstance(params.get("cond_stage_config"), dict):
         (params["cond_stage_config"].get("params") or {}).pop("modifier_token", None)
     common["model"].pop("base_learning_rate", None)
-    told = {key: common["dreambooth"].get(key) for key in ("base", "cache", "base_precision")}
+    shared = {key: common["dreambooth"].get(key) for key in ("base", "cache", "base_precision")}
     data, trainer = common["data"]["params"], plain(OmegaConf.select(config, "lightning.trainer"))
-    told |= {"batch_size": data["batch_size"], "class pictures": data.get("reg") is not None, "trainer": trainer}
-    return {"model": common["model"], **told}
+    shared |= {"batch_size": data["batch_size"], "class pictures": data.get("reg") is not None, "trainer": trainer}
+    return {"model": common["model"], **shared}
 
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> tuple[list[Run], Path]:

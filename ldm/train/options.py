@@ -38,10 +38,10 @@ def add_training(p: Parser, several: bool = False) -> None:
         run.add_argument(
             "--no-test", type=boolean, nargs="?", const=True, default=False, help="skip the test set at the end"
         )
-    run.add_argument("-s", "--seed", type=seed_number, help=about(schema.Training, "seed"))
+    run.add_argument("-s", "--seed", type=seed_number, help=help_of(schema.Training, "seed"))
     run.add_argument("-d", "--debug", type=boolean, nargs="?", const=True, default=False, help="debugger after a crash")
     run.add_argument("--scale_lr", type=boolean, nargs="?", const=True,
-                     help=about(schema.Training, "scale_lr"))  # fmt: skip
+                     help=help_of(schema.Training, "scale_lr"))  # fmt: skip
 
     files = p.add_argument_group("where things go: <logdir>/<project>/<data><timestamp>_<name><postfix>")
     files.add_argument(
@@ -56,13 +56,14 @@ def add_training(p: Parser, several: bool = False) -> None:
         "--gpus", metavar="0,3", help="these GPUs, with DDP if several (default: what the machine has)"
     )
     machine.add_argument("--keep_memory", type=boolean,
-                         help=about(schema.Training, "keep_memory"))  # fmt: skip
+                         help=help_of(schema.Training, "keep_memory"))  # fmt: skip
     for name in TRAINER_OPTIONS:
         kind = int if name in WHOLE else str
-        machine.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=about(schema.Trainer, name, False))
+        text = help_of(schema.Trainer, name, False)
+        machine.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
 
 
-def about(section: type[schema.Section], name: str, with_default: bool = True) -> str:
+def help_of(section: type[schema.Section], name: str, with_default: bool = True) -> str:
     """The help of an option that is a key of a config, too."""
     field = section.model_fields[name]
     value = str(field.default).lower() if isinstance(field.default, bool) else field.default
@@ -79,25 +80,25 @@ def add_dreambooth(p: Parser, several: bool = False) -> None:
     each = {"nargs": "+"} if several else {}
     subject = p.add_argument_group("DreamBooth")
     subject.add_argument(
-        "--actual_resume", metavar="CKPT", help=about(schema.DreamBooth, "base")
+        "--actual_resume", metavar="CKPT", help=help_of(schema.DreamBooth, "base")
     )
-    subject.add_argument("--data_root", metavar="DIR", help=about(schema.DreamBooth, "data_root"), **each)
-    subject.add_argument("--reg_data_root", metavar="DIR", help=about(schema.DreamBooth, "reg_data_root"), **each)
-    subject.add_argument("--class_word", type=text, help=about(schema.DreamBooth, "class_word"), **each)
+    subject.add_argument("--data_root", metavar="DIR", help=help_of(schema.DreamBooth, "data_root"), **each)
+    subject.add_argument("--reg_data_root", metavar="DIR", help=help_of(schema.DreamBooth, "reg_data_root"), **each)
+    subject.add_argument("--class_word", type=text, help=help_of(schema.DreamBooth, "class_word"), **each)
     subject.add_argument("--num_class_images", type=int, default=0, metavar="N",
                          help="fill --reg_data_root up to N pictures by sampling the base model first")  # fmt: skip
     subject.add_argument("--class_scale", type=float, metavar="S",
-                         help=about(schema.DreamBooth, "class_scale"))  # fmt: skip
+                         help=help_of(schema.DreamBooth, "class_scale"))  # fmt: skip
     subject.add_argument("--datadir_in_name", type=boolean, nargs="?", const=True, default=True,
                          help="begin the name of the run with that of --data_root (default true)")  # fmt: skip
     subject.add_argument("--base_precision", choices=("fp32", "bf16", "fp16"),
-                         help=about(schema.DreamBooth, "base_precision"))  # fmt: skip
+                         help=help_of(schema.DreamBooth, "base_precision"))  # fmt: skip
     subject.add_argument("--cache", metavar="memory|off|DIR",
-                         help=about(schema.DreamBooth, "cache"))  # fmt: skip
+                         help=help_of(schema.DreamBooth, "cache"))  # fmt: skip
     if not several:
         add_compile(subject)
         subject.add_argument("--embedding_manager_ckpt", metavar="FILE",
-                             help=about(schema.DreamBooth, "words"))  # fmt: skip
+                             help=help_of(schema.DreamBooth, "words"))  # fmt: skip
     subject.add_argument("--init_word", type=text, help="start of learnt words, in configs that learn some")
     concept = p.add_argument_group("Custom Diffusion: concepts, each option once for each of them, in their order")
     for number in ("", "2"):  # the published program counts them
@@ -178,6 +179,6 @@ def _check_trainer_options(options: dict[str, Any], known: Iterable[str]) -> Non
     for name in options:
         if name not in schema.Trainer.model_fields:
             near = did_you_mean(f"--{name}", [*known, *(f"--{one}" for one in schema.Trainer.model_fields)])
-            told = near if "did you mean" in near else ": neither one of --help nor one of Lightning's Trainer"
-            raise InputError(f"unknown option --{name}{told}")
+            hint = near if "did you mean" in near else ": neither one of --help nor one of Lightning's Trainer"
+            raise InputError(f"unknown option --{name}{hint}")
     schema.check_part(schema.Trainer, options, "--")

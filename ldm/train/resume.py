@@ -243,8 +243,8 @@ class LastStep(pl.Callback):
             "global_step": trainer.global_step,
             "loops": without_validation(trainer._checkpoint_connector._get_loops_state_dict()),
         }
-        if data is not None and (told := data.state_dict()):
-            self.state[type(data).__qualname__] = told
+        if data is not None and (state := data.state_dict()):
+            self.state[type(data).__qualname__] = state
         self.random = random_states()
         self.streams = [stream.states for stream in getattr(module, "streams", [])]
         self.step, self.stepping = trainer.global_step, False
@@ -272,8 +272,8 @@ class LastStep(pl.Callback):
         if streams and not own:
             named = {GENERATORS[kind]: state for kind, state in streams[0].items()}
             states = [states[0] | named] * trainer.world_size
-        for stream, told in zip(own, streams if own else [], strict=True):
-            stream.states = told
+        for stream, state in zip(own, streams if own else [], strict=True):
+            stream.states = state
         self.pending = own_of(trainer, states)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -406,8 +406,10 @@ class SaveRun(Checkpoint):
         if trainer.world_size > 1:
             worst = trainer.strategy.reduce(worst, reduce_op="max")
         if worst:
-            told = f"the loss is {float(summed)}" if bad and summed is not None else "a loss or a weight is not finite"
-            self._refuse(trainer, told)
+            reason = "a loss or a weight is not finite"
+            if bad and summed is not None:
+                reason = f"the loss is {float(summed)}"
+            self._refuse(trainer, reason)
 
     def _refuse(self, trainer: pl.Trainer, what: str) -> NoReturn:
         """End a run in which something is not finite."""

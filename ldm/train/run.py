@@ -151,9 +151,9 @@ def refuse_no_text(config: Any) -> None:
     if isinstance(config, (Mapping, list, tuple)):
         for value in config.values() if isinstance(config, Mapping) else config:
             refuse_no_text(value)
-    elif isinstance(config, str) and (told := printable(config)) != config:
+    elif isinstance(config, str) and (shown := printable(config)) != config:
         raise InputError(
-            f"{told!r} is not UTF-8, so that the config of the run could not be kept: rename it, or name it by a link"
+            f"{shown!r} is not UTF-8, so that the config of the run could not be kept: rename it, or name it by a link"
         )
 
 
@@ -224,16 +224,16 @@ def write_configs(run: Run) -> None:
     with explain(f"the folder {run.folder} cannot be written to", OSError):
         for name in ("checkpoints", "configs", "images"):
             (run.folder / name).mkdir(parents=True, exist_ok=True)
-        told = [*commands(run.folder), OmegaConf.to_yaml(run.config, resolve=True)]
-        save_text(run.folder / "configs" / "project.yaml", "\n".join(told))
+        lines = [*commands(run.folder), OmegaConf.to_yaml(run.config, resolve=True)]
+        save_text(run.folder / "configs" / "project.yaml", "\n".join(lines))
 
 
 def commands(folder: Path) -> list[str]:
     """The comments that tell which commands a run came from: those that its config tells of already, and this one."""
     stored = folder / "configs" / "project.yaml"
     lines = read_text(stored).splitlines() if stored.is_file() else []
-    told = list(itertools.takewhile(lambda line: line.startswith("# "), lines))
-    return [*told, "# " + shlex.join(sys.argv).replace("\n", " ")]
+    header = list(itertools.takewhile(lambda line: line.startswith("# "), lines))
+    return [*header, "# " + shlex.join(sys.argv).replace("\n", " ")]
 
 
 # --- parts --------------------------------------------------------------------------------------------------------
@@ -498,9 +498,9 @@ def outcome(run: Run) -> str:
     }
     there = " and ".join(kind for kind, is_there in kinds.items() if is_there)
     images = run.folder / "images"
-    told = [f"{there} are in {run.checkpoints}"] if there else [f"nothing was saved in {run.folder}: no step was done"]
-    told += [f"sample pictures in {images}"] if images.is_dir() and any(images.iterdir()) else []
-    return ", ".join(told)
+    parts = [f"{there} are in {run.checkpoints}"] if there else [f"nothing was saved in {run.folder}: no step was done"]
+    parts += [f"sample pictures in {images}"] if images.is_dir() and any(images.iterdir()) else []
+    return ", ".join(parts)
 
 
 @contextlib.contextmanager

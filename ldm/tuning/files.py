@@ -38,10 +38,10 @@ def save(model: nn.Module, folder: str | Path, notes: Mapping[str, Any] | None =
             tensors |= own
     if not adapters and not entries:
         raise InputError("nothing was tuned in this model: give it an adapter_config, a train_level or tuning")
-    about = adapter_files.about(adapters, dict(notes or {}), model.tuning.fingerprint)
+    metadata = adapter_files.metadata(adapters, dict(notes or {}), model.tuning.fingerprint)
     if entries:
-        about["families"] = entries
-    write_folder(folder, about, adapter_files.adapter_tensors(unet) if adapters else {}, tensors)
+        metadata["families"] = entries
+    write_folder(folder, metadata, adapter_files.adapter_tensors(unet) if adapters else {}, tensors)
 
 
 def load(model: nn.Module, folder: str | Path, scale: float = 1.0, add: bool = False) -> None:

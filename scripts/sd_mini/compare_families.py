@@ -27,7 +27,7 @@ from ldm.cli import (
 from ldm.config import load_config, plain
 from ldm.data.pictures import find_pictures, read_picture, to_tensor
 from ldm.errors import InputError
-from ldm.evaluate.kept import class_folder, kept
+from ldm.evaluate.cached import cached, class_folder
 from ldm.evaluate.metrics import clip_i, clip_t, cosines, mean_and_error
 from ldm.evaluate.subjects import class_word_of
 from ldm.files import read_text
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     for subject in options.subjects:
         for family in options.families:
             file = options.logdir / "results" / f"{subject.name} {family}.json"
-            result = kept(file, settings, partial(measure, family, subject, clip, options))
+            result = cached(file, settings, partial(measure, family, subject, clip, options))
             results.setdefault(family, []).append(result)
             print(f"{subject.name}, {family}: {result}", flush=True)
     write_table(options.table, table(results, options))
@@ -132,7 +132,7 @@ def measure(family: str, subject: Path, clip: CLIP, options: argparse.Namespace)
     tuned, prior = draw(f"{word} {kind}"), draw(kind)
     caption = clip.embed_captions([TEMPLATE.format(kind)]).expand(options.samples, -1)
     return {
-        "weights that learn": sum(value.numel() for value in trainer.lightning_module.learning().values()),
+        "weights that learn": sum(value.numel() for value in trainer.lightning_module.trainable_parameters().values()),
         "file, kB": sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1000,
         "ms per step": 1000 * report.seconds / report.steps,
         "CLIP-I": clip_i(tuned, photos).mean().item(),

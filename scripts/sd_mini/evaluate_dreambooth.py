@@ -23,8 +23,8 @@ from ldm.cli import (
 )
 from ldm.config import find_file, load_config, plain
 from ldm.data.dreambooth import PersonalizedBase
+from ldm.evaluate.cached import cached, class_folder
 from ldm.evaluate.figures import save_grid
-from ldm.evaluate.kept import class_folder, kept
 from ldm.evaluate.metrics import clip_i, mean_and_error, pairwise_similarity
 from ldm.evaluate.subjects import class_word_of
 from ldm.generate import Settings, generate
@@ -41,7 +41,7 @@ def trained(subject: Path, word: str, options: argparse.Namespace) -> Path:
     drawing |= {section: config.get(section) for section in ("checkpoint", "dreambooth")}
     classes = class_folder(options.logdir, word, drawing)
     settings = {"steps": options.steps, "batch_size": options.batch_size, "class": drawing, "config": config}
-    made = kept(runs / "trained.json", settings, partial(train, subject, word, runs, classes, options))
+    made = cached(runs / "trained.json", settings, partial(train, subject, word, runs, classes, options))
     return runs / made["adapters"]
 
 

@@ -79,7 +79,7 @@ def test_sampling_waits_as_often_for_many_steps_as_for_few(sampler):
 @pytest.mark.parametrize("name", ["attn2o-ffni", "textual-inversion-pivotal"])
 def test_what_was_trained_elsewhere(name, tmp_path):
     trained = small(name)
-    for parameter in trained.learning().values():
+    for parameter in trained.trainable_parameters().values():
         torch.nn.init.normal_(parameter, std=0.1)
     files.save(trained, tmp_path / "adapters")
     plain = small()

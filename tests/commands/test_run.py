@@ -121,7 +121,7 @@ def test_adapters_change_and_the_base_does_not(tmp_path, trained):
     runs.train(plan, model)
     after = model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == set(model.learning()) and changed
+    assert changed == set(model.trainable_parameters()) and changed
 
 
 def test_several_configs_later_ones_win(tmp_path):

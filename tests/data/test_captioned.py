@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ldm.data.captioned import COLOURS, CaptionedPictures, draw_backgrounds, row_weights, uniforms
-from ldm.data.sampling import as_draws
+from ldm.data.sampling import as_samples
 from ldm.errors import InputError
 from scripts.sd_mini.build.archive import write_records
 from scripts.sd_mini.build.assemble import all_drawings, drawing_records, photo_records
@@ -166,7 +166,7 @@ def test_draws_depend_on_seed_and_number_alone(built):
 
 def test_as_a_training_set_every_epoch_has_draws_of_its_own(built):
     pictures = CaptionedPictures(built, draws=4)
-    assert as_draws(pictures) is pictures
+    assert as_samples(pictures) is pictures
     first, second = (pictures.batch(range(4 * epoch, 4 * epoch + 4))["image"] for epoch in (0, 1))
     assert not torch.equal(first, second)
 

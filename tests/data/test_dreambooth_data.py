@@ -1,4 +1,4 @@
-"""The DreamBooth data: captions, flips, and that draw k is the same thing whoever asks for it and whenever."""
+"""The DreamBooth data: captions, flips, and that sample k is the same thing whoever asks for it and whenever."""
 
 import json
 import pickle

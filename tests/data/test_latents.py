@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from ldm.checkpoints import save_torch
 from ldm.config import instantiate_from_config, load_config
 from ldm.data.latents import CachedLatents, save_latents
-from ldm.data.sampling import as_draws
+from ldm.data.sampling import as_samples
 from ldm.errors import InputError
 from scripts import cache_latents
 from scripts.sd_mini.build.archive import write_records
@@ -40,7 +40,7 @@ def test_latents_keep_their_captions_but_for_the_share_that_is_dropped(path):
 
 
 def test_any_draw_can_be_asked_for_in_batches(path):
-    dataset = as_draws(CachedLatents(path))
+    dataset = as_samples(CachedLatents(path))
     [batch] = DataLoader(dataset, batch_sampler=[[10**6, 3]])
     assert batch["image"].shape == (2, 2, 2, 4) and len(batch["caption"]) == 2
 

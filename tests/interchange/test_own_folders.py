@@ -23,7 +23,7 @@ def test_a_concept_of_the_shipped_config_leaves_as_a_delta_and_as_a_word(tmp_pat
     model = instantiate_from_config(load_config(MINI / "custom-diffusion-addtoken.yaml").model)
     (tmp_path / "checkpoints").mkdir()
     files.save(model, tmp_path / "checkpoints/1-adapters")
-    torch.save({"state_dict": model.learning()}, tmp_path / "checkpoints/last.ckpt")
+    torch.save({"state_dict": model.trainable_parameters()}, tmp_path / "checkpoints/last.ckpt")
     run("convert", tmp_path / "checkpoints/1-adapters", tmp_path / "delta", "--to", "delta")
     run("convert", tmp_path / "checkpoints/1-adapters", tmp_path / "word.safetensors", "--to", "words")
     run("get_deltas", "--path", tmp_path)

@@ -161,7 +161,7 @@ def test_a_step_never_waits_for_the_device_and_differentiates_only_what_learns(c
     """Tensors on the meta device have no values: whatever reads one back to the host raises."""
     unet = {**ADAPTED, "params": {**ADAPTED["params"], "use_checkpoint": checkpointing}}
     model = tiny(unet, train_level=["adapter"])
-    assert one_step(model, "meta") == model.learning().keys()
+    assert one_step(model, "meta") == model.trainable_parameters().keys()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -183,7 +183,7 @@ def test_what_learns_is_in_the_optimizer_once():
     in_optimizer = [p for group in model.configure_optimizers().param_groups for p in group["params"]]
     assert len(in_optimizer) == len(set(map(id, in_optimizer))) == 2 * 4 * 4  # adapters, blocks, tensors
     assert {id(p) for p in in_optimizer} == {id(p) for p in model.parameters() if p.requires_grad}
-    both = tiny(unet, train_level=["adapter", "unet"]).learning()
+    both = tiny(unet, train_level=["adapter", "unet"]).trainable_parameters()
     assert len(both) == len({id(p) for p in both.values()}) == len(list(model.model.parameters()))
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from ldm.errors import InputError
-from ldm.evaluate.kept import class_folder, kept
+from ldm.evaluate.cached import cached, class_folder
 from ldm.evaluate.subjects import class_word_of
 from scripts.sd_mini import compare_families, evaluate_dreambooth
 from tests.runs import TINY, pictures
@@ -20,10 +20,10 @@ def test_results_are_kept_for_the_same_settings_only(tmp_path):
         return {"value": len(made)}
 
     file = tmp_path / "results" / "one.json"
-    assert [kept(file, {"steps": steps}, make)["value"] for steps in (3, 3, 4, 4)] == [1, 1, 2, 2]
+    assert [cached(file, {"steps": steps}, make)["value"] for steps in (3, 3, 4, 4)] == [1, 1, 2, 2]
     file.write_text("{")
     with pytest.raises(InputError, match="one.json cannot be read; remove it"):
-        kept(file, {}, make)
+        cached(file, {}, make)
 
 
 def test_class_pictures_of_another_kind_are_in_another_folder(tmp_path):

@@ -85,7 +85,7 @@ def test_the_published_parameters_learn(golden, freeze_model, add_token):
     tuned = custom(constructor, freeze_model=freeze_model, cond_stage_trainable=add_token, add_token=add_token)
     # The published code keeps new tokens as rows of the embedding table, of which it clears all other gradients.
     table = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
-    ours = [table if ".new_tokens." in name else name for name in tuned.learning()]
+    ours = [table if ".new_tokens." in name else name for name in tuned.trainable_parameters()]
     assert ours == published
 
 
@@ -107,9 +107,9 @@ def test_the_published_parameters_learn_at_full_size(golden):
 
 
 def test_the_text_encoder_learns_where_no_token_does():
-    names = set(custom(cond_stage_trainable=True).learning())
+    names = set(custom(cond_stage_trainable=True).trainable_parameters())
     assert any(name.startswith("cond_stage_model.transformer.") for name in names)
-    assert not any(name.startswith("cond_stage_model.") for name in custom().learning())
+    assert not any(name.startswith("cond_stage_model.") for name in custom().trainable_parameters())
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_published_yaml_builds_unchanged(golden, work, tmp_path):
     for name in found:
         whole = OmegaConf.merge(published[name], small)
         model = instantiate_from_config(whole.model)
-        words = any(".new_tokens." in key for key in model.learning())
+        words = any(".new_tokens." in key for key in model.trainable_parameters())
         assert words == ("add_token" in published[name]["model"]["params"])
         for key in ("train", "train2"):
             whole.data.params[key].params.update({"datapath": str(work / "dog"), "caption": "dog"})

@@ -37,7 +37,7 @@ WATCHED = textwrap.dedent(
     end = LatentDiffusion.on_train_end
     def on_train_end(model):
         folder = os.environ["SEEN"]
-        learning = {name: value.detach() for name, value in model.learning().items()}
+        learning = {name: value.detach() for name, value in model.trainable_parameters().items()}
         torch.save((seen, learning), os.path.join(folder, f"rank{model.global_rank}.pt"))
         end(model)
     LatentDiffusion.on_train_end = on_train_end

@@ -168,13 +168,13 @@ def test_an_error_within_a_step_of_the_optimizer_saves_no_half_step(tmp_path):
 
 def test_an_error_of_the_data_leaves_the_last_finished_step(tmp_path):
     code = """
-    from ldm.data.encoded import EncodedDraws
-    item = EncodedDraws.__getitem__
+    from ldm.data.encoded import EncodedSamples
+    item = EncodedSamples.__getitem__
     def fails(self, k):
         if k == 3:
             raise OSError("the disk is gone")
         return item(self, k)
-    EncodedDraws.__getitem__ = fails
+    EncodedSamples.__getitem__ = fails
     """
     done, run = run_with(code, tmp_path)
     assert done.returncode != 0 and "OSError: what was learnt up to step" in done.stderr

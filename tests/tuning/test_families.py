@@ -50,7 +50,7 @@ def words_for(name):
 def test_names(name):
     entry, pattern, count = FAMILIES[name]
     tuned = model([entry])
-    learning = tuned.learning()
+    learning = tuned.trainable_parameters()
     state = tuned.state_dict(keep_vars=True)
     assert all(re.search(pattern, name) for name in learning) and len(learning) > 1
     assert count is None or len(learning) == count
@@ -63,7 +63,7 @@ def test_base_names_survive(name):
     entry, *_ = FAMILIES[name]
     tuned = model([entry])
     added = set(tuned.state_dict()) - set(base_weights())
-    assert added <= set(tuned.learning())
+    assert added <= set(tuned.trainable_parameters())
     assert set(base_weights()) <= set(tuned.state_dict())
     result = tuned.load_state_dict(base_weights(), strict=False)
     assert not result.unexpected_keys and len(result.missing_keys) == len(added)
@@ -75,7 +75,7 @@ def test_only_what_should_move_moves(name):
     tuned = model([entry])
     before = {name: value.clone() for name, value in tuned.state_dict().items()}
     train(tuned, steps=3)
-    after, learning = tuned.state_dict(), tuned.learning()
+    after, learning = tuned.state_dict(), tuned.trainable_parameters()
     moved = {name for name in after if not torch.equal(before[name], after[name])}
     assert moved <= learning.keys()
     assert len(moved) > 0.8 * len(learning)
@@ -155,7 +155,7 @@ def test_a_combination_is_one_folder(tmp_path):
     ]  # fmt: skip
     held = set(read_weights(tmp_path / "folder" / "tuned.safetensors"))
     adapters = read_weights(tmp_path / "folder" / "adapters.safetensors")
-    assert held | {f"model.diffusion_model.{name}" for name in adapters} == tuned.learning().keys()
+    assert held | {f"model.diffusion_model.{name}" for name in adapters} == tuned.trainable_parameters().keys()
     fresh = model()
     files.load(fresh, tmp_path / "folder")
     assert torch.equal(answer(fresh.eval()), answer(tuned))
@@ -209,7 +209,7 @@ def test_each_parameter_is_optimised_once():
     tuned = model([family("cross_attention.CrossAttention"), family("full.UNet"), family("biases.Biases")])
     tuned.learning_rate = 1e-4
     parameters = [p for group in tuned.configure_optimizers().param_groups for p in group["params"]]
-    assert len(parameters) == len({id(p) for p in parameters}) == len(tuned.learning())
+    assert len(parameters) == len({id(p) for p in parameters}) == len(tuned.trainable_parameters())
 
 
 @pytest.mark.parametrize("step,resting", [(0, "lora"), (1, "lora"), (2, ""), (3, "new_tokens")])
@@ -218,8 +218,8 @@ def test_outside_its_steps_a_family_has_no_gradient(step, resting, monkeypatch):
     monkeypatch.setattr(type(tuned), "global_step", step)
     tuned.losses([batch()])[0][0].backward()
     tuned.on_before_optimizer_step(None)
-    without = {name for name, value in tuned.learning().items() if value.grad is None}
-    assert without == {name for name in tuned.learning() if resting and resting in name}
+    without = {name for name, value in tuned.trainable_parameters().items() if value.grad is None}
+    assert without == {name for name in tuned.trainable_parameters() if resting and resting in name}
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_train_level_is_shorthand():
 
 def test_by_name_leaves_out_what_was_added():
     tuned = model([LORA])
-    assert not set(ByName(r"attn2").trainable(tuned)) & set(tuned.learning())
+    assert not set(ByName(r"attn2").trainable(tuned)) & set(tuned.trainable_parameters())
 
 
 # --- whole runs

@@ -115,7 +115,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_the_start_is_seeded():
-    starts = [model([lora(seed=seed)]).learning() for seed in (0, 0, 1)]
+    starts = [model([lora(seed=seed)]).trainable_parameters() for seed in (0, 0, 1)]
     name = next(name for name in starts[0] if "lora_A" in name)
     assert torch.equal(starts[0][name], starts[1][name]) and not torch.equal(starts[0][name], starts[2][name])
 
@@ -155,7 +155,7 @@ def test_checkpointing_gives_the_same_gradients():
         tuned = shake(model([lora()], unet={"use_checkpoint": flag})).train()
         torch.manual_seed(0)
         tuned.losses([batch()])[0][0].backward()
-        gradients.append({name: value.grad for name, value in tuned.learning().items()})
+        gradients.append({name: value.grad for name, value in tuned.trainable_parameters().items()})
     assert UNET["params"].get("use_checkpoint") is None
     for name, gradient in gradients[0].items():
         assert_close_to(gradients[1][name], gradient, 1e-5)

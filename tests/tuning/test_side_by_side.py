@@ -34,8 +34,8 @@ def tuned(base, *names):
     one.is_tuned = True
     known = {name for name, _ in base.named_parameters()}
     one.tuning.install()
-    own_copies(one, [name for name in one.learning() if name in known])
-    freeze_rest(one, one.learning())
+    own_copies(one, [name for name in one.trainable_parameters() if name in known])
+    freeze_rest(one, one.trainable_parameters())
     shake(one, seed=len(names[0]))
     return one
 
@@ -68,11 +68,13 @@ def test_together_they_answer_as_alone(names):
     assert not torch.allclose(torch.stack(plain), torch.stack(alone), rtol=1e-5), "this test compares nothing"
 
     sum(joint).backward()
-    gradients = [{name: p.grad.clone() for name, p in one.learning().items() if p.grad is not None} for one in views]
+    gradients = [
+        {name: p.grad.clone() for name, p in one.trainable_parameters().items() if p.grad is not None} for one in views
+    ]
     for number, (one, theirs) in enumerate(zip(views, gradients, strict=True)):
         one.zero_grad()
         losses(one, [draw(one, number)])[0].backward()
-        mine = {name: p.grad for name, p in one.learning().items() if p.grad is not None}
+        mine = {name: p.grad for name, p in one.trainable_parameters().items() if p.grad is not None}
         assert mine.keys() == theirs.keys()
         assert all(torch.allclose(mine[name], theirs[name], rtol=1e-3, atol=1e-6) for name in mine)
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items()), "the base stays"

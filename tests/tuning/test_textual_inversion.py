@@ -16,7 +16,7 @@ def word(words="<sks>", **params):
 
 
 def vectors(tuned):
-    return torch.cat(list(tuned.learning().values()))
+    return torch.cat(list(tuned.trainable_parameters().values()))
 
 
 def test_starts_at_the_initial_word():
@@ -66,7 +66,7 @@ def test_norms_go_towards_those_of_other_words():
     target = released_table(tuned.cond_stage_model).norm(dim=1).mean()
     before = vectors(tuned).clone() * 3
     with torch.no_grad():
-        for row in tuned.learning().values():
+        for row in tuned.trainable_parameters().values():
             row.mul_(3)
     chosen.family.after_step(tuned, rate=0.02)
     expected = before.norm(dim=1) + 0.2 * (target - before.norm(dim=1))

@@ -209,13 +209,13 @@ class DDPM(DiffusionProcess, DiffusionTraining):
     def after_step(self, step: int, optimizer: Any) -> None:
         """What follows on the optimizer's step number `step`."""
 
-    def learning(self) -> dict[str, nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What learns, by state-dict name."""
         return dict(self.named_parameters())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What learns, as the groups of an optimizer; none where nothing does."""
-        return [{"params": learning}] if (learning := list(self.learning().values())) else []
+        return [{"params": learning}] if (learning := list(self.trainable_parameters().values())) else []
 
 
 class LatentDiffusion(DDPM):
@@ -275,7 +275,7 @@ class LatentDiffusion(DDPM):
         levels = train_level if self.is_tuned else whole
         self.tuning = Tuning(self, families(levels, tuning, adapter_config))
         self.use_ema = use_ema
-        freeze_rest(self, self.learning())
+        freeze_rest(self, self.trainable_parameters())
         self.for_tuning = self._install(use_ema, ckpt_path), str(ckpt_path)
         if install_tuning:
             self.tune()
@@ -283,13 +283,13 @@ class LatentDiffusion(DDPM):
     def tune(self) -> None:
         """Install the families on the base weights; from here on only what they let learn has gradients."""
         self.tuning.install()
-        freeze_rest(self, self.learning())
+        freeze_rest(self, self.trainable_parameters())
         if self.use_ema and not self.model_ema.tracks(self.model):
             self.model_ema = LitEma(self.model, known=self.model_ema)
         fill_added(self, *self.for_tuning)
         self.for_tuning = {}, ""
 
-    def learning(self) -> dict[str, nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What the families let learn, by state-dict name."""
         return self.tuning.parameters() | self._own()
 

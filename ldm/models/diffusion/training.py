@@ -93,7 +93,7 @@ class DiffusionTraining(pl.LightningModule):
             drawn += own
             masks += masks_of(pair, own)
         answers = iter(self.losses_of(drawn, masks))
-        told, losses = {}, []
+        values, losses = {}, []
         for number, (one, pair) in enumerate(zip(self.trainings, parts, strict=True)):
             (loss, logged), *prior = [next(answers) for _ in pair]
             logged = self._prefixed(logged)
@@ -101,22 +101,22 @@ class DiffusionTraining(pl.LightningModule):
                 logged["train/loss_prior"] = prior_loss
                 loss = dreambooth_loss(loss, prior_loss, one.reg_weight)
             losses.append(loss)
-            told |= {f"{name}_{number}" if self.views else name: value for name, value in logged.items()}
+            values |= {f"{name}_{number}" if self.views else name: value for name, value in logged.items()}
         total = sum(losses[1:], losses[0])
-        *named, mean = self._means_of_step({**told, "loss": total / len(losses)}, batch_idx).items()
+        *named, mean = self._means_of_step({**values, "loss": total / len(losses)}, batch_idx).items()
         size, several = len(drawn[0][0]), bool(self.streams)
         self.log_dict(dict(named), batch_size=size, sync_dist=several)
         self.log(*mean, prog_bar=True, logger=False, batch_size=1, sync_dist=several)
         return total
 
-    def _means_of_step(self, told: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def _means_of_step(self, values: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """What to log, as means over the batches that were accumulated for this step so far."""
-        told = {name: value.detach() for name, value in told.items()}
+        values = {name: value.detach() for name, value in values.items()}
         batches = self._trainer.accumulate_grad_batches if self._trainer else 1
         if batches == 1:
-            return told
+            return values
         place = batch_idx % batches
-        self._sums = {name: value + (self._sums[name] if place else 0) for name, value in told.items()}
+        self._sums = {name: value + (self._sums[name] if place else 0) for name, value in values.items()}
         return {name: value / (place + 1) for name, value in self._sums.items()}
 
     @torch.no_grad()
@@ -170,7 +170,7 @@ class DiffusionTraining(pl.LightningModule):
             return
         clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
         for one in self.views if gradient_clip_val else ():
-            clip(list(one.learning().values()), gradient_clip_val)
+            clip(list(one.trainable_parameters().values()), gradient_clip_val)
 
     def optimizers_of(self, groups: Sequence[Mapping[str, Any]], rate: float) -> Any:
         """The config's optimizer over groups of parameters, and its schedule if it has one, as Lightning takes them."""
@@ -191,8 +191,8 @@ class DiffusionTraining(pl.LightningModule):
         """What a checkpoint holds of the model, of `state` if given: what learns, averages and a measured scale."""
         if self.views:
             return {f"{number}.{name}": p.detach() for number, one in enumerate(self.views)
-                    for name, p in one.learning().items()}  # fmt: skip
-        learning = self.learning()
+                    for name, p in one.trainable_parameters().items()}  # fmt: skip
+        learning = self.trainable_parameters()
         return {
             name: value
             for name, value in (self.state_dict() if state is None else state).items()
@@ -218,7 +218,7 @@ class DiffusionTraining(pl.LightningModule):
             return super().load_state_dict(state, strict, assign)
         with torch.no_grad():
             for number, one in enumerate(self.views):
-                for name, parameter in one.learning().items():
+                for name, parameter in one.trainable_parameters().items():
                     parameter.copy_(state[f"{number}.{name}"])
 
 

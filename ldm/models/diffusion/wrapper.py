@@ -12,7 +12,7 @@ from ldm.errors import InputError
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Contexts [b, m, d] as one; a single one stays the same tensor, by which `ldm.modules.text_once` knows it."""
+    """Contexts [b, m, d] as one; a single one stays the same tensor, by which `ldm.modules.cached_text` knows it."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 

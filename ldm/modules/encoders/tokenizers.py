@@ -27,8 +27,8 @@ def refuse_code(folder: Path) -> Path:
         file = folder / name
         if not file.is_file():
             continue
-        about = read_json(file)
-        if isinstance(about, dict) and "auto_map" in about:
+        config = read_json(file)
+        if isinstance(config, dict) and "auto_map" in config:
             raise InputError(f"{file} refused: its auto_map asks for code, and a folder is data; take that entry out")
     return folder
 

@@ -75,10 +75,10 @@ def read_embeddings(path: str | Path) -> dict[str, Tensor]:
     return embeddings_in(read_object(path), read_metadata(path), path)
 
 
-def embeddings_in(content: Any, about: Mapping[str, str], path: str | Path) -> dict[str, Tensor]:
+def embeddings_in(content: Any, metadata: Mapping[str, str], path: str | Path) -> dict[str, Tensor]:
     """The same for what a file holds and its metadata."""
-    if EMBEDDED in about.values():
-        held = {name: content[name] for name, kind in about.items() if kind == EMBEDDED and name in content}
+    if EMBEDDED in metadata.values():
+        held = {name: content[name] for name, kind in metadata.items() if kind == EMBEDDED and name in content}
         refuse_not_finite(held, str(path))
         return grouped(held)
     found: Any = content.get("string_to_param", content) if isinstance(content, Mapping) else None

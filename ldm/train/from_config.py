@@ -24,8 +24,8 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
     """The run that the options ask for: a new one, or one to go on with. Raises `InputError`."""
     config, folder, checkpoint = runs.opened(options, overrides)
     asked = {"seed": options.seed, "scale_lr": options.scale_lr, "keep_memory": options.keep_memory}
-    told = {key: value for key, value in asked.items() if value is not None}
-    config = OmegaConf.merge({"training": DEFAULTS}, config, {"training": told})
+    given = {key: value for key, value in asked.items() if value is not None}
+    config = OmegaConf.merge({"training": DEFAULTS}, config, {"training": given})
     config = runs.with_trainer(config, options.gpus, trainer_options)
     if takes(config.data.get("target"), "train") and OmegaConf.select(config, "data.params.train") is None:
         raise InputError("the config has no training set: name its class with data.params.train.target=<your dataset>")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 
-class EncodedPictures(nn.Module):
+class CachedPosteriors(nn.Module):
     """A first stage whose "pictures" [b, 2c, h, w] are the parameters of its posterior; it draws anew at every call."""
 
     def __init__(self, first_stage: nn.Module) -> None:
@@ -32,7 +32,7 @@ class EncodedPictures(nn.Module):
         return pictures
 
 
-class EncodedPrompts(nn.Module):
+class CachedPrompts(nn.Module):
     """A text encoder that looks known prompts up, and asks the encoder itself for others."""
 
     def __init__(self, encoder: nn.Module, known: dict[str, Tensor]) -> None:

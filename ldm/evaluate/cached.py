@@ -13,7 +13,7 @@ from ldm.errors import InputError
 from ldm.files import read_json
 
 
-def kept(file: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def cached(file: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `file` keeps if it was made with these settings; else what `make` gives now, which is kept there.
 
     Both the settings and the result are JSON; raises `InputError` where `file` is something else.
@@ -33,5 +33,5 @@ def kept(file: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, A
 
 def class_folder(logdir: Path, word: str, made_with: Mapping[str, Any]) -> Path:
     """The folder for a class's pictures, another one for whatever else they are made with."""
-    told = json.dumps(made_with, sort_keys=True).encode()
-    return logdir / "classes" / f"{word}-{hashlib.sha256(told).hexdigest()[:8]}"
+    as_json = json.dumps(made_with, sort_keys=True).encode()
+    return logdir / "classes" / f"{word}-{hashlib.sha256(as_json).hexdigest()[:8]}"

@@ -5,7 +5,7 @@ import torch
 
 from ldm.generate import Settings, decoded, generate
 from ldm.modules.attention import BasicTransformerBlock
-from ldm.modules.text_once import text_once
+from ldm.modules.cached_text import cached_text
 from tests import tuned_models
 
 PROMPTS, SEEDS = ["a cat", "a dog"], [1, 2]
@@ -29,7 +29,7 @@ def drawn(model, **settings):
 @pytest.mark.parametrize("adapters", [None, CONTEXT, tuned_models.ROUTE], ids=["plain", "attn2c", "attn2o-ffni"])
 def test_the_same_pictures_from_fewer_products(adapters):
     model = tuned_models.model(unet={"adapter_config": adapters})
-    always, many = drawn(model, text_once=False)
+    always, many = drawn(model, cache_text=False)
     once, few = drawn(model)
     assert torch.equal(once, always)
     assert many == 4 and few == (4 if adapters is CONTEXT else 1)
@@ -41,7 +41,7 @@ def test_another_text_is_computed_anew_and_nothing_stays_behind():
     first, second = torch.randn(2, 1, 5, 128, generator=torch.Generator().manual_seed(0)).unbind()
     with torch.no_grad():
         expected = [layer.keys_and_values(text)[0] for text in (first, second)]
-        with text_once(unet):
+        with cached_text(unet):
             for text, keys in zip((first, second, second, first), (*expected, *reversed(expected)), strict=True):
                 assert torch.equal(layer.keys_and_values(text)[0], keys)
     assert "keys_and_values" not in vars(layer)
@@ -51,7 +51,7 @@ def test_a_compiled_model_is_left_alone():
     model = tuned_models.model()
     unet = model.model.diffusion_model
     unet.compile(backend="eager")
-    with text_once(unet):
+    with cached_text(unet):
         assert all("keys_and_values" not in vars(block.attn2) for block in blocks(model))
 
 

@@ -26,7 +26,7 @@ class Once:
 
 
 @contextmanager
-def text_once(unet: nn.Module) -> Iterator[None]:
+def cached_text(unet: nn.Module) -> Iterator[None]:
     """Within this context the cross-attention of `unet` keeps the keys and values of the text that it saw last.
 
     For sampling: weights must not change meanwhile, nor the text in place. What an adapter makes of the text in each
