@@ -82,7 +82,7 @@ def metadata(entries: list[dict], notes: Mapping[str, Any], base_fingerprint: st
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
-    except metadata.PackageNotFoundError:
+    except importlib.metadata.PackageNotFoundError:
         return None
 
 
