@@ -48,6 +48,7 @@ TARGETS = (
     r"ldm\.muon\.Muon",
     r"ldm\.tuning\.(position\.PositionAdapters|lora\.LoRA|cross_attention\.(CrossAttention|ModifierTokens))",
     r"ldm\.tuning\.(textual_inversion\.TextualInversion|full\.(UNet|ConditionStage|ByName)|biases\.Biases|norms\.Norms)",
+    r"ldm\.tuning\.search\.RouteSearch",
     r"torch\.(nn|optim|optim\.lr_scheduler)\.[A-Z][A-Za-z0-9]*",
     r"pytorch_lightning\.loggers\.(TensorBoardLogger|CSVLogger|WandbLogger)",
     r"pytorch_lightning\.callbacks\.(LearningRateMonitor|EarlyStopping|Timer|ModelCheckpoint|ModelSummary|"

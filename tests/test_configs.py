@@ -11,7 +11,7 @@ from ldm.config import ALIASES, get_obj_from_str, load_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ALL = sorted(CONFIGS.rglob("*.yaml"))
-NOT_ROUTES = {"model", "inference", "dreambooth", "concepts"}  # what the configs in configs/sd-mini share
+NOT_ROUTES = {"model", "inference", "dreambooth", "concepts", "search"}  # what the configs in configs/sd-mini share
 FAMILIES = ("lora-", "custom-diffusion-", "textual-inversion-")  # other ways of tuning than routes
 ROUTES = [
     path

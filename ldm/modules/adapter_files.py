@@ -31,8 +31,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def describe(model: nn.Module) -> list[dict[str, Any]]:
-    """The adapters of a model: one entry for each name, with its route, form and the blocks that it sits in."""
-    entries: dict[str, dict] = {}
+    """The adapters of a model: one entry for each name and scale, with route, form and blocks."""
+    entries: dict[tuple[str, float], dict] = {}
     for kind in KINDS:
         for prefix, block in tapped_blocks(model, kind):
             for route in block.routes:
@@ -41,10 +41,10 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
                     "name": route.name,
                     "din": route.reads,
                     "dout": route.writes,
-                    "scale": route.scale,
+                    "scale": float(route.scale),
                 }
                 entry |= getattr(getattr(block, route.name), "config", {})
-                entries.setdefault(route.name, {**entry, "blocks": []})["blocks"].append(prefix)
+                entries.setdefault((route.name, entry["scale"]), {**entry, "blocks": []})["blocks"].append(prefix)
     return list(entries.values())
 
 

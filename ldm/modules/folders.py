@@ -92,11 +92,12 @@ def read_folder(path: str | Path) -> Folder:
         with open_folder(path) as (inside, is_current):
             try:
                 found = _read(inside, path)
+                is_whole = _same_config(inside, found)
             except (InputError, OSError) as error:
                 if is_current():
                     raise InputError(str(error).replace(str(inside), str(path))) from None
                 continue  # it was replaced, and its old files went away
-            if _same_config(inside, found):
+            if is_whole:
                 return found
     raise InputError(f"{path} changes again and again while it is read; try again when nothing writes to it")
 

@@ -8,7 +8,7 @@ plain block.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, SupportsFloat
 
 from torch import Tensor, nn
 
@@ -18,12 +18,15 @@ Tap = Callable[[str, Tensor], Tensor]
 
 
 class Route(NamedTuple):
-    """One adapter's way through a block: the value at `writes` gains `scale * form(value at reads)`."""
+    """One adapter's way through a block: the value at `writes` gains `scale * form(value at reads)`.
+
+    The scale is a number, or an object whose `scale * tensor` and `float(scale)` are a learnt one's.
+    """
 
     name: str  # attribute of the block that holds the form
     reads: str
     writes: str
-    scale: float
+    scale: SupportsFloat
 
 
 def untouched(position: str, value: Tensor) -> Tensor:

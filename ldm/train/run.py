@@ -406,6 +406,8 @@ def train(run: Run, model: pl.LightningModule, test: bool = True) -> pl.Trainer:
     saver = SaveRun(run.checkpoints, checkpoint_every(run.config), run.notes)
     with unless_refused(run, saver):
         trainer = fit(run, model, data, saver)
+    if trainer.is_global_zero and not trainer.should_stop:
+        finish(run, model)
     if test and OmegaConf.select(run.config, "data.params.test") is not None and not trainer.should_stop:
         trainer.validate(model, data.test_dataloader())
     return trainer
@@ -455,6 +457,15 @@ def fit(
     finally:
         saver.release_signals()
     return trainer
+
+
+def finish(run: Run, module: pl.LightningModule) -> None:
+    """Let the families say what came out at the end of a training, each in the folder of its run."""
+    trainings = getattr(module, "trainings", [module])
+    for one, part in zip(trainings, run.parts or [run], strict=True):
+        for chosen in one.tuning.families if hasattr(one, "tuning") else ():
+            if hasattr(chosen.family, "finish"):
+                chosen.family.finish(one, part.folder)
 
 
 def last_good(run: Run) -> str:

@@ -35,8 +35,9 @@ class Family(Protocol):
 
     It may also have `adds(model, source)`, how many numbers `install` will put beside the model's at least, so that a
     folder cannot ask for more than it holds, `strength(model, scale)`, which lets what it has learnt act `scale` times
-    as trained, and
-    `after_step(model, rate)`, called after each optimizer step in which it learns, with its learning rate.
+    as trained, `after_step(model, rate)`, called after each optimizer step in which it learns, with its learning rate,
+    `in_folder(model)`, the part of `trainable(model)` that folders hold, by default all of it, and
+    `finish(model, run)`, called when a training has come to its end, with the folder of the run.
     """
 
     def install(self, model: nn.Module) -> None:

@@ -31,6 +31,8 @@ def save(model: nn.Module, folder: str | Path, notes: Mapping[str, Any] | None =
     tensors: dict[str, Tensor] = {}
     entries = []
     for chosen, learnt in model.tuning.shares():
+        if hasattr(chosen.family, "in_folder"):
+            learnt = {name: learnt[name] for name in chosen.family.in_folder(model) if name in learnt}
         own = {name: value for name, value in learnt.items() if name not in in_adapters}
         if own and model.is_tuned:
             name = {"family": table.name_of(chosen.target), "target": chosen.target}  # the target is for older readers

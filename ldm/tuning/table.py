@@ -22,6 +22,7 @@ FAMILIES = {
     "weights-by-name": "ldm.tuning.full.ByName",
     "biases": "ldm.tuning.biases.Biases",
     "norms": "ldm.tuning.norms.Norms",
+    "route-search": "ldm.tuning.search.RouteSearch",
 }
 
 

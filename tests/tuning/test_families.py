@@ -26,9 +26,12 @@ WORD = family("textual_inversion.TextualInversion", words="<sks>", init_word="do
 LORA = family("lora.LoRA", rank=2)
 TEXT_LORA = family("lora.LoRA", rank=2, targets=["cond_stage_model.*.self_attn.*_proj"])
 
+SEARCH = family("search.RouteSearch", routes=["attn2o-ffni", "ffni-transo"], mid_dim=4)
+
 # family: a pattern that all its names match, and how many names there are.
 FAMILIES = {
     "position": (POSITION, r"^model\..*\.adapter_inout\.adp\.[02]\.(weight|bias)$", 4 * 4),
+    "route-search": (SEARCH, r"^(model\..*\.adapter_inout(_1)?\.adp\.[02]\.\w+|route_gates\.logits)$", 8 * 4 + 1),
     "crossattn-kv": (family("cross_attention.CrossAttention"), r"^model\..*\.attn2\.to_[kv]\.weight$", 2 * 4),
     "crossattn": (family("cross_attention.CrossAttention", freeze_model="crossattn"), r"^model\..*\.attn2\.", 5 * 4),
     "words": (WORD, r"^cond_stage_model\.new_tokens\.vectors\.<new0-[01]>$", 2),

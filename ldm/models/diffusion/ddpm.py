@@ -271,7 +271,6 @@ class LatentDiffusion(DDPM):
             self.cond_stage_model = instantiate_from_config(cond_stage_config)
         self.is_tuned = bool(train_level or tuning)  # else what learns is a model of its own, not a change of another
         whole = ["unet", "embeder"] if cond_stage_trainable else ["unet"]
-        whole = ["unet", "embeder"] if cond_stage_trainable else ["unet"]
         levels = train_level if self.is_tuned else whole
         self.tuning = Tuning(self, families(levels, tuning, adapter_config))
         self.use_ema = use_ema
