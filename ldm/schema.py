@@ -59,6 +59,28 @@ class Tuning(Entry):
     steps: list[AtLeast0 | None] | None = says(None, "[first, end]: the steps in which it learns; end: null for no end")
 
 
+AtLeast0Real = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Loss(Section):
+    """`loss`: what a training step draws and how it weighs errors, as docs/loss.md explains it."""
+
+    type: Literal["l2", "l1", "huber", "smooth_l1"] | None = says(None, "measure of errors (default: the model's, l2)")
+    huber_c: Annotated[float, Field(gt=0, lt=1)] = says(0.1, "where huber and smooth_l1 turn from square to straight")
+    huber_schedule: Literal["constant", "exponential", "snr"] = says("snr", "how that falls with the time step")
+    weighting: Literal["none", "min_snr", "soft_min_snr", "debiased"] = says("none", "weights of the time steps")
+    gamma: Positive = says(5.0, "gamma of min_snr and soft_min_snr")
+    noise_offset: AtLeast0Real = says(0.0, "noise of a channel as a whole, so that brightness is learnt; usual: 0.05")
+    pyramid_noise: Annotated[float, Field(gt=0, lt=1)] | None = says(None, "discount of coarser noise; usual: 0.3")
+    pyramid_levels: AtLeast1 = says(6, "how many times the noise of pyramid_noise is coarsened")
+    input_perturbation: AtLeast0Real = says(0.0, "noise that is added and not to be predicted; usual: 0.1")
+    timesteps: list[AtLeast0 | None] | None = says(None, "[first, end]: the time steps that are drawn, end excluded")
+    timestep_sampling: Literal["uniform", "logit_normal"] = says("uniform", "how time steps are drawn")
+    logit_mean: Finite = says(0.0, "mean of logit_normal; below 0: earlier time steps, with less noise")
+    logit_std: Positive = says(1.0, "standard deviation of logit_normal")
+    prior_weights: list[list[AtLeast0Real]] | None = says(None, "[[step, weight], ...] of the class pictures, linear")
+
+
 class Adapter(Section):
     """An entry of `adapter_config`: where an adapter reads and writes, and what it is."""
 
@@ -217,6 +239,7 @@ class Config(Section):
     data: Data | None = says(None, "the pictures")
     lightning: Lightning | None = says(None, "how the run goes")
     checkpoint: Checkpoint | None = says(None, "the base weights")
+    loss: Loss | None = says(None, "what a step draws and how errors are weighed; the same as model.params.loss")
     dreambooth: DreamBooth | None = says(None, "options of a run of ldm train")
     training: Training | None = says(None, "options of a run of ldm fit")
 
@@ -225,6 +248,7 @@ class Config(Section):
 DEEPER = {
     "model.params.tuning": list[Tuning] | Tuning | None,
     "model.params.unet_config.params.adapter_config": AdapterConfig | None,
+    "model.params.loss": Loss | None,
     "data.params": DataParams | None,
 }
 DATA_TARGET = "ldm.train.datamodule.DataModuleFromConfig"

@@ -106,6 +106,9 @@ def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -
         raise InputError("no config: name one with --base, e.g. --base configs/sd-mini/attn2o-ffni.yaml")
     configs = [*stored, *(load_config(find_file(path)) for path in paths)]
     config = override(merged(*configs), overrides)
+    if config.get("loss") is not None and config.get("model") is not None:
+        loss = config.pop("loss")
+        OmegaConf.update(config, "model.params.loss", loss, merge=True)
     check_config(config)
     for section in ("model", "data"):
         if config.get(section) is None:

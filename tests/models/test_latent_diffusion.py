@@ -118,7 +118,8 @@ def test_seeded_step_from_pictures(reference, analytic):
 def test_the_pair_of_subject_and_class(reference, weight, monkeypatch):
     tensors, index = reference
     model, logged = answering(tensors, "train", "reg"), {}
-    drawn = iter([tuple(tensors[f"{p}.{n}"] for n in ("x0", "context", "t", "noise")) for p in ("train", "reg")])
+    names = ("x0", "context", "t", "noise", "x_noisy")
+    drawn = iter([tuple(tensors[f"{p}.{n}"] for n in names) for p in ("train", "reg")])
     monkeypatch.setattr(model, "draw", lambda batch: next(drawn))
     monkeypatch.setattr(model, "log_dict", lambda values, **_: logged.update(values))
     monkeypatch.setattr(model, "log", lambda *_, **__: None)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from ldm.errors import InputError
 from ldm.models.diffusion.losses import diffusion_loss, dreambooth_loss, simple_loss
+from ldm.models.diffusion.objective import min_snr
 from ldm.models.diffusion.prediction import PREDICTIONS
 from ldm.models.diffusion.schedule import ddpm_buffers
 from ldm.modules.diffusionmodules.util import make_beta_schedule
@@ -102,7 +103,7 @@ def test_weights_and_logvar():
 
 def test_min_snr_weighs_each_sample():
     snr = torch.tensor([99.0, 5.0, 1.0])
-    weights = {name: one.min_snr_weight(snr, 5.0) for name, one in PREDICTIONS.items()}
+    weights = {name: min_snr(snr, 5.0) * one.in_epsilon(snr) for name, one in PREDICTIONS.items()}
     assert weights["eps"].tolist() == pytest.approx([5 / 99, 1.0, 1.0], rel=1e-4)
     assert weights["x0"].tolist() == pytest.approx([5.0, 5.0, 1.0], rel=1e-4)
     assert weights["v"].tolist() == pytest.approx([5 / 100, 5 / 6, 1 / 2], rel=1e-4)

@@ -19,20 +19,24 @@ from ldm.errors import InputError
 from ldm.models.building import fill_added, load_base
 from ldm.models.diffusion.guidance import batched
 from ldm.models.diffusion.losses import diffusion_loss, simple_loss
+from ldm.models.diffusion.objective import Objective
 from ldm.models.diffusion.prediction import prediction
 from ldm.models.diffusion.process import DiffusionProcess
-from ldm.models.diffusion.training import DiffusionTraining
+from ldm.models.diffusion.training import DiffusionTraining, Drawn
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.tuning import Tuning, families, freeze_rest
 
+DDPM_OBJECTIVE = Objective()  # all time steps alike, plain noise
+
 
 class DDPM(DiffusionProcess, DiffusionTraining):
     """Denoising diffusion in the space of the batch itself. Constructor arguments and buffer names are LDM's.
 
-    `learning_rate` is an attribute that the training run sets. `min_snr_gamma` weighs the steps by Min-SNR
-    (arXiv 2303.09556, which recommends 5). Raises `InputError` for values that make no sense.
+    `learning_rate` is an attribute that the training run sets. `loss` says what steps draw and how errors weigh
+    (`ldm.schema.Loss`); `min_snr_gamma: 5` is short for `loss: {weighting: min_snr, gamma: 5}`. Raises `InputError` for
+    values that make no sense.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class DDPM(DiffusionProcess, DiffusionTraining):
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
         min_snr_gamma: float | None = None,
+        loss: Mapping | None = None,
         mask_as_published: bool = False,  # see `ldm.models.diffusion.losses.simple_loss`
     ) -> None:
         super().__init__()
@@ -72,7 +77,11 @@ class DDPM(DiffusionProcess, DiffusionTraining):
         if min_snr_gamma is not None and min_snr_gamma <= 0:
             raise InputError(f"min_snr_gamma must be positive, got {min_snr_gamma}")
         self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
-        self.min_snr_gamma = min_snr_gamma
+        if min_snr_gamma is not None:
+            if "weighting" in (loss or {}):
+                raise InputError("min_snr_gamma and loss.weighting say the same thing twice: leave min_snr_gamma out")
+            loss = {**(loss or {}), "weighting": "min_snr", "gamma": float(min_snr_gamma)}
+        self.objective = Objective(loss, self.prediction)
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
         self.log_every_t, self.learn_logvar, self.mask_as_published = log_every_t, learn_logvar, mask_as_published
         self.scheduler_config = scheduler_config
@@ -81,6 +90,7 @@ class DDPM(DiffusionProcess, DiffusionTraining):
             self.monitor = monitor
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        self.objective.range_of(self.num_timesteps)
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
         if learn_logvar:
             self.logvar = nn.Parameter(logvar)
@@ -139,23 +149,25 @@ class DDPM(DiffusionProcess, DiffusionTraining):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts for logging, from what the UNet predicted; only where the mask [b, 1, h, w] is 1."""
         target = self.prediction.target(x_start, noise, *self.level(t, x_start))
+        snr = self.signal_to_noise(t)
+
+        def errors(predicted: Tensor, target: Tensor) -> Tensor:
+            return self.objective.errors(predicted, target, t, snr, self.num_timesteps, self.loss_type)
+
         return diffusion_loss(
-            simple_loss(predicted.float(), target.float(), self.loss_type, mask, self.mask_as_published),
+            simple_loss(predicted.float(), target.float(), errors, mask, self.mask_as_published),
             t,
             self.logvar,
             self.lvlb_weights,
-            self.simple_weight(t),
+            self.l_simple_weight * self.objective.weight(snr),
             self.original_elbo_weight,
             self.learn_logvar,
         )
 
-    def simple_weight(self, t: Tensor) -> float | Tensor:
-        """What the errors at steps t [b] weigh in the loss: `l_simple_weight`, times Min-SNR's weights if asked for."""
-        if self.min_snr_gamma is None:
-            return self.l_simple_weight
+    def signal_to_noise(self, t: Tensor) -> Tensor:
+        """The signal-to-noise ratios [b] at time steps t [b]: alpha_bar / (1 - alpha_bar)."""
         alphas_cumprod = self.alphas_cumprod.to(t.device)[t]
-        snr = alphas_cumprod / (1 - alphas_cumprod)
-        return self.l_simple_weight * self.prediction.min_snr_weight(snr, self.min_snr_gamma)
+        return alphas_cumprod / (1 - alphas_cumprod)
 
     def p_losses(
         self, x_start: Tensor, cond: Any, t: Tensor, noise: Tensor | None = None
@@ -183,22 +195,27 @@ class DDPM(DiffusionProcess, DiffusionTraining):
         """x_0 [b, c, h, w] of a batch and its condition."""
         return self.get_input(batch, self.first_stage_key), None
 
-    def draw(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any, Tensor, Tensor]:
-        """x_0, condition, steps t [b] and noise for one batch, drawn in the order of the published code."""
+    def draw(self, batch: Mapping[str, Any]) -> Drawn:
+        """x_0, condition, steps t [b], noise and x_t for one batch, drawn in the order of the published code.
+
+        Validation draws as DDPM does, so that its losses compare whatever the objective draws.
+        """
+        objective = self.objective if self.training else DDPM_OBJECTIVE
         x_start, cond = self.clean(batch)
-        t = self.draws.steps(self.num_timesteps, len(x_start), x_start.device)
-        return x_start, cond, t, self.draws.normal_like(x_start)
+        t = objective.steps(self.draws, self.num_timesteps, len(x_start), x_start.device)
+        noise = objective.noise(self.draws, x_start)
+        return x_start, cond, t, noise, self.q_sample(x_start, t, objective.added(self.draws, noise))
 
     def losses_of(
-        self, drawn: Sequence[tuple[Tensor, Any, Tensor, Tensor]], masks: Sequence[Tensor | None] | None = None
+        self, drawn: Sequence[Drawn], masks: Sequence[Tensor | None] | None = None
     ) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """The losses for what `draw` gave, from one call of the UNet."""
         if len({x_start.shape[1:] for x_start, *_ in drawn}) > 1:
             raise InputError(
                 "pictures of the subject and of its class must have one size; set data.params.*.params.size"
             )
-        x_start, cond, t, noise = (_join(*column) for column in zip(*drawn, strict=True))
-        predicted = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        x_start, cond, t, noise, x_noisy = (_join(*column) for column in zip(*drawn, strict=True))
+        predicted = self.apply_model(x_noisy, t, cond)
         sizes = [len(x) for x, *_ in drawn]
         columns = [column.split(sizes) for column in (predicted, x_start, noise, t)]
         return [self.loss_of(*parts) for parts in zip(*columns, masks or [None] * len(drawn), strict=True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -9,20 +11,28 @@ from ldm.errors import InputError
 
 
 def simple_loss(
-    pred: Tensor, target: Tensor, kind: str = "l2", mask: Tensor | None = None, mask_as_published: bool = False
+    pred: Tensor,
+    target: Tensor,
+    kind: str | Callable[[Tensor, Tensor], Tensor] = "l2",
+    mask: Tensor | None = None,
+    mask_as_published: bool = False,
 ) -> Tensor:
     """The error of every sample: [b, c, h, w] twice -> [b], the mean over c, h, w, or over where the `mask` is 1.
 
-    DDPM (arXiv 2006.11239) Eq. 14 for `l2`; `l1` takes absolute values. Raises `InputError` for another kind.
+    DDPM (arXiv 2006.11239) Eq. 14 for `l2`; `l1` takes absolute values; a function
+    gives the errors [b, c, h, w] itself. Raises `InputError` for another kind.
 
     The mask is [b, 1, h, w] (Custom Diffusion, arXiv 2212.04488, section 3.2). By default a mask of ones changes
     nothing, so that losses with and without masks can be added up and compared. The published code divides what it has
     summed over all channels by the number of places alone, which is c times as much: `mask_as_published`.
     """
     measures = {"l2": F.mse_loss, "l1": F.l1_loss}
-    if kind not in measures:
+    if callable(kind):
+        errors = kind(pred, target)
+    elif kind in measures:
+        errors = measures[kind](pred, target, reduction="none")
+    else:
         raise InputError(f"unknown loss_type {kind!r}: expected l1 or l2")
-    errors = measures[kind](pred, target, reduction="none")
     if mask is None:
         return errors.flatten(1).mean(1)
     counted = mask if mask_as_published else mask.expand_as(errors)

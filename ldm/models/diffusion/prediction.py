@@ -1,7 +1,8 @@
 """What the network of a diffusion model predicts: the noise (epsilon), the clean latents (x0) or the velocity (v).
 
 Each is one object. At a step with x_t = a x_0 + s noise (a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar)) it gives the
-target of training, turns a prediction into the noise or into x_0, and weighs errors by the signal-to-noise ratio.
+target of training, turns a prediction into the noise or into x_0, and converts its errors
+into errors of the noise.
 All tensors are [b, c, h, w]; a and s broadcast against them.
 """
 
@@ -29,8 +30,8 @@ class Prediction(Protocol):
     def to_x0(self, predicted: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
         """The clean x_0 that a prediction implies."""
 
-    def min_snr_weight(self, snr: Tensor, gamma: float) -> Tensor:
-        """The weight [b] of errors at signal-to-noise ratios [b]: Min-SNR (arXiv 2303.09556) Sec. 3.4."""
+    def in_epsilon(self, snr: Tensor) -> Tensor | float:
+        """(error of the noise)^2 / (error of the prediction)^2 at signal-to-noise ratios [b] = a^2 / s^2."""
 
     def elbo_weights(self, betas: np.ndarray, alphas: np.ndarray, alphas_cumprod: np.ndarray,
                      posterior_variance: np.ndarray) -> np.ndarray:  # fmt: skip
@@ -51,8 +52,8 @@ class Epsilon:
     def to_x0(self, predicted: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
         return (x_t - s * predicted) / a
 
-    def min_snr_weight(self, snr: Tensor, gamma: float) -> Tensor:
-        return snr.clamp(max=gamma) / snr
+    def in_epsilon(self, snr: Tensor) -> Tensor | float:
+        return 1.0
 
     def elbo_weights(self, betas, alphas, alphas_cumprod, posterior_variance) -> np.ndarray:
         # DDPM Eq. 12. The first variance may be 0; the caller replaces its weight.
@@ -74,8 +75,8 @@ class X0:
     def to_x0(self, predicted: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
         return predicted
 
-    def min_snr_weight(self, snr: Tensor, gamma: float) -> Tensor:
-        return snr.clamp(max=gamma)
+    def in_epsilon(self, snr: Tensor) -> Tensor | float:
+        return snr
 
     def elbo_weights(self, betas, alphas, alphas_cumprod, posterior_variance) -> np.ndarray:
         # As published: 2 - alpha_bar stands where Eq. 8 in terms of x_0 would give 2 (1 - alpha_bar).
@@ -96,8 +97,8 @@ class Velocity:
     def to_x0(self, predicted: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
         return a * x_t - s * predicted
 
-    def min_snr_weight(self, snr: Tensor, gamma: float) -> Tensor:
-        return snr.clamp(max=gamma) / (snr + 1)
+    def in_epsilon(self, snr: Tensor) -> Tensor | float:
+        return snr / (snr + 1)
 
     def elbo_weights(self, betas, alphas, alphas_cumprod, posterior_variance) -> np.ndarray:
         return np.ones_like(betas)  # as published for Stable Diffusion 2

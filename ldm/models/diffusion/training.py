@@ -70,7 +70,7 @@ class DiffusionTraining(pl.LightningModule):
         return self.drawing(self._shared)
 
     def drawn(self, batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[Drawn]:
-        """x_0, condition, steps and noise of each batch, in training from the model's own stream if it has one."""
+        """x_0, condition, steps, noise and x_t of each batch, in training from the model's own stream if it has one."""
         own = self.streams[0].drawing_from(device) if self.streams and self.training else nullcontext()
         with own:
             return [self.draw(batch) for batch in batches]
@@ -99,7 +99,7 @@ class DiffusionTraining(pl.LightningModule):
             logged = self._prefixed(logged)
             for prior_loss, _ in prior:
                 logged["train/loss_prior"] = prior_loss
-                loss = dreambooth_loss(loss, prior_loss, one.reg_weight)
+                loss = dreambooth_loss(loss, prior_loss, one.objective.prior_weight(self.global_step, one.reg_weight))
             losses.append(loss)
             values |= {f"{name}_{number}" if self.views else name: value for name, value in logged.items()}
         total = sum(losses[1:], losses[0])
@@ -222,7 +222,7 @@ class DiffusionTraining(pl.LightningModule):
                     parameter.copy_(state[f"{number}.{name}"])
 
 
-Drawn = tuple[Tensor, Any, Tensor, Tensor]  # x_0, condition, steps, noise
+Drawn = tuple[Tensor, Any, Tensor, Tensor, Tensor]  # x_0, condition, steps, noise, x_t
 
 
 def as_pair(batch: Any) -> list[Mapping[str, Any]]:
