@@ -10,6 +10,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
 ]
+OPTIMIZERS = ["dadaptation>=3.2", "lion-pytorch>=0.2", "prodigyopt>=1.1", "schedulefree>=1.4"]  # see docs/optimizers.md
 PEERS = ["diffusers>=0.31"]  # the other side of file formats, and what timings are compared with
 LORA_COMMANDS = [
     "lora_add = ldm.__main__:lora_add",
@@ -54,11 +55,13 @@ setup(
         "psutil>=5.9",  # a training in the background, by its number and the time of its start
     ],
     extras_require={
-        "test": TEST + PEERS,
+        "test": TEST + PEERS + OPTIMIZERS,
         "bench": PEERS,
         # Its metadata also asks for torchvision, which nothing here imports: `pip install .[vq]` brings both, while
         # `pip install --no-deps -r requirements-vq.txt` (what the Makefile does) brings only what is used.
         "vq": ["taming-transformers-rom1504>=0.0.6"],
+        "optimizers": OPTIMIZERS,
+        "bitsandbytes": ["bitsandbytes>=0.45"],  # 124 MB
         "wandb": ["wandb>=0.17"],
     },
 )

@@ -109,6 +109,45 @@ class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
         return ramp(n, length, top, bottom)
 
 
+class NamedSchedule:
+    """A linear warm-up from 0, then a way down that has a name, as in diffusers, sd-scripts and transformers.
+
+    name: `constant`, `constant_with_warmup`, `linear`, `cosine`, `cosine_with_restarts`, `polynomial`; steps: where the
+    way down ends; warmup: steps of the warm-up; cycles: how often `cosine_with_restarts` starts again; power: of
+    `polynomial`; end: the factor at the end.
+    """
+
+    WAYS = {
+        "constant": lambda share, cycles, power: 1.0,
+        "constant_with_warmup": lambda share, cycles, power: 1.0,
+        "linear": lambda share, cycles, power: 1 - share,
+        "cosine": lambda share, cycles, power: half_cosine(share, 1.0, 0.0),  # SGDR (arXiv 1608.03983) Eq. 5
+        "cosine_with_restarts": lambda share, cycles, power: (
+            half_cosine(cycles * share % 1, 1.0, 0.0) if share < 1 else 0.0
+        ),
+        "polynomial": lambda share, cycles, power: (1 - share) ** power,
+    }
+
+    def __init__(
+        self,
+        name: str,
+        steps: int | None = None,
+        warmup: int = 0,
+        cycles: int = 1,
+        power: float = 1.0,
+        end: float = 0.0,
+    ):
+        self.way, self.steps, self.warmup = self.WAYS[name], steps, warmup
+        self.cycles, self.power, self.end = cycles, power, end
+
+    def schedule(self, n: int) -> float:
+        """The factor at step n."""
+        if n < self.warmup:
+            return n / self.warmup
+        share = 0.0 if self.steps is None else min(1.0, (n - self.warmup) / (self.steps - self.warmup))
+        return self.end + (1 - self.end) * self.way(share, self.cycles, self.power)
+
+
 def _told(scheduler, n: int, factor: float) -> float:
     if scheduler.verbosity_interval > 0 and n % scheduler.verbosity_interval == 0:
         log.info("step %d: learning-rate factor %g", n, factor)

@@ -81,6 +81,27 @@ class Loss(Section):
     prior_weights: list[list[AtLeast0Real]] | None = says(None, "[[step, weight], ...] of the class pictures, linear")
 
 
+class Optimizer(Section):
+    """`optimizer`: a name, or what is below. Names: docs/optimizers.md."""
+
+    name: str | None = says(None, "adamw, adamw8bit, prodigy, lion, adafactor, schedulefree_adamw, muon, ...")
+    params: dict[str, Any] | None = says(None, "arguments of the optimizer, beside the learning rate")
+    rates: dict[str, Positive | str] | None = says(None, "{pattern of parameter names: learning rate, or x16: factor}")
+
+
+class Schedule(Section):
+    """`schedule`: how the learning rate goes over the steps; a name, or what is below."""
+
+    name: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = says(
+        "constant", "the way down after the warm-up"
+    )
+    warmup: AtLeast0 = says(0, "steps over which the rate grows from 0")
+    steps: AtLeast1 | None = says(None, "where the way down ends (default: max_steps)")
+    cycles: AtLeast1 = says(1, "how often cosine_with_restarts goes down")
+    power: Positive = says(1.0, "of polynomial")
+    end: AtLeast0Real = says(0.0, "factor at the end")
+
+
 class Adapter(Section):
     """An entry of `adapter_config`: where an adapter reads and writes, and what it is."""
 
@@ -239,6 +260,8 @@ class Config(Section):
     data: Data | None = says(None, "the pictures")
     lightning: Lightning | None = says(None, "how the run goes")
     checkpoint: Checkpoint | None = says(None, "the base weights")
+    optimizer: str | Optimizer | None = says(None, "the optimizer, by name; the same as model.params.optimizer_config")
+    schedule: str | Schedule | None = says(None, "the learning rate over the steps; as model.params.scheduler_config")
     loss: Loss | None = says(None, "what a step draws and how errors are weighed; the same as model.params.loss")
     dreambooth: DreamBooth | None = says(None, "options of a run of ldm train")
     training: Training | None = says(None, "options of a run of ldm fit")

@@ -158,7 +158,7 @@ def _trainer_options(rest: list[str], known: Iterable[str]) -> tuple[dict[str, A
     while words:
         word = words.pop(0)
         key, has_value, value = word.partition("=")
-        if has_value and "." in key:
+        if has_value and ("." in key or key in schema.Config.model_fields):
             overrides.append(word)
         elif word.startswith("--"):
             if not has_value:

@@ -29,6 +29,16 @@ def base_rates(optimizer: Optimizer | dict[str, Any]) -> list[float]:
     return [float(group.get("initial_lr", group["lr"])) for group in groups]
 
 
+def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The options of each group of a new optimizer, beside its parameters and its learning rate."""
+    return [{key: _plain(value) for key, value in group.items() if key not in NOT_OPTIONS}
+            for group in optimizer.param_groups]  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def name_of(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
@@ -72,15 +82,18 @@ class AsConfigured(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         wanted = self.wanted or trainer.optimizers
         self.now = {
+            "options": [options_of(optimizer) for optimizer in wanted],
             "optimizers": [name_of(optimizer) for optimizer in wanted],
             "rates": [base_rates(optimizer) for optimizer in wanted],
             "schedule": self.schedule,
         }
         if self.wanted is None:
             return
-        for optimizer, fresh in zip(trainer.optimizers, wanted, strict=True):
-            for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
-                group.update({key: value for key, value in new.items() if key not in NOT_OPTIONS})
+        then = self.then.get("options") or [[{}] * len(options) for options in self.now["options"]]
+        for optimizer, were, are in zip(trainer.optimizers, then, self.now["options"], strict=True):
+            for group, old, new in zip(optimizer.param_groups, were, are, strict=True):
+                # Prodigy and others keep their state among the options: what the config has not changed stays.
+                group.update({key: value for key, value in new.items() if key not in old or old[key] != value})
         if self._has_other_schedule(trainer):
             self._begin_schedule(trainer)
         elif self.then["rates"] != self.now["rates"]:

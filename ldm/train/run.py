@@ -50,6 +50,7 @@ from ldm.train import caches, lock
 from ldm.train.callbacks import EpochReport, ImageLogger
 from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.memory import keep_freed_memory
+from ldm.train.optimizers import OptimizerModes, spell_out
 from ldm.train.rates import AsConfigured
 from ldm.train.resume import SafeCheckpointIO, SaveRun
 from ldm.train.workers import Workers
@@ -106,9 +107,7 @@ def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -
         raise InputError("no config: name one with --base, e.g. --base configs/sd-mini/attn2o-ffni.yaml")
     configs = [*stored, *(load_config(find_file(path)) for path in paths)]
     config = override(merged(*configs), overrides)
-    if config.get("loss") is not None and config.get("model") is not None:
-        loss = config.pop("loss")
-        OmegaConf.update(config, "model.params.loss", loss, merge=True)
+    spell_out(config)
     check_config(config)
     for section in ("model", "data"):
         if config.get(section) is None:
@@ -356,8 +355,8 @@ def make_callbacks(run: Run, saver: SaveRun) -> list[pl.Callback]:
     often = 10 if torch.cuda.is_available() else 1  # to show the loss is to wait for the device
     progress = TQDMProgressBar(refresh_rate=often if sys.stderr.isatty() else 50)
     schedule = plain(OmegaConf.select(run.config, "model.params.scheduler_config"))
-    own = [AsConfigured(schedule), KeepConfigs(run), EpochReport(), LearningRateMonitor("step"), progress]
-    return [saver.done, *callbacks, *own, saver]
+    own = [AsConfigured(schedule), OptimizerModes(), KeepConfigs(run), EpochReport(), LearningRateMonitor("step")]
+    return [saver.done, *callbacks, *own, progress, saver]
 
 
 def checkpoint_every(config: DictConfig) -> int:

@@ -20,6 +20,7 @@ from ldm.models.building import fill_added, load_base
 from ldm.models.diffusion.guidance import batched
 from ldm.models.diffusion.losses import diffusion_loss, simple_loss
 from ldm.models.diffusion.objective import Objective
+from ldm.models.diffusion.parameter_rates import check_rates, rate_of, refuse_unmatched
 from ldm.models.diffusion.prediction import prediction
 from ldm.models.diffusion.process import DiffusionProcess
 from ldm.models.diffusion.training import DiffusionTraining, Drawn
@@ -67,6 +68,7 @@ class DDPM(DiffusionProcess, DiffusionTraining):
         logvar_init: float = 0.0,
         min_snr_gamma: float | None = None,
         loss: Mapping | None = None,
+        learning_rates: Mapping[str, float | str] | None = None,
         mask_as_published: bool = False,  # see `ldm.models.diffusion.losses.simple_loss`
     ) -> None:
         super().__init__()
@@ -82,6 +84,7 @@ class DDPM(DiffusionProcess, DiffusionTraining):
                 raise InputError("min_snr_gamma and loss.weighting say the same thing twice: leave min_snr_gamma out")
             loss = {**(loss or {}), "weighting": "min_snr", "gamma": float(min_snr_gamma)}
         self.objective = Objective(loss, self.prediction)
+        self.learning_rates = check_rates(learning_rates)
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
         self.log_every_t, self.learn_logvar, self.mask_as_published = log_every_t, learn_logvar, mask_as_published
         self.scheduler_config = scheduler_config
@@ -232,7 +235,20 @@ class DDPM(DiffusionProcess, DiffusionTraining):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What learns, as the groups of an optimizer; none where nothing does."""
-        return [{"params": learning}] if (learning := list(self.trainable_parameters().values())) else []
+        learning = self.trainable_parameters()
+        return self.groups_of([(None, learning)]) if learning else []
+
+    def groups_of(self, shares: Sequence[tuple[float | None, Mapping[str, nn.Parameter]]]) -> list[dict[str, Any]]:
+        """A group of the optimizer for each learning rate; `shares` are (learning rate or the model's, parameters)."""
+        refuse_unmatched(self.learning_rates, {name: value for _, own in shares for name, value in own.items()})
+        groups: dict[float | None, list[nn.Parameter]] = {None: []}  # None: the model's, which comes first
+        for own_rate, parameters in shares:
+            usual = getattr(self, "learning_rate", None) if own_rate is None else own_rate
+            for name, parameter in parameters.items():
+                rate = rate_of(name, self.learning_rates, usual)
+                groups.setdefault(own_rate if rate == usual else rate, []).append(parameter)
+        rates = {rate: {} if rate is None else {"lr": rate} for rate in groups}
+        return [{"params": parameters} | rates[rate] for rate, parameters in groups.items() if parameters]
 
 
 class LatentDiffusion(DDPM):
@@ -314,11 +330,7 @@ class LatentDiffusion(DDPM):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """A group for each learning rate that families have of their own; whatever has none is in the first one."""
-        groups: dict[float | None, list[nn.Parameter]] = {None: list(self._own().values())}
-        for chosen, own in self.tuning.shares():
-            groups.setdefault(chosen.learning_rate, []).extend(own.values())
-        rates = {rate: {} if rate is None else {"lr": rate} for rate in groups}
-        return [{"params": parameters} | rates[rate] for rate, parameters in groups.items() if parameters]
+        return self.groups_of([(None, self._own()), *((one.learning_rate, own) for one, own in self.tuning.shares())])
 
     # --- stages: outside its steps a family's parameters have no gradient, so that no optimizer touches them.
     # Who learns is a function of the step alone: a run resumes within any stage.

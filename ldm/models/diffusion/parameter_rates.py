@@ -1,0 +1,53 @@
+"""Learning rates of their own for parameters by name, e.g. a smaller one for the text encoder, or LoRA+.
+
+`{"cond_stage_model.*": 5.0e-05, "*.lora_B.*": x16}`: a pattern of state-dict names, `*` crosses dots; the first that
+matches counts. A number is a learning rate; `x16` multiplies that of the family or the model (LoRA+, arXiv 2402.12354,
+section 4, has a ratio of 16 between B and A).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ldm.errors import InputError, short
+
+
+def check_rates(rates: Mapping[str, float | str] | None) -> dict[str, float | str]:
+    """A copy of the mapping. Raises `InputError` for what is neither a positive number nor a factor such as x16."""
+    for pattern, rate in (rates or {}).items():
+        if not _is_positive(_factor(rate) if isinstance(rate, str) else rate):
+            raise InputError(f"the learning rate of {pattern!r} must be a positive number or x16, got {short(rate)}")
+    return dict(rates or {})
+
+
+def rate_of(name: str, rates: Mapping[str, float | str], usual: float) -> float:
+    """The learning rate of a parameter; `usual` is that of its family or of the model."""
+    for pattern, rate in rates.items():
+        if fnmatchcase(name, pattern):
+            return usual * _factor(rate) if isinstance(rate, str) else float(rate)
+    return usual
+
+
+def refuse_unmatched(rates: Mapping[str, float | str], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises `InputError` for a pattern that matches no trainable parameter."""
+    for pattern in rates:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise InputError(
+                f"the learning rate of {pattern!r} is for no trainable parameter; their names are like "
+                f"{', '.join(list(parameters)[:2]) or '(none)'}"
+            )
+
+
+def _factor(rate: str) -> float:
+    try:
+        return float(rate.removeprefix("x")) if rate.startswith("x") else math.nan
+    except ValueError:
+        return math.nan
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
