@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
@@ -149,6 +150,11 @@ def batches(
 def to_pil(picture: Tensor) -> Image.Image:
     """A picture [3, H, W] in [0, 1] as PIL."""
     return Image.fromarray(rearrange((picture * 255).round().byte(), "c h w -> h w c").cpu().numpy())
+
+
+def from_pil(picture: Image.Image) -> Tensor:
+    """An RGB picture of PIL as [3, H, W] in [0, 1]."""
+    return rearrange(torch.from_numpy(np.array(picture)), "h w c -> c h w").float() / 255
 
 
 def grid(pictures: Sequence[Tensor], columns: int, gap: int = 2) -> Tensor:

@@ -74,6 +74,7 @@ def run(options: argparse.Namespace) -> None:
     from ldm import generate
     from ldm.config import find_file, load_config
     from ldm.devices import best_device
+    from ldm.models.building import untuned
     from ldm.util import load_model_from_config
 
     model = load_model_from_config(untuned(load_config(find_file(options.config))), options.ckpt, verbose=True)
@@ -136,14 +137,6 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     if not prompts:
         raise InputError(f"--from-file {options.from_file} holds no prompt; expected one per line")
     return prompts
-
-
-def untuned(config):
-    """A config without the tuning of its training: files bring their own. Routes of position adapters stay."""
-    params = config.get("model", {}).get("params", {})
-    for name in ("tuning", "add_token"):
-        params.pop(name, None)
-    return config
 
 
 def add_adapters(model, options: argparse.Namespace) -> None:

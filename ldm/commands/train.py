@@ -7,13 +7,17 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ldm.cli import Parser
+from ldm.evaluate.protocol import PROTOCOLS
 from ldm.train.options import add_dreambooth, sorted_out
 
 
 def add_arguments(p: Parser) -> None:
     add_dreambooth(p)
+    p.add_argument("--evaluate", nargs="?", const="dreambooth", choices=PROTOCOLS, metavar="|".join(PROTOCOLS),
+                   help="score the last checkpoint at the end, as ldm evaluate does, and log it")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
@@ -25,8 +29,36 @@ def run(options: argparse.Namespace) -> None:
     if not options.train:
         print(dreambooth.report(run) + "\nnothing trained: add -t")
         return
+    protocol = planned_evaluation(run, options.evaluate) if options.evaluate else None
     if line := finished(run):
         print(line)
+        if protocol:
+            evaluate(run, protocol, [])
         return
-    if dreambooth.train(run, options).is_global_zero:
+    trainer = dreambooth.train(run, options)
+    if trainer.is_global_zero:
         print(outcome(run))
+        if protocol:
+            evaluate(run, protocol, trainer.loggers)
+
+
+def planned_evaluation(run: Any, name: str) -> Any:
+    """The protocol of that name, if its networks are there and the run has a subject. Raises `InputError`."""
+    from ldm.evaluate import runs
+
+    runs.subject_is_known(run)
+    return runs.networks_of(run, PROTOCOLS[name])
+
+
+def evaluate(run: Any, protocol: Any, loggers: list[Any]) -> None:
+    """Score the last checkpoint of a run: `scores.json` in its folder, and `score/<column>` in its loggers."""
+    from ldm.commands.evaluate import report
+    from ldm.evaluate import runs, tables
+
+    scores = runs.of_run(run, protocol)
+    tables.save(run.folder / "scores.json", [scores])
+    for logger in loggers:
+        logger.log_metrics({f"score/{name}": value for name, value in scores.row().items() if value is not None},
+                           scores.step)  # fmt: skip
+        logger.finalize("success")
+    print(report(scores) + f"\n{run.folder / 'scores.json'}")

@@ -14,11 +14,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.data.pictures import read_picture
 from ldm.errors import InputError
 from ldm.evaluate.networks import Network
 from ldm.writing import writing
 
 FILE = "features.sqlite"
+CHUNK = 256  # pictures in memory at once
 
 
 def content_of(picture: Image.Image) -> str:
@@ -85,16 +87,33 @@ def vectors_of(
     verbose: bool = False,
 ) -> Tensor:
     """The vectors [n, d] of RGB pictures; those that the cache has are not computed again."""
-    contents = [content_of(picture) for picture in pictures]
-    known = cache.get(network.digest, contents)
-    new = {content: picture for content, picture in zip(contents, pictures, strict=True) if content not in known}
-    names = list(new)
-    progress = tqdm(total=len(names), desc=network.name, disable=not verbose or not names, leave=False)
+    found: list[Tensor] = []
+    progress = tqdm(total=len(pictures), desc=network.name, disable=not verbose, leave=False)
     with progress:
-        for start in range(0, len(names), batch_size):
-            part = names[start : start + batch_size]
-            seen = dict(zip(part, network.vectors([new[name] for name in part]), strict=True))
-            cache.put(network.digest, seen)
-            known |= seen
+        for start in range(0, len(pictures), CHUNK):
+            part = [pictures[i] for i in range(start, min(start + CHUNK, len(pictures)))]
+            contents = [content_of(picture) for picture in part]
+            known = cache.get(network.digest, contents)
+            new = {name: picture for name, picture in zip(contents, part, strict=True) if name not in known}
+            names = list(new)
+            for first in range(0, len(names), batch_size):
+                batch = names[first : first + batch_size]
+                seen = dict(zip(batch, network.vectors([new[name] for name in batch]), strict=True))
+                cache.put(network.digest, seen)
+                known |= seen
+            found += [known[content] for content in contents]
             progress.update(len(part))
-    return torch.stack([known[content] for content in contents])
+    return torch.stack(found)
+
+
+class Files(Sequence):
+    """The RGB pictures of files, each read when it is asked for, so that a folder of many needs no memory."""
+
+    def __init__(self, paths: Sequence[str | Path]) -> None:
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> Image.Image:
+        return read_picture(self.paths[number])

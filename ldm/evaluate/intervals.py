@@ -23,7 +23,7 @@ class Interval:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f}" + ("" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]")
+        return f"{self.mean:.3f} " + ("(one value)" if self.low is None else f"[{self.low:.3f}, {self.high:.3f}]")
 
 
 def bootstrap_weights(groups: Sequence[object], draws: int = 2000, seed: int = 0) -> np.ndarray:

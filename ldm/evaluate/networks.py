@@ -88,7 +88,7 @@ class Network:
     @torch.inference_mode()
     def vectors(self, pictures: Sequence[Image.Image]) -> Tensor:
         """RGB pictures as [b, d], on the CPU. Raises `InputError` for numbers that are not finite."""
-        device = next(self.module.parameters()).device
+        device = next(iter(self.module.state_dict().values())).device
         found = self.embed(torch.stack([self.preprocess(picture) for picture in pictures]).to(device)).float().cpu()
         if not torch.isfinite(found).all():
             raise InputError(f"the network {self.name} gave numbers that are not finite; check its weights")
@@ -234,13 +234,13 @@ def is_there(name: str) -> bool:
 @cache
 def load_network(name: str, device: str = "cpu", download: bool = False) -> Network:
     """A network by name, once for each device. Raises `InputError` for what is none, or not there."""
-    folder = None if name == LITE0 else folder_of(name, download)
-    if name != LITE0 and folder is None:
+    folder = folder_of(name, download)
+    kind = next((kind for kind in NETWORKS if kind.recognises(name, folder)), None)
+    if kind is None and folder is None:
         raise InputError(
             f"no network {name}: it is no folder with config.json and not in the hub's cache; name a folder, "
             f"{LITE0}, or fetch it with --download"
         )
-    kind = next((kind for kind in NETWORKS if kind.recognises(name, folder)), None)
     if kind is None:
         raise InputError(f"{name} is of no known kind; expected {'; '.join(kind.title for kind in NETWORKS)}")
     network = kind.load(name, folder)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,53 +25,18 @@ from tqdm import tqdm
 from ldm import generate
 from ldm.data.pictures import find_pictures, read_picture
 from ldm.errors import InputError
-from ldm.evaluate.features import FeatureCache, vectors_of
+from ldm.evaluate.distances import distances
+from ldm.evaluate.features import FeatureCache, Files, vectors_of
 from ldm.evaluate.intervals import Interval, mean_interval
 from ldm.evaluate.metrics import METRICS, column
 from ldm.evaluate.networks import Network, default_networks, load_network
 from ldm.evaluate.prompts import choose_templates, filled
+from ldm.evaluate.protocol import Protocol
 from ldm.models.bases import base_of
 
 log = logging.getLogger(__name__)
 
 Photographs = str | Path | Sequence[str | Path | Image.Image]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What is drawn and how it is compared; the default is DreamBooth's.
-
-    prompts: `auto` (the class decides), `object`, `live`, `mini`, a file of templates, or templates
-    first: how many of them, from the first on; None: all
-    per_prompt: pictures of each
-    class_templates, per_class: the prompts of prior drift and the pictures of each; 0: no prior drift
-    seed: of the first picture; they count up
-    networks: names, see `ldm.evaluate.networks`; None: those of the base
-    """
-
-    prompts: str | tuple[str, ...] = "auto"
-    first: int | None = None
-    per_prompt: int = 4
-    identifier: str = "sks"
-    class_templates: tuple[str, ...] = ("photo of a {}",)
-    per_class: int = 16
-    seed: int = 0
-    sampler: str = "ddim"
-    steps: int = 50
-    scale: float = 7.5
-    batch_size: int = 16
-    networks: tuple[str, ...] | None = None
-    level: float = 0.95
-    draws: int = 2000  # resamples of the bootstrap
-    download: bool = False  # networks that are not in the hub's cache
-
-    def sampling(self) -> generate.Settings:
-        return generate.Settings(self.sampler, self.steps, scale=self.scale, half=True)
-
-
-# Four prompts, four pictures each, by DPM-Solver: on SD-mini a few seconds on two cores.
-FAST = Protocol(first=4, per_class=4, sampler="dpm_solver", steps=10)
-PROTOCOLS = {"dreambooth": Protocol(), "fast": FAST, "mini": replace(FAST, prompts="mini", scale=5.0)}
 
 
 @dataclass(frozen=True)
@@ -81,7 +46,7 @@ class Drawn:
     A prompt or caption is None where a picture does not say.
     """
 
-    pictures: list[Image.Image]
+    pictures: Sequence[Image.Image]
     prompts: list[str | None]
     captions: list[str | None]
     seeds: list[int | None]
@@ -101,7 +66,7 @@ class Scores:
     step: int | None = None
     notes: list[str] = field(default_factory=list)  # what is left out
     drawn: Drawn | None = None
-    distances: dict[str, float] = field(default_factory=dict)  # FID and KID
+    distances: dict[str, float] = field(default_factory=dict)  # clip_fid, clip_kid, clip_kid_std, ...
 
     def row(self) -> dict[str, float | None]:
         """The columns `x`, `x_low` and `x_high` of each value x."""
@@ -123,7 +88,8 @@ class Scores:
 def draw(model: Any, prompts: Sequence[str], seeds: Sequence[int], protocol: Protocol, verbose: bool = False) -> list:
     """PIL pictures of prompts and seeds, several prompts in a batch."""
     made: list[Image.Image] = []
-    size, settings = protocol.batch_size, protocol.sampling()
+    size = protocol.batch_size
+    settings = generate.Settings(protocol.sampler, protocol.steps, scale=protocol.scale, half=True)
     for start in tqdm(range(0, len(prompts), size), desc="drawing", disable=not verbose, leave=False):
         part = slice(start, start + size)
         made += map(generate.to_pil, generate.generate(model, prompts[part], seeds[part], settings))
@@ -252,19 +218,38 @@ SIDES: dict[str, Callable[[Mapping[str, Tensor], Drawn, Network], tuple[Tensor, 
 }  # fmt: skip
 
 
-def read_photographs(given: Photographs) -> list[Image.Image]:
+def add_distances(
+    scores: Scores,
+    references: Sequence[Image.Image],
+    networks: Mapping[str, Network],
+    cache: FeatureCache,
+    verbose: bool = False,
+) -> None:
+    """Add FID and KID between the pictures of some scores and others. Raises `InputError` for too few pictures."""
+    for label, network in networks.items():
+        sets = (scores.drawn.pictures, references)
+        ours, theirs = (vectors_of(network, pictures, cache, verbose=verbose) for pictures in sets)
+        found = distances(ours, theirs)
+        scores.distances |= {f"{label}_{name}": getattr(found, name) for name in ("fid", "kid", "kid_std")}
+
+
+def read_photographs(given: Photographs) -> Sequence[Image.Image]:
     """RGB pictures of a folder, of paths, or as they are. Raises `InputError`."""
-    paths = find_pictures(given) if isinstance(given, (str, Path)) else given
-    return [one.convert("RGB") if isinstance(one, Image.Image) else read_picture(one) for one in paths]
+    if isinstance(given, (str, Path)):
+        return Files(find_pictures(given))
+    return [one.convert("RGB") if isinstance(one, Image.Image) else read_picture(one) for one in given]
 
 
-def load_networks(protocol: Protocol, model: Any = None) -> dict[str, Network]:
-    """The networks of a protocol by label, on the model's device; a second one of a kind is `clip2`, ..."""
+def load_networks(protocol: Protocol, model: Any = None, device: Any = "cpu") -> dict[str, Network]:
+    """The networks of a protocol by label, on the model's device if there is one; a second of a kind is `clip2`, ...
+
+    Raises `InputError` for those that are not there.
+    """
     names = protocol.networks
     if names is None:
         base = None if model is None else base_of(model.state_dict())
         names = default_networks(base and base.name)
-    device = "cpu" if model is None else str(model.betas.device)
+    device = str(device if model is None else model.betas.device)
     found: dict[str, Network] = {}
     for name in dict.fromkeys(names):
         network = load_network(name, device, protocol.download)

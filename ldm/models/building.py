@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -173,6 +174,14 @@ def untuned_model(config: Mapping) -> nn.Module:
     """The model of a config before its tuning is installed, which may start from weights that are loaded first."""
     waits = "install_tuning" in (parameters_of(get_obj_from_str(str(config["model"].get("target"))))[1] or [])
     return instantiate_from_config(config["model"], **({"install_tuning": False} if waits else {}))
+
+
+def untuned(config: Any) -> Any:
+    """A config without the tuning of its training: files bring their own. Routes of position adapters stay."""
+    params = config.get("model", {}).get("params", {})
+    for name in ("tuning", "add_token"):
+        params.pop(name, None)
+    return config
 
 
 def tune(model: nn.Module) -> None:

@@ -51,4 +51,4 @@ def test_pairs_are_of_one_prompt_and_of_two_pictures():
 def test_a_single_value_has_no_interval():
     found = mean_interval(np.array([0.5]), ["a"])
     assert (found.mean, found.low, found.high, found.n) == (0.5, None, None, 1)
-    assert str(found) == "0.500"
+    assert str(found) == "0.500 (one value)"

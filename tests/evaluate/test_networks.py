@@ -1,6 +1,7 @@
 """Feature networks: recognised, read without code, shown what they were trained on."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -179,3 +180,12 @@ def test_a_damaged_cache_is_told(tmp_path):
 def test_the_folder_of_sd_mini_says_what_its_clip_is_shown():
     how = read_preprocessing(ROOT / MINI)
     assert how == Preprocessing(64, 64, [0.5] * 3, [0.5] * 3)
+
+
+def test_the_network_of_the_docs(monkeypatch):
+    (code,) = re.findall(r"```python\n# network\n(.*?)```", (ROOT / "docs/evaluation.md").read_text(), re.DOTALL)
+    monkeypatch.setattr(networks, "NETWORKS", list(networks.NETWORKS))
+    exec(compile(code, "docs/evaluation.md", "exec"), {"__name__": "example"})
+    network = load_network("colours")
+    assert network.vectors([Image.new("RGB", (8, 8), "white")]).tolist() == [[1.0] * 48]
+    assert load_network(MINI).label == "clip"

@@ -1,0 +1,160 @@
+"""What can be scored: a run with its checkpoints, a folder or file of what was tuned, a folder of pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm.config import find_file, load_config
+from ldm.data.pictures import find_pictures
+from ldm.errors import InputError
+from ldm.evaluate.features import Files
+from ldm.evaluate.scoring import Drawn
+from ldm.interchange import load_any
+from ldm.models.bases import DEFAULT
+from ldm.models.building import build_model, choose_checkpoint, untuned
+from ldm.modules.encoders.tokens import load_words
+from ldm.train import dreambooth
+from ldm.train import run as runs
+from ldm.train.run import Run
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was tuned, one checkpoint of it.
+
+    base: builds the model without tuning anew; switched off, its position adapters have learnt nothing
+    """
+
+    path: Path
+    step: int | None
+    base: Callable[[], Any]
+    scale: float = 1.0
+
+    def put_into(self, model: Any) -> None:
+        """Put what was tuned into a base. Raises `InputError` for another base model."""
+        model.model.diffusion_model.adapters_enable(True)
+        load_any(model, self.path, self.scale)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run was about, as far as it is known."""
+
+    data_root: str | None = None
+    class_word: str | None = None
+    identifier: str | None = None
+    template: str | None = None
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run that a path is, or lies in as `<run>/checkpoints/<name>`."""
+    return next((f for f in (path, path.parent.parent) if (f / "configs" / "project.yaml").is_file()), None)
+
+
+def is_pictures(path: Path) -> bool:
+    """Whether a path is a folder that holds pictures and nothing that was tuned."""
+    if not path.is_dir() or run_of(path) == path or (path / "adapter_config.json").is_file():
+        return False
+    return not list(path.glob("*.pt")) and not list(path.glob("*.safetensors"))
+
+
+def opened(
+    path: Path, checkpoints: str = "last", config: str | None = None, ckpt: str | None = None, scale: float = 1.0
+) -> tuple[list[Source], Subject]:
+    """What is to be scored, in the order of its steps, and what the run says about its subject.
+
+    `checkpoints` of a run: `last`, `all`, or steps such as `200,400`. `config` and `ckpt` name the base model of a file
+    or folder that lies in no run. Raises `InputError`.
+    """
+    if not path.exists():
+        raise InputError(f"{path} does not exist: expected a run, a folder or file of what was tuned, or pictures")
+    folder = run_of(path)
+    run = read_run(folder) if folder else None
+    base = _base(run, config, ckpt)
+    if folder == path:
+        return [Source(one, step, base, scale) for step, one in chosen(path, checkpoints)], subject_of(run)
+    if checkpoints != "last":
+        raise InputError(f"--checkpoints is for runs; {path} is none")
+    step = re.match(r"(\d+)-adapters$", path.name)
+    return [Source(path, int(step[1]) if step else None, base, scale)], subject_of(run) if run else Subject()
+
+
+def read_run(folder: Path) -> Run:
+    """The run in a folder, from its config. Raises `InputError` for one that tuned on no subject."""
+    config = runs.read_configs([], [], folder)
+    if config.get("dreambooth") is None or OmegaConf.select(config, "data.params.train") is None:
+        raise InputError(f"{folder} is no run of ldm train: its config lacks dreambooth or data.params.train")
+    return dreambooth.as_run(config, folder)
+
+
+def subject_of(run: Run) -> Subject:
+    """What a run was about."""
+    train = run.config.get("data", {}).get("params", {}).get("train") or {}
+    params = {} if dreambooth.has_concepts(run.config) else train.get("params", {})
+    templates = params.get("templates", "photo of a {}")
+    template = templates if isinstance(templates, str) else templates[0]
+    template = template if template.count("{}") == 1 and template.count("{") == 1 else None
+    word = run.notes["class_word"]
+    return Subject(run.config.dreambooth.get("data_root"), word, run.notes["identifier"], template)
+
+
+def chosen(folder: Path, checkpoints: str) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints of a run that are asked for. Raises `InputError` for absent ones."""
+    there = {int(path.name.partition("-")[0]): path for path in (folder / "checkpoints").glob("[0-9]*-adapters")}
+    if not there:
+        raise InputError(f"{folder}/checkpoints has no <step>-adapters: the run has saved nothing to score")
+    named = {"last": [max(there)], "all": sorted(there)}.get(checkpoints)
+    if named is None:
+        words = checkpoints.split(",")
+        named = sorted({int(word) for word in words if word.strip().isdecimal()})
+        if len(named) != len(words) or not set(named) <= there.keys():
+            steps = ",".join(map(str, sorted(there)))
+            raise InputError(f"--checkpoints {checkpoints}: expected last, all, or some of the steps {steps}")
+    return [(step, there[step]) for step in named]
+
+
+def _base(run: Run | None, config: str | None, ckpt: str | None) -> Callable[[], Any]:
+    """How the base model is built: that of the run, or that of a config."""
+    words = run.config.dreambooth.get("words") if run else None
+
+    def build() -> Any:
+        source = run.config if run and config is None else load_config(find_file(config or DEFAULT.config))
+        source = untuned(source.copy())
+        model = build_model(source, *choose_checkpoint(source, ckpt or (run.base if run else None))).eval()
+        if words:
+            load_words(model.cond_stage_model, words, "--embedding_manager_ckpt")
+        model.model.diffusion_model.adapters_enable(False)
+        return model
+
+    return build
+
+
+def read_drawn(folder: Path, identifier: str | None, class_word: str | None) -> Drawn:
+    """The pictures of a folder, with the prompts and seeds that PNG files of `ldm sample` say.
+
+    A caption for CLIP-T is the prompt without the identifier before the class.
+    """
+    paths = find_pictures(folder)
+    notes = [_notes(path) for path in paths]
+    prompts = [note.get("prompt") for note in notes]
+    seeds = [int(note["seed"]) if str(note.get("seed", "")).isdecimal() else None for note in notes]
+    own, plain = f"{identifier} {class_word}", str(class_word)
+    captions = [prompt and (prompt.replace(own, plain) if identifier and class_word else prompt) for prompt in prompts]
+    return Drawn(Files(paths), prompts, captions, seeds)
+
+
+def _notes(path: Path) -> dict[str, str]:
+    """The text chunks of a PNG; {} for other files and damaged ones, which are refused when they are read."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            text: Sequence[tuple[str, Any]] = list(getattr(picture, "text", {}).items())
+            return {str(key): str(value) for key, value in text}
+    except Exception:  # Pillow's decoders raise a dozen kinds
+        return {}
