@@ -17,7 +17,7 @@ from types import ModuleType
 from ldm.cli import Parser, complete
 
 VERBS = {
-    "training": ("train", "train-many", "fit", "lora-pti", "cache-latents", "config"),
+    "training": ("train", "train-many", "plan", "fit", "lora-pti", "cache-latents", "config"),
     "pictures": ("sample", "before-after", "evaluate", "demo"),
     "files of adapters, LoRAs, deltas, words and models": (
         "inspect", "convert", "merge", "lora-add", "distill", "deltas", "compress", "compose",

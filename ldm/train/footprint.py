@@ -1,0 +1,203 @@
+"""What a training step costs before it runs: memory, floating-point operations and traffic, counted on fake tensors.
+
+A fake tensor has a shape, a type and a storage without bytes. One step of the real model, loss and optimizer goes over
+fake tensors in a few seconds whatever its size; a dispatch mode sees every operation and counts what lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ldm.devices import cast_frozen
+from ldm.models.building import skip_init, untuned_model
+from ldm.modules.cached_encoders import CachedPosteriors, CachedPrompts
+from ldm.train.run import PRECISIONS
+from ldm.tuning import UNET
+
+
+@dataclass
+class Footprint:
+    """What one training step takes. Bytes throughout."""
+
+    unet: int = 0  # its frozen weights
+    encoders: int = 0  # weights of the autoencoder and the text encoder that stay on the device
+    trainable: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    peak: int = 0  # of everything together
+    parameters: int = 0  # how many numbers are trainable
+    flops: int = 0  # floating-point operations of the step; a multiplication and an addition are two
+    calls: list[tuple[int, int]] = field(default_factory=list)  # (operations, bytes) of every kernel
+
+    @property
+    def activations(self) -> int:
+        """What a step needs beside weights, gradients and the optimizer's state, at its peak."""
+        return self.peak - self.unet - self.encoders - self.trainable - self.gradients - self.optimizer
+
+
+class Count(TorchDispatchMode):
+    """Counts live storages, operations and traffic of everything that runs within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.now = self.peak = 0
+        self.calls: list[tuple[int, int]] = []
+
+    def track(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor, once, for as long as it lives."""
+        storage = tensor.untyped_storage()
+        reference = StorageWeakRef(storage)
+        known = self.live.get(reference.cdata)
+        if known is not None:
+            if not known[0].expired():
+                return
+            self.now -= known[1]
+        self.live[reference.cdata] = reference, storage.nbytes()
+        self.now += storage.nbytes()
+        if self.now > self.peak:  # only then does it matter what has died meanwhile
+            self.forget_dead()
+            self.peak = max(self.peak, self.now)
+
+    def forget_dead(self) -> None:
+        for key, (reference, size) in list(self.live.items()):
+            if reference.expired():
+                del self.live[key]
+                self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        outputs = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        for value in outputs:
+            self.track(value)
+        if not func.is_view:
+            inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            traffic = sum(value.numel() * value.element_size() for value in (*inputs, *outputs))
+            count = flop_registry.get(func._overloadpacket)
+            self.calls.append((count(*args, **kwargs, out_val=result) if count else 0, traffic))
+        return result
+
+
+def bytes_of(tensors: Any) -> int:
+    """The bytes of tensors, each storage once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def measure(
+    config: Mapping,
+    batches: Sequence[tuple[int, ...]],
+    base_precision: str = "fp32",
+    precision: str = "32",
+    cache: bool = True,
+    learning_rate: float = 1e-4,
+    caption: str | tuple[int, int] = "photo of a sks dog",
+) -> Footprint:
+    """The footprint of a training step of a config's model.
+
+    batches: (pictures, height, width) of each batch of a step: of the subject, and of its class if there is one; a
+    fourth number: channels, by default 3. caption: a text, or (tokens, width) where the condition is given encoded.
+    cache: pictures and captions are encoded before, so that frozen encoders are not on the device.
+    Raises `InputError` for a config that does not build.
+    """
+    result = Footprint()
+    with skip_init():  # memory that nobody writes to is not taken from the machine
+        model = untuned_model(config)
+        model.tune()
+    model.learning_rate = learning_rate
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        _without_values(model, fake)
+        trained = model.trainable_parameters()
+        cast_frozen(model.model.diffusion_model, PRECISIONS[base_precision])
+        samples = [_samples(model, batch, caption) for batch in batches]
+        if cache:
+            samples = [_cached(model, batch, trained) for batch in samples]
+        count = Count()
+        parameters = dict(model.named_parameters())
+        for value in (*parameters.values(), *model.buffers()):
+            count.track(value)
+        frozen = {name: value for name, value in parameters.items() if name not in trained}
+        result.trainable, result.parameters = bytes_of(trained.values()), sum(v.numel() for v in trained.values())
+        result.unet = bytes_of(value for name, value in frozen.items() if name.startswith(UNET))
+        result.encoders = bytes_of(value for name, value in frozen.items() if not name.startswith(UNET))
+        optimizer = model.configure_optimizers()
+        optimizer = optimizer[0][0] if isinstance(optimizer, tuple) else optimizer
+        model.train()
+        with count:
+            for is_measured in (False, True):  # the optimizer's state comes with the first step
+                if is_measured:
+                    count.calls.clear()
+                with _autocast(precision):
+                    loss = sum(loss for loss, _ in model.losses(samples))
+                loss.backward()
+                result.gradients = bytes_of(v.grad for v in trained.values() if v.grad is not None)
+                del loss
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        state = [value for entry in optimizer.state.values() for value in tree_leaves(entry)]
+        result.optimizer = bytes_of(value for value in state if isinstance(value, Tensor))
+    result.peak, result.calls, result.flops = count.peak, count.calls, sum(flops for flops, _ in count.calls)
+    return result
+
+
+def _without_values(model: nn.Module, fake: FakeTensorMode) -> None:
+    """Put fake tensors in the place of a model's parameters and buffers; what is shared stays shared."""
+    made: dict[int, Tensor] = {}
+
+    def without(value: Tensor) -> Tensor:
+        if id(value) not in made:
+            empty = fake.from_tensor(value.detach())
+            is_parameter = isinstance(value, nn.Parameter)
+            made[id(value)] = nn.Parameter(empty, value.requires_grad) if is_parameter else empty
+        return made[id(value)]
+
+    originals = []  # kept, so that no two have the same id
+    for module in model.modules():
+        for holder in (module._parameters, module._buffers):
+            for name, value in holder.items():
+                if value is not None:
+                    originals.append(value)
+                    holder[name] = without(value)
+
+
+def _samples(model: nn.Module, batch: tuple[int, ...], caption: str | tuple[int, int]) -> dict[str, Any]:
+    pictures, *rest = batch
+    captions = [caption] * pictures if isinstance(caption, str) else torch.empty(pictures, *caption)
+    return {model.first_stage_key: torch.empty(pictures, *([*rest, 3][:3])), model.cond_stage_key: captions}
+
+
+@torch.no_grad()
+def _cached(model: nn.Module, batch: dict[str, Any], trained: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The batch as encoded before; frozen encoders give way to what answers from memory."""
+    pictures, captions = batch[model.first_stage_key], batch[model.cond_stage_key]
+    if not isinstance(model.first_stage_model, CachedPosteriors):
+        model.true_first_stage = [model.first_stage_model]
+    [first_stage] = model.true_first_stage
+    posterior = first_stage.encode(pictures.permute(0, 3, 1, 2).contiguous())
+    if hasattr(posterior, "parameters"):
+        batch = {**batch, model.first_stage_key: posterior.parameters.permute(0, 2, 3, 1)}
+        model.first_stage_model = CachedPosteriors(first_stage)
+    if not any(name.startswith("cond_stage_model.") for name in trained) and isinstance(captions, list):
+        if not isinstance(model.cond_stage_model, CachedPrompts):
+            known = dict(zip(captions[:1], model.get_learned_conditioning(captions[:1]), strict=True))
+            model.cond_stage_model = CachedPrompts(model.cond_stage_model, known)
+    return batch
+
+
+@contextmanager
+def _autocast(precision: str) -> Iterator[None]:
+    kind = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.partition("-")[0])
+    with torch.autocast("cpu", kind) if kind and precision.endswith("mixed") else nullcontext():
+        yield
