@@ -1,4 +1,4 @@
-"""Say what a training would cost, before it runs: trainable weights, memory by part, operations, time on a GPU.
+"""Say what a training would cost before it runs: memory by part, operations, time on a GPU.
 
     ldm plan --base configs/sd-inject-dreambooth/attn2o-ffni.yaml --base_precision bf16 --gpu "RTX 3060"
 
