@@ -63,6 +63,22 @@ def test_a_clip_folder_gives_the_projections_of_its_towers():
     assert torch.allclose(network.embed_captions(["a cat"]), out.text_embeds, atol=1e-5)
 
 
+def test_a_name_on_the_hub_is_found_in_the_cache(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--vit"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    assert networks.folder_of("someone/vit") is None
+    vit_folder(snapshot, "vit")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    assert networks.folder_of("someone/vit") == snapshot and networks.is_there("someone/vit")
+    assert load_network("someone/vit").name == "someone/vit"
+    (snapshot / "model.safetensors").unlink()
+    assert networks.folder_of("someone/vit") is None  # without weights it is not there
+
+
 def test_networks_are_told_apart_by_their_weights(tmp_path):
     vit_folder(tmp_path / "a", "vit")
     vit_folder(tmp_path / "b", "vit")
