@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,11 +52,6 @@ def step(base_precision: str, checkpointing: bool, size: int) -> float:
     from ldm.models.building import skip_init
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    before = 0
-    if device.type == "cpu":
-        torch.zeros(1)
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-        Path("/proc/self/clear_refs").write_text("5")
     with skip_init():
         model = instantiate_from_config(config(checkpointing).model)
     for parameter in model.parameters():
@@ -63,7 +59,10 @@ def step(base_precision: str, checkpointing: bool, size: int) -> float:
     cast_frozen(model.model.diffusion_model, {"fp32": torch.float32, "bf16": torch.bfloat16}[base_precision])
     model.to(device).train()
     gc.collect()
-    if device.type == "cpu":  # building in fp32 is not the step
+    before = 0
+    if device.type == "cpu":  # neither Python nor building in fp32 belongs to the step
+        weights = sum(value.numel() * value.element_size() for value in model.parameters())
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") - weights
         Path("/proc/self/clear_refs").write_text("5")
     optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=1e-4)
     side = size // 8

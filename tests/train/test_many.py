@@ -65,6 +65,8 @@ def test_each_becomes_what_it_becomes_alone(work):
 
 FAMILIES = {
     "lora": "[{family: lora, params: {rank: 2}}, {family: lora, params: {rank: 2, kind: loha}, learning_rate: 2.0e-3}]",
+    "text": "[{family: lora, params: {rank: 2, targets: [cond_stage_model.*.self_attn.*_proj]}}]",
+    "words": "[{family: textual-inversion, params: {words: <sks>, init_word: dog}}]",
     "biases": "[{family: biases}]",
     "keys": "[{family: cross-attention, steps: [0, 2]}, {family: norms, steps: [2, null]}]",
 }
@@ -76,7 +78,9 @@ def test_other_families_become_what_they_become_alone_and_resume(work):
     for name, tuning in FAMILIES.items():
         configs.append(work / f"{name}.yaml")
         unet = "unet_config: {params: {adapter_config: null}}"
-        configs[-1].write_text(f"defaults: {TINY}\nmodel: {{params: {{train_level: [], {unet}, tuning: {tuning}}}}}\n")
+        word = "data: {params: {train: {params: {identifier: <sks>}}}}\n" if name == "words" else ""
+        model = f"model: {{params: {{train_level: [], {unet}, tuning: {tuning}}}}}\n"
+        configs[-1].write_text(f"defaults: {TINY}\n{model}{word}")
     roots = ["--data_root", work / "photos", "--reg_data_root", work / "class", *QUIET, plain]
     main("-t", "-n", "many", "--logdir", work / "logs", "--base", *configs, *roots, "--max_steps", 2)
     main("-t", "-r", find_run(work, "many"), "--max_steps", 4)

@@ -8,6 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.checkpoints import read_weights
+from ldm.commands import Program
+from ldm.errors import InputError
 from tests import runs
 from tests.conftest import ROOT
 from tests.tuned_models import answer, model
@@ -24,15 +26,50 @@ def test_the_page_is_one_page():
     assert len(PAGE.splitlines()) <= 80
 
 
-@pytest.mark.slow
-def test_the_example(tmp_path, monkeypatch):
+@pytest.fixture
+def ia3(tmp_path, monkeypatch):
+    """The module of the page on the path, and a config that trains it on the tiny model."""
     (tmp_path / "ia3.py").write_text(block("python"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "ia3", raising=False)
     chosen = OmegaConf.create(block("yaml")).model.params
     narrow = {"unet_config": {"params": {"adapter_config": None}}, **chosen}
     OmegaConf.save({"defaults": str(runs.TINY), "model": {"params": narrow}}, tmp_path / "ia3.yaml")
-    run = runs.train(tmp_path, "ia3", config=tmp_path / "ia3.yaml")
+    return tmp_path / "ia3.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_resumes_to_the_bit_on_either_base(tmp_path, ia3, precision):
+    more = ["--base_precision", precision, "--no-test"]
+    whole = runs.train(tmp_path, "whole", "--max_steps", 2, *more, config=ia3)
+    parts = runs.train(tmp_path, "parts", "--max_steps", 1, *more, config=ia3)
+    with pytest.raises(InputError, match="ia3.IA3"):  # a stored config imports nothing unasked
+        runs.resume(parts, "--max_steps", 2)
+    runs.resume(parts, "--max_steps", 2, "--allow_family", "ia3.IA3")
+    assert runs.differences(runs.last(whole), runs.last(parts)) == []
+    factors = runs.last(whole)["state_dict"].values()
+    assert all(value.dtype == torch.float32 and (value != 1).any() for value in factors)
+
+
+@pytest.mark.slow
+def test_it_trains_side_by_side_with_others(tmp_path, ia3):
+    sgd = "model.params.optimizer_config={target: torch.optim.SGD}"
+    photos, others = runs.pictures(tmp_path / "photos", 4), runs.pictures(tmp_path / "class", 3, 1)
+    roots = ["--data_root", photos, "--reg_data_root", others]
+    words = [*roots, "--class_word", "dog", "--accelerator", "cpu", "--max_steps", "3", sgd]
+    configs = ["--base", str(ia3), str(runs.TINY)]
+    Program("train-many")([*map(str, ["-t", "-n", "many", "--logdir", tmp_path / "logs", *configs, *words])])
+    alone = runs.train(tmp_path, "alone", "--max_steps", 3, sgd, "--no-test", config=ia3)
+    (folder,) = runs.find_run(tmp_path, "many").glob("*ia3*")
+    here, there = (read_weights(f / "checkpoints" / "3-adapters" / "tuned.safetensors") for f in (folder, alone))
+    assert here.keys() == there.keys()
+    assert all(torch.allclose(here[name], there[name], atol=1e-6) for name in there)
+
+
+@pytest.mark.slow
+def test_the_example(tmp_path, ia3):
+    run = runs.train(tmp_path, "ia3", config=ia3)
     folder = run / "checkpoints" / "4-adapters"
     held = read_weights(folder / "tuned.safetensors")
     assert len(held) == 2 * 4 and all(name.endswith("parametrizations.weight.0.factor") for name in held)
