@@ -11,6 +11,7 @@ What the columns mean: docs/evaluation.md.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from ldm.cli import Parser, add_allow_family, count, seed_number, text
@@ -44,7 +45,7 @@ def add_arguments(p: Parser) -> None:
     model.add_argument("--checkpoints", default="last", metavar="last|all|STEPS", help="of a run (default last)")
     model.add_argument("--config", help="config of the base model")
     model.add_argument("--ckpt", help="checkpoint of the base model; by default the one that the config names")
-    model.add_argument("--adapter_scale", type=float, default=1.0, help="strength of what was tuned (default 1)")
+    model.add_argument("--adapter_scale", type=finite, default=1.0, help="strength of what was tuned (default 1)")
     model.add_argument("--device", help="cuda, cuda:1, mps or cpu; by default the best there is")
     model.add_argument("--trust_config", action="store_true", help="import whatever the run's config names")
     add_allow_family(model)
@@ -55,13 +56,29 @@ def add_arguments(p: Parser) -> None:
     how.add_argument("--prompts", metavar=f"auto|{'|'.join(LISTS)}|FILE", help="auto: the class decides")
     how.add_argument("--first", type=count, metavar="N", help="only the first N prompts")
     how.add_argument("--n_samples", type=count, metavar="N", help="pictures of each prompt")
-    how.add_argument("--class_samples", type=int, metavar="N", help="pictures of the class; 0: no prior drift")
+    how.add_argument("--class_samples", type=count_or_0, metavar="N", help="pictures of the class; 0: no prior drift")
     how.add_argument("--seed", type=seed_number, help="seed of the first picture; they count up")
     how.add_argument("--sampler", choices=("ddim", "plms", "dpm_solver"))
     how.add_argument("--ddim_steps", type=count, help="steps of any sampler")
-    how.add_argument("--scale", type=float, help="guidance scale")
+    how.add_argument("--scale", type=finite, help="guidance scale")
     how.add_argument("--batch_size", type=count, help="pictures at once")
     how.add_argument("--pictures", type=Path, metavar="DIR", help="keep the pictures that are drawn")
+
+
+def finite(given: str) -> float:
+    """argparse type for a number that is one."""
+    try:
+        number = float(given)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {given!r}")
+    return number
+
+
+def count_or_0(given: str) -> int:
+    """argparse type for how many, or none."""
+    return 0 if given == "0" else count(given)
 
 
 def run(options: argparse.Namespace) -> None:

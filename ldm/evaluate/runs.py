@@ -14,6 +14,7 @@ from ldm.devices import best_device
 from ldm.errors import InputError
 from ldm.evaluate.features import FeatureCache, Files
 from ldm.evaluate.networks import Network, default_networks, load_network
+from ldm.evaluate.prompts import choose_templates
 from ldm.evaluate.protocol import Protocol
 from ldm.evaluate.scoring import Drawn, Scores, add_distances, class_pictures, compare, load_networks, score
 from ldm.evaluate.sources import Subject, is_pictures, opened, read_drawn, subject_of
@@ -72,6 +73,7 @@ def answers(question: Question, cache: FeatureCache | None = None) -> Iterator[S
         if not value:
             raise InputError(f"{option} is missing: {question.path} does not say what it was tuned on")
     find_pictures(question.data_root)
+    choose_templates(question.protocol.prompts, question.class_word)
     protocol, prior, device = question.protocol, None, best_device(question.device)
     for source in sources:
         model = source.base().to(device)

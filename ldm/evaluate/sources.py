@@ -16,7 +16,7 @@ from ldm.data.pictures import find_pictures
 from ldm.errors import InputError
 from ldm.evaluate.features import Files
 from ldm.evaluate.scoring import Drawn
-from ldm.interchange import load_any
+from ldm.interchange import load_any, open_file, recognise
 from ldm.models.bases import DEFAULT
 from ldm.models.building import build_model, choose_checkpoint, untuned
 from ldm.modules.encoders.tokens import load_words
@@ -82,6 +82,9 @@ def opened(
         return [Source(one, step, base, scale) for step, one in chosen(path, checkpoints)], subject_of(run)
     if checkpoints != "last":
         raise InputError(f"--checkpoints is for runs; {path} is none")
+    row = recognise(open_file(path))  # what is of no known kind is told before anything is drawn
+    if row.form == "model":
+        raise InputError(f"{path} is {row.title}: give it with --ckpt, and here what was tuned, or pictures of it")
     step = re.match(r"(\d+)-adapters$", path.name)
     return [Source(path, int(step[1]) if step else None, base, scale)], subject_of(run) if run else Subject()
 
@@ -108,6 +111,8 @@ def subject_of(run: Run) -> Subject:
 def chosen(folder: Path, checkpoints: str) -> list[tuple[int, Path]]:
     """(step, folder) of the checkpoints of a run that are asked for. Raises `InputError` for absent ones."""
     there = {int(path.name.partition("-")[0]): path for path in (folder / "checkpoints").glob("[0-9]*-adapters")}
+    if not there and (parts := sorted(one.parent.parent.name for one in folder.glob("*/configs/project.yaml"))):
+        raise InputError(f"{folder} holds {len(parts)} trainings; name one of them, such as {folder / parts[0]}")
     if not there:
         raise InputError(f"{folder}/checkpoints has no <step>-adapters: the run has saved nothing to score")
     named = {"last": [max(there)], "all": sorted(there)}.get(checkpoints)

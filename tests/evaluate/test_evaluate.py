@@ -15,6 +15,7 @@ from ldm.errors import InputError
 from ldm.evaluate.metrics import cosines
 from ldm.evaluate.networks import load_network
 from ldm.evaluate.sources import is_pictures
+from tests.conftest import ROOT
 from tests.runs import TINY, arguments, events, find_run, main_dream_booth, pictures, train
 
 MINI = "models/sd-mini/clip"
@@ -202,8 +203,7 @@ def refused(message: str, *words: object) -> None:
 
 def test_bad_input_is_one_line(tmp_path):
     pictures(tmp_path / "a", 2)
-    adapters = tmp_path / "b"
-    save_safetensors(adapters / "adapters.safetensors", {"a": torch.zeros(1)})
+    adapters = ROOT / "tests/recorded/files/attn2o-ffni"
     refused("nowhere does not exist: expected a run", tmp_path / "nowhere")
     refused("--out x.txt: expected a name that ends in .json, .csv, .npy", tmp_path / "a", "--out", "x.txt")
     refused("--checkpoints is for runs", tmp_path / "a", "--checkpoints", "all")
@@ -230,6 +230,11 @@ def test_bad_input_is_one_line(tmp_path):
         tmp_path / "similar.npy",
     )
     assert not (tmp_path / "similar.npy").exists()
+    refused("--prompts none.txt is no file", adapters, "--config", TINY, "--data_root", tmp_path / "a", "--class_word",
+            "dog", "--prompts", "none.txt")  # fmt: skip
+    refused("is the weights of a whole model: give it with --ckpt", ROOT / "models/sd-mini/model.safetensors")
+    refused("expected a finite number, got 'nan'", tmp_path / "a", "--scale", "nan")
+    refused("expected a whole number of at least 1, got '-1'", tmp_path / "a", "--class_samples", "-1")
     run = tmp_path / "run"
     (run / "configs").mkdir(parents=True)
     (run / "configs" / "project.yaml").write_text("model: {target: ldm.models.clip.CLIP}\ndata: {}\n")
@@ -240,5 +245,8 @@ def test_bad_input_is_one_line(tmp_path):
         "{target: ldm.data.dreambooth.PersonalizedBase}}}\ndreambooth: {class_word: dog}\n"
     )
     refused("has no <step>-adapters", run)
+    (run / "one" / "configs").mkdir(parents=True)
+    (run / "one" / "configs" / "project.yaml").touch()
+    refused("holds 1 trainings; name one of them", run)
     (run / "checkpoints" / "5-adapters").mkdir(parents=True)
     refused("expected last, all, or some of the steps 5", run, "--checkpoints", "7")
