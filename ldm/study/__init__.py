@@ -1,0 +1,1 @@
+"""Floor 6: the study: sweeps, their analysis, reports."""
