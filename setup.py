@@ -40,7 +40,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["ldm", "ldm.*"]), *DATA],
     package_dir={package: package.removeprefix("ldm._data.") for package in DATA},  # found by ldm.config.find_file
-    package_data={"ldm": ["py.typed"], **DATA},
+    package_data={"ldm": ["py.typed", "modules/encoders/clip_vocabulary/*"], **DATA},
     py_modules=["main_dream_booth", "sample"],
     entry_points={"console_scripts": ["ldm = ldm.__main__:command", *LORA_COMMANDS]},
     install_requires=[
@@ -51,6 +51,7 @@ setup(
         "omegaconf>=2.3",
         "pydantic>=2.7,<3",
         "einops>=0.7",
+        "ftfy>=6.1",  # CLIP's tokenizers clean prompts with it, and their ids depend on it
         "kornia>=0.7",
         "peft>=0.18",
         "torchmetrics>=1.4",  # FID and KID; Lightning brings it

@@ -12,29 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm import trust
+from ldm.aliases import ALIASES
 from ldm.errors import InputError, did_you_mean, explain, first_line, short
 from ldm.files import read_yaml_text
-
-# Targets which the configs of the published repositories name, and what they mean here.
-# In the originals these are copies of the class on the right, in files of their own.
-ALIASES = {
-    "ldm.models.diffusion.ddpm_dream.LatentDiffusion": "ldm.models.diffusion.ddpm.LatentDiffusion",
-    "ldm.models.diffusion.ddpm_dream.DDPM": "ldm.models.diffusion.ddpm.DDPM",
-    "ldm.modules.diffusionmodules.openaimodel_inject.UNetModel_inject": "ldm.modules.diffusionmodules.openaimodel.UNetModel",  # noqa: E501
-    "ldm.modules.diffusionmodules.openaimodel_inject.UNetModel": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-    "ldm.data.personalized_dream.PersonalizedBase": "ldm.data.dreambooth.PersonalizedBase",
-    "ldm.data.personalized.PersonalizedBase": "ldm.data.dreambooth.PersonalizedBase",
-    "main_dream_booth.DataModuleFromConfig": "ldm.train.datamodule.DataModuleFromConfig",
-    "main_dream_booth.ImageLogger": "ldm.train.callbacks.ImageLogger",
-    "main.DataModuleFromConfig": "ldm.train.datamodule.DataModuleFromConfig",
-    "main.ImageLogger": "ldm.train.callbacks.ImageLogger",
-    "src.model.CustomDiffusion": "ldm.models.diffusion.custom.CustomDiffusion",
-    "src.custom_modules.FrozenCLIPEmbedderWrapper": "ldm.modules.encoders.modules.FrozenCLIPEmbedderWrapper",
-    "src.finetune_data.MaskBase": "ldm.data.custom.MaskBase",
-    "train.DataModuleFromConfig": "ldm.train.datamodule.DataModuleFromConfig",
-    "train.ImageLogger": "ldm.train.callbacks.ImageLogger",
-    "ldm.modules.losses.LPIPSWithDiscriminator": "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator",
-}
 
 
 def get_obj_from_str(string: str, reload: bool = False) -> Any:
@@ -97,6 +77,7 @@ def check_entry(config: Mapping, place: str = "") -> None:
 
     name, where = str(config["target"]), f"{place}." if place else ""
     beside = {"model": schema.Model, "model.params.tuning": schema.Tuning, "": schema.Model}
+    beside["model.params.conditioner_config.params.emb_models"] = schema.Embedder
     beside = beside.get(re.sub(r"\.\d+$", "", place), schema.Entry).model_fields
     if unknown := next((key for key in config if key not in beside), None):
         raise InputError(f"{where}{unknown} is unknown{did_you_mean(unknown, beside)}")
@@ -166,9 +147,10 @@ def _signature(function: Callable) -> list[inspect.Parameter]:
 def parameters_of(target: Callable) -> tuple[list[str], list[str] | None]:
     """The names of a callable's required parameters, and of all (None: any).
 
-    A class that passes `**more` on to its parent takes the parent's parameters too.
+    A class that passes `**more` on to its parent takes the parent's parameters too, but for those that it gives itself:
+    it names them as `GIVEN`.
     """
-    required, known = [], []
+    required, known, given = [], [], set()
     for cls in inspect.getmro(target) if inspect.isclass(target) else (target,):
         if inspect.isclass(cls) and "__init__" not in vars(cls):
             continue
@@ -176,9 +158,10 @@ def parameters_of(target: Callable) -> tuple[list[str], list[str] | None]:
             parameters = inspect.signature(cls).parameters.values()
         except ValueError:  # a builtin without a signature
             return [], None
-        by_name = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        by_name = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in given]
         required += [p.name for p in by_name if p.default is p.empty and p.name not in known]
         known += [p.name for p in by_name if p.name not in known]
+        given.update(vars(cls).get("GIVEN", ()) if inspect.isclass(cls) else ())
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return required, known
     return [], None

@@ -34,19 +34,24 @@ class Settings:
 
     sampler: str = "ddim"
     steps: int = 50
-    eta: float = 0.0
+    eta: float | None = None  # by default the sampler's: 0, but 1 for ancestral ones
     scale: float = 7.5
     height: int | None = None
     width: int | None = None
     channels: int | None = None  # of the latents; by default the model's
     factor: int | None = None  # pixels per latent; by default the autoencoder's
+    spacing: str = "uniform"  # of the steps
     half: bool = False  # autocast, on devices that gain from it
     cache_text: bool = True  # keys and values of the text once, not at every step
     decoded_pixels: int = 512 * 512  # of all pictures that the autoencoder decodes at once
 
+    def factor_of(self, model: Any) -> int:
+        """Pixels per latent, along one side."""
+        return self.factor or getattr(model.first_stage_model, "downsampling_factor", 1)
+
     def latent_shape(self, model: Any) -> tuple[int, int, int]:
         """(c, h, w) of the latents. Raises `InputError` for a size that the UNet cannot halve often enough."""
-        factor = self.factor or getattr(model.first_stage_model, "downsampling_factor", 1)
+        factor = self.factor_of(model)
         height, width = (size or model.image_size * factor for size in (self.height, self.width))
         step = factor * model.model.diffusion_model.downsampling_factor
         if height % step or width % step or min(height, width) < step:
@@ -88,13 +93,15 @@ def generate(
     precision = torch.autocast(device.type, dtype=torch.float16) if half else nullcontext()
     remembering = cached_text(model.model.diffusion_model) if settings.cache_text else nullcontext()
     with evaluating(model), model.ema_scope(), precision, remembering:
-        condition = model.get_learned_conditioning(list(prompts))
-        empty = None if settings.scale == 1 else model.get_learned_conditioning([""] * len(prompts))
-        if isinstance(condition, Tensor) and not torch.isfinite(condition).all():
+        shape = settings.latent_shape(model)
+        pixels = tuple(side * settings.factor_of(model) for side in shape[1:])
+        condition, empty = model.conditions(prompts, pixels, guided=settings.scale != 1)
+        parts = condition.values() if isinstance(condition, Mapping) else [condition]
+        if not all(torch.isfinite(part).all() for part in parts if isinstance(part, Tensor)):
             raise NotFinite("the text encoder", model, half)
-        steps = row.steps(model.alphas_cumprod, settings.steps, settings.eta)
+        steps = row.steps(model.alphas_cumprod, settings.steps, settings.eta, spacing=settings.spacing)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        draw_noise = partial(draw, (len(prompts), *settings.latent_shape(model)), device, generators)
+        draw_noise = partial(draw, (len(prompts), *shape), device, generators)
         denoise = guided(model.predict_noise, condition, empty, settings.scale)
         progress = partial(tqdm, desc=row.title, disable=not verbose)
         finite: list[Tensor] = []  # of each step, on the device: to look at them is to wait for it

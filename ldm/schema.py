@@ -102,6 +102,16 @@ class Schedule(Section):
     end: AtLeast0Real = says(0.0, "factor at the end")
 
 
+class Embedder(Entry):
+    """An entry of `emb_models` of a `GeneralConditioner`: an embedder and the key of the batch that it reads."""
+
+    input_key: str | None = says(None, "key of the batch that it reads")
+    input_keys: list[str] | None = says(None, "the same for an embedder of several")
+    is_trainable: bool = says(False, "whether it learns")
+    ucg_rate: Annotated[float, Field(ge=0, le=1)] = says(0.0, "how often its answer is dropped, for guidance")
+    legacy_ucg_value: Any = says(None, "what then takes the place of its input (default: zeros in place of its answer)")
+
+
 class Adapter(Section):
     """An entry of `adapter_config`: where an adapter reads and writes, and what it is."""
 
@@ -272,6 +282,8 @@ DEEPER = {
     "model.params.tuning": list[Tuning] | Tuning | None,
     "model.params.unet_config.params.adapter_config": AdapterConfig | None,
     "model.params.loss": Loss | None,
+    "model.params.network_config.params.adapter_config": AdapterConfig | None,
+    "model.params.conditioner_config.params.emb_models": list[Embedder] | None,
     "data.params": DataParams | None,
 }
 DATA_TARGET = "ldm.train.datamodule.DataModuleFromConfig"
@@ -458,7 +470,8 @@ def _is_plain(value: Any) -> bool:
 
 PAGE = (
     (Config, "Top level"), (Model, "model"), (Tuning, "model.params.tuning"),
-    (AdapterConfig, "adapter_config"), (Adapter, "entries of adapter_config"), (Data, "data"),
+    (AdapterConfig, "adapter_config"), (Adapter, "entries of adapter_config"),
+    (Embedder, "entries of emb_models"), (Data, "data"),
     (DataParams, "data.params"), (Lightning, "lightning"), (Trainer, "lightning.trainer"),
     (ModelCheckpoint, "lightning.modelcheckpoint"), (CheckpointParams, "lightning.modelcheckpoint.params"),
     (DreamBooth, "dreambooth"), (Training, "training"), (Checkpoint, "checkpoint"),

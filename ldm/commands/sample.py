@@ -13,6 +13,9 @@ from ldm.errors import InputError
 from ldm.files import read_text
 from ldm.models.bases import BASES, DEFAULT
 
+# Of `ldm.models.diffusion.samplers`, which imports torch.
+SAMPLERS = ("ddim", "plms", "dpm_solver", "euler", "euler_a", "heun", "dpmpp_2m", "dpmpp_2s_a", "lms")
+
 
 class DescriptionAndDefaults(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The description as it is written, and every option with its default."""
@@ -45,10 +48,13 @@ def add_arguments(p: Parser) -> None:
     model.add_argument("--embedding_path", metavar="FILE", help="learnt words (textual inversion)")
 
     how = p.add_argument_group("how to sample")
-    how.add_argument("--sampler", choices=("ddim", "plms", "dpm_solver"), default="ddim")
+    how.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="_a: ancestral, which add noise on their way")
+    how.add_argument("--spacing", choices=("uniform", "quad", "trailing", "karras"), default="uniform",
+                     help="of the steps: quad for ddim and plms, karras for euler to lms")  # fmt: skip
     how.add_argument("--plms", dest="sampler", action="store_const", const="plms", help="short for --sampler plms")
     how.add_argument("--ddim_steps", type=int, default=50, help="steps of any sampler")
-    how.add_argument("--ddim_eta", type=float, default=0.0, help="0 is deterministic")
+    how.add_argument("--ddim_eta", type=float, 
+                     help="noise that is added, 0 is none (default: 1 for ancestral samplers, else 0)")  # fmt: skip
     how.add_argument("--scale", type=float, default=7.5, help="guidance scale")
     how.add_argument("--H", type=int, help="height in pixels; by default the model's")
     how.add_argument("--W", type=int, help="width in pixels; by default the model's")
@@ -75,6 +81,7 @@ def run(options: argparse.Namespace) -> None:
     from ldm.config import find_file, load_config
     from ldm.devices import best_device
     from ldm.models.building import untuned
+    from ldm.models.diffusion.samplers import sampler as row
     from ldm.util import load_model_from_config
 
     model = load_model_from_config(untuned(load_config(find_file(options.config))), options.ckpt, verbose=True)
@@ -86,11 +93,12 @@ def run(options: argparse.Namespace) -> None:
         compile_module(model.model.diffusion_model, options.compile)
     settings = generate.Settings(
         options.sampler, options.ddim_steps, options.ddim_eta, options.scale, options.H, options.W, options.C,
-        options.f, half=options.precision == "autocast",
+        options.f, half=options.precision == "autocast", spacing=options.spacing,
     )  # fmt: skip
     outdir, singles = Path(options.outdir), Path(options.outdir) / "samples"
     metadata = {
-        "sampler": options.sampler, "steps": options.ddim_steps, "eta": options.ddim_eta, "scale": options.scale,
+        "sampler": options.sampler, "steps": options.ddim_steps, "spacing": options.spacing,
+        "eta": row(options.sampler).usual_eta if options.ddim_eta is None else options.ddim_eta, "scale": options.scale,
         "config": options.config, "ckpt": options.ckpt or "the config's", "embeddings": options.embedding_path or "",
         "adapter": ", ".join(options.adapter_path), "adapter scale": ", ".join(map(str, options.adapter_scale)),
     }  # fmt: skip

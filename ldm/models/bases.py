@@ -133,11 +133,27 @@ SD_PARTS = {
     "text_encoder": Part(TEXT, "text_encoder", "model", "pytorch_model", "transformers", "CLIPTextModel"),
 }
 SD_OTHERS = {"scheduler": ("diffusers", "PNDMScheduler"), "tokenizer": ("transformers", "CLIPTokenizer")}
+OPEN_CLIP_PARTS = SD_PARTS | {
+    "text_encoder": Part(
+        CONDITIONER + "model.", "text_encoder", "model", "pytorch_model", "transformers", "CLIPTextModel"
+    )
+}
+EMBEDDERS = "conditioner.embedders."
+SDXL_PARTS = SD_PARTS | {
+    "text_encoder": Part(
+        EMBEDDERS + "0.transformer.", "text_encoder", "model", "pytorch_model", "transformers", "CLIPTextModel"
+    ),
+    "text_encoder_2": Part(
+        EMBEDDERS + "1.model.", "text_encoder_2", "model", "pytorch_model", "transformers",
+        "CLIPTextModelWithProjection",
+    ),
+}  # fmt: skip
 LDM_PARTS = {"unet": Part(UNET), "vae": Part(FIRST_STAGE)}
 
 FIRST_LAYER = UNET + "input_blocks.0.0.weight"  # [width of the finest level, latent channels, 3, 3]
 CONTEXT = UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"  # [width of the coarsest level, of the text]
 FIRST_DECODED = FIRST_STAGE + "decoder.conv_in.weight"  # [width of the coarsest level, latent channels, 3, 3]
+LABELS = UNET + "label_emb.0.0.weight"  # [width of the time embedding, of the vector]
 CODEBOOK = FIRST_STAGE + "quantize.embedding.weight"  # [entries, latent channels]
 
 
@@ -151,6 +167,24 @@ BASES = [
     Base(
         "sd-v1", "Stable Diffusion v1", "configs/stable-diffusion/v1-inference.yaml", 512,
         {FIRST_LAYER: (320, 4, 3, 3), CONTEXT: (1280, 768)}, SD_PARTS, "StableDiffusionPipeline", SD_OTHERS,
+    ),
+    Base(
+        "sd-v1-inpainting", "Stable Diffusion v1 inpainting",
+        "configs/stable-diffusion/v1-inpainting-inference.yaml", 512,
+        {FIRST_LAYER: (320, 9, 3, 3), CONTEXT: (1280, 768)}, SD_PARTS,
+    ),
+    Base(  # at 768 pixels the same with another prediction, which no weight tells: v2-inference-v.yaml
+        "sd-v2", "Stable Diffusion 2.x", "configs/stable-diffusion/v2-inference.yaml", 512,
+        {FIRST_LAYER: (320, 4, 3, 3), CONTEXT: (1280, 1024)}, OPEN_CLIP_PARTS,
+    ),
+    Base(
+        "sd-v2-inpainting", "Stable Diffusion 2.x inpainting",
+        "configs/stable-diffusion/v2-inpainting-inference.yaml", 512,
+        {FIRST_LAYER: (320, 9, 3, 3), CONTEXT: (1280, 1024)}, OPEN_CLIP_PARTS,
+    ),
+    Base(
+        "sdxl", "SDXL", "configs/sdxl/sd_xl_base.yaml", 1024,
+        {FIRST_LAYER: (320, 4, 3, 3), CONTEXT: (1280, 2048), LABELS: (1280, 2816)}, SDXL_PARTS,
     ),
     Base(
         "sd-mini", "SD-mini", "configs/sd-mini/inference.yaml", 64,
@@ -170,7 +204,7 @@ DEFAULT = BASES[0]
 # --- what is none of them
 
 NO_TRANSFORMER = "this program has UNets alone; use a Stable Diffusion v1 checkpoint"
-USE_V1 = "use a checkpoint of Stable Diffusion v1, or the config of this model if you have one"
+USE_SDXL = "use a checkpoint of SDXL's base, or the config of this model if you have one"
 LORA_KEY = re.compile(r"(^lora_(unet|te\d?)_)|\.lora_([AB]|down|up)\b|_lora\.(down|up)\.|\.lora_linear_layer\.")
 
 
@@ -182,25 +216,24 @@ def _shape(weights: Shapes, name: str) -> tuple[int, ...]:
     return tuple(getattr(weights.get(name), "shape", ()))
 
 
+def _has_text(weights: Shapes) -> bool:
+    return _any(weights, re.escape(CONDITIONER))
+
+
 def _has_unet(weights: Shapes) -> bool:
     return _any(weights, re.escape(UNET))
 
 
 FOREIGN = [
     Foreign(
-        "an SDXL checkpoint",
-        lambda w: _any(w, r"conditioner\.embedders\.") or _has_unet(w) and UNET + "label_emb.0.0.weight" in w,
-        USE_V1,
+        "a checkpoint of SDXL's refiner, or another model with its conditioner",
+        lambda w: (_any(w, r"conditioner\.embedders\.") or LABELS in w) and _shape(w, CONTEXT) != (1280, 2048),
+        USE_SDXL,
     ),
     Foreign(
-        "a Stable Diffusion inpainting checkpoint (9 input channels)",
-        lambda w: _shape(w, FIRST_LAYER)[1:2] == (9,),
-        "use the checkpoint of a plain text-to-image model",
-    ),
-    Foreign(
-        "a Stable Diffusion 2.x checkpoint",
-        lambda w: _any(w, r"cond_stage_model\.model\.") or _shape(w, CONTEXT) == (1280, 1024),
-        USE_V1,
+        "a Stable Diffusion checkpoint with other input channels (upscaling, depth or editing)",
+        lambda w: len(_shape(w, FIRST_LAYER)) == 4 and _shape(w, FIRST_LAYER)[1] not in (3, 4, 9) and _has_text(w),
+        "use the checkpoint of a text-to-image or inpainting model",
     ),
     Foreign("a Flux checkpoint", lambda w: _any(w, r"(model\.diffusion_model\.)?double_blocks\.\d"), NO_TRANSFORMER),
     Foreign(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -92,10 +94,13 @@ class BasicTransformerBlock(TappedBlock):
         context_dim: int | None = None,
         gated_ff: bool = True,
         checkpoint: bool | str = True,
+        disable_self_attn: bool = False,  # the first attention is to the context, too
     ) -> None:
         super().__init__()
         self.dim, self.context_dim, self.checkpoint = dim, context_dim, checkpoint
-        self.attn1 = CrossAttention(dim, heads=n_heads, dim_head=d_head, dropout=dropout)
+        self.disable_self_attn = disable_self_attn
+        first = context_dim if disable_self_attn else None
+        self.attn1 = CrossAttention(dim, first, heads=n_heads, dim_head=d_head, dropout=dropout)
         self.ff = FeedForward(dim, dropout=dropout, glu=gated_ff)
         self.attn2 = CrossAttention(dim, context_dim, heads=n_heads, dim_head=d_head, dropout=dropout)
         self.norm1 = nn.LayerNorm(dim)
@@ -117,7 +122,7 @@ class BasicTransformerBlock(TappedBlock):
     def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         tap = self.taps()
         x = tap("attn1i", x)
-        h = tap("attn1o", self.attn1(self.norm1(x)))
+        h = tap("attn1o", self.attn1(self.norm1(x), context if self.disable_self_attn else None))
         x = tap("attn2i", x + h)
         c = tap("attn2c", context)
         h = tap("attn2o", self.attn2(self.norm2(x), c))
@@ -127,7 +132,10 @@ class BasicTransformerBlock(TappedBlock):
 
 
 class SpatialTransformer(nn.Module):
-    """A picture [b, c, h, w] as tokens through transformer blocks, and back, around a residual path."""
+    """A picture [b, c, h, w] as tokens through transformer blocks, and back, around a residual path.
+
+    With `use_linear` the projections in and out are linear layers over tokens (SD 2.x, SDXL), else 1x1 convolutions.
+    """
 
     def __init__(
         self,
@@ -139,23 +147,38 @@ class SpatialTransformer(nn.Module):
         context_dim: int | None = None,
         use_checkpoint: bool | str = False,
         norm_num_groups: int = 32,
+        use_linear: bool = False,
+        disable_self_attn: bool = False,
     ) -> None:
         super().__init__()
         inner_dim = n_heads * d_head
-        self.in_channels = in_channels
+        self.in_channels, self.use_linear = in_channels, use_linear
         self.norm = nn.GroupNorm(norm_num_groups, in_channels, eps=1e-6)
-        self.proj_in = Conv2d(in_channels, inner_dim, 1)
+        project = nn.Linear if use_linear else partial(Conv2d, kernel_size=1)
+        self.proj_in = project(in_channels, inner_dim)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(inner_dim, n_heads, d_head, dropout, context_dim, checkpoint=use_checkpoint)
+            BasicTransformerBlock(
+                inner_dim, n_heads, d_head, dropout, context_dim,
+                checkpoint=use_checkpoint, disable_self_attn=disable_self_attn,
+            )
             for _ in range(depth)
-        )
-        self.proj_out = zero_module(Conv2d(inner_dim, in_channels, 1))
+        )  # fmt: skip
+        self.proj_out = zero_module(project(inner_dim, in_channels))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.proj_in(self.norm(x))
-        height = h.shape[2]
-        h = rearrange(h, "b c h w -> b (h w) c")
+        h = self.norm(x)
+        h = self.proj_in(to_tokens(h)) if self.use_linear else to_tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, context)
-        h = rearrange(h, "b (h w) c -> b c h w", h=height)
-        return x + self.proj_out(h)
+        h = to_picture(self.proj_out(h), x) if self.use_linear else self.proj_out(to_picture(h, x))
+        return x + h
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """[b, c, h, w] -> [b, h w, c]."""
+    return rearrange(x, "b c h w -> b (h w) c")
+
+
+def to_picture(tokens: Tensor, like: Tensor) -> Tensor:
+    """[b, h w, c] -> [b, c, h, w], with the height of `like`."""
+    return rearrange(tokens, "b (h w) c -> b c h w", h=like.shape[2])

@@ -202,7 +202,7 @@ SAMPLING = {
     "no size": ("--W -8", "the picture size 32x-8 does not fit this model"),
     "channels": ("--C 3", "latents of this model have 4 channels, not 3"),
     "plms with eta": ("--plms --ddim_eta 0.5", "--ddim_eta must be 0 with the plms sampler"),
-    "sampler": ("--sampler euler", "argument --sampler: invalid choice: 'euler'"),
+    "sampler": ("--sampler unipc", "argument --sampler: invalid choice: 'unipc'"),
     "compilation": ("--compile fast", "argument --compile: invalid choice: 'fast'"),
     "no prompts": (
         "--from-file {work}/no.txt",

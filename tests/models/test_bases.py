@@ -65,9 +65,9 @@ def manifest(golden, name):
     ("name", "what"),
     [
         ("sd_v1", "a checkpoint of Stable Diffusion v1: use --config configs/stable-diffusion/v1-inference.yaml"),
-        ("sd_v2", "a Stable Diffusion 2.x checkpoint: use a checkpoint of Stable Diffusion v1"),
-        ("sd_v2_inpainting", "a Stable Diffusion inpainting checkpoint (9 input channels): use the checkpoint of a"),
-        ("sdxl_base", "an SDXL checkpoint: use a checkpoint of Stable Diffusion v1"),
+        ("sd_v2", "a checkpoint of Stable Diffusion 2.x: use --config configs/stable-diffusion/v2-inference.yaml"),
+        ("sd_v2_inpainting", "a checkpoint of Stable Diffusion 2.x inpainting: use --config configs/stable-diff"),
+        ("sdxl_base", "a checkpoint of SDXL: use --config configs/sdxl/sd_xl_base.yaml"),
     ],
 )  # fmt: skip
 def test_released_layouts_are_refused_by_name(golden, config, name, what):
@@ -86,13 +86,15 @@ def test_what_is_no_checkpoint_is_refused_by_name(config, tmp_path):
     lora_keys.write_kohya(tmp_path / "kohya", random_lora(model, ["attn2"]), model)
     lora_keys.write_diffusers(tmp_path / "diffusers", random_lora(model, ["attn2"]), model)
     one = torch.zeros(1)
-    nine = {**state, bases.FIRST_LAYER: torch.zeros(32, 9, 3, 3)}
+    eight = {**state, bases.FIRST_LAYER: torch.zeros(32, 8, 3, 3)}
+    refiner = {**state, bases.LABELS: torch.zeros(1536, 2560)}
     for weights, what in (
         (read_weights(tmp_path / "kohya"), "a LoRA"),
         (read_weights(tmp_path / "diffusers"), "a LoRA"),
         (parts_of(state, bases.FIRST_STAGE), "an autoencoder alone"),
         ({n: v for n, v in state.items() if n.startswith(bases.FIRST_STAGE)}, "an autoencoder alone"),
-        (nine, "a Stable Diffusion inpainting checkpoint"),
+        (eight, "a Stable Diffusion checkpoint with other input channels"),
+        (refiner, "a checkpoint of SDXL's refiner"),
         ({"double_blocks.0.img_attn.qkv.weight": one}, "a Flux checkpoint"),
         ({UNET + "joint_blocks.0.x_block.attn.qkv.weight": one}, "a Stable Diffusion 3 checkpoint"),
         (parts_of(state, bases.TEXT), "the text encoder of a diffusers folder alone"),

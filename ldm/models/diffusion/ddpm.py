@@ -36,9 +36,12 @@ class DDPM(DiffusionProcess, DiffusionTraining):
     """Denoising diffusion in the space of the batch itself. Constructor arguments and buffer names are LDM's.
 
     `learning_rate` is an attribute that the training run sets. `loss` says what steps draw and how errors weigh
-    (`ldm.schema.Loss`); `min_snr_gamma: 5` is short for `loss: {weighting: min_snr, gamma: 5}`. Raises `InputError` for
-    values that make no sense.
+    (`ldm.schema.Loss`); `min_snr_gamma: 5` is short for `loss: {weighting: min_snr, gamma: 5}`. `zero_terminal_snr`
+    changes the schedule so that nothing of the picture is left at its last step (see `zero_terminal`); the prediction
+    must then be v or x0. Raises `InputError` for values that make no sense.
     """
+
+    ema_decay = 0.9999
 
     def __init__(
         self,
@@ -70,6 +73,7 @@ class DDPM(DiffusionProcess, DiffusionTraining):
         loss: Mapping | None = None,
         learning_rates: Mapping[str, float | str] | None = None,
         mask_as_published: bool = False,  # see `ldm.models.diffusion.losses.simple_loss`
+        zero_terminal_snr: bool = False,
     ) -> None:
         super().__init__()
         self.prediction = prediction(parameterization)
@@ -91,7 +95,10 @@ class DDPM(DiffusionProcess, DiffusionTraining):
         self.optimizer_config = optimizer_config or {"target": "torch.optim.AdamW"}
         if monitor is not None:
             self.monitor = monitor
-        self.model = DiffusionWrapper(unet_config, conditioning_key)
+        self.model = self._network(unet_config, conditioning_key)
+        if zero_terminal_snr and parameterization == "eps":
+            raise InputError("zero_terminal_snr needs parameterization v or x0: of noise alone, noise tells nothing")
+        self.zero_terminal_snr = zero_terminal_snr
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         self.objective.range_of(self.num_timesteps)
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
@@ -102,15 +109,22 @@ class DDPM(DiffusionProcess, DiffusionTraining):
         self.use_ema = use_ema
         self._install(use_ema, ckpt_path)
 
+    def _network(self, unet_config: Mapping, conditioning_key: str | None) -> nn.Module:
+        """The UNet in what hands it the condition."""
+        return DiffusionWrapper(unet_config, conditioning_key)
+
     def _install(self, use_ema: bool, ckpt_path: str | None) -> dict[str, Tensor]:
         """What comes after all parts are there; the tensors of the checkpoint that only tuning has a place for."""
         if use_ema:
-            self.model_ema = LitEma(self.model)
-        return {} if ckpt_path is None else load_base(self, read_weights(ckpt_path), source=str(ckpt_path))
+            self.model_ema = LitEma(self.model, self.ema_decay)
+        return {} if ckpt_path is None else self._load_base(ckpt_path)
+
+    def _load_base(self, path: str) -> dict[str, Tensor]:
+        return load_base(self, read_weights(path), source=str(path))
 
     def init_from_ckpt(self, path: str) -> None:
         """Load the weights of a checkpoint; what tuning added and the checkpoint lacks stays as it is."""
-        fill_added(self, load_base(self, read_weights(path), source=str(path)), path)
+        fill_added(self, self._load_base(path), path)
 
     def weights_loaded(self, lacking: Set[str]) -> None:
         """Averages that a checkpoint lacks begin at the weights that it has; `load_weights` calls this."""
@@ -162,10 +176,14 @@ class DDPM(DiffusionProcess, DiffusionTraining):
             t,
             self.logvar,
             self.lvlb_weights,
-            self.l_simple_weight * self.objective.weight(snr),
+            self.simple_weight(t),
             self.original_elbo_weight,
             self.learn_logvar,
         )
+
+    def simple_weight(self, t: Tensor) -> float | Tensor:
+        """What the errors at time steps t [b] weigh in the loss: one number for all, or [b]."""
+        return self.l_simple_weight * self.objective.weight(self.signal_to_noise(t))
 
     def signal_to_noise(self, t: Tensor) -> Tensor:
         """The signal-to-noise ratios [b] at time steps t [b]: alpha_bar / (1 - alpha_bar)."""
@@ -208,6 +226,10 @@ class DDPM(DiffusionProcess, DiffusionTraining):
         t = objective.steps(self.draws, self.num_timesteps, len(x_start), x_start.device)
         noise = objective.noise(self.draws, x_start)
         return x_start, cond, t, noise, self.q_sample(x_start, t, objective.added(self.draws, noise))
+
+    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """LDM's name for the loss of a batch and its parts, at steps drawn at random."""
+        return self(*self.clean(batch))
 
     def losses_of(
         self, drawn: Sequence[Drawn], masks: Sequence[Tensor | None] | None = None
@@ -258,6 +280,8 @@ class LatentDiffusion(DDPM):
     `cond_stage_trainable`, the encoder of the condition. `reg_weight` weighs the class pictures of DreamBooth.
     """
 
+    condition_name = "cond_stage_model"  # of the attribute, and so of its weights in checkpoints
+
     def __init__(
         self,
         unet_config: Mapping,
@@ -298,10 +322,9 @@ class LatentDiffusion(DDPM):
         else:
             self.scale_factor = float(scale_factor)
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
-        if cond_stage_config == "__is_first_stage__":
-            self.cond_stage_model = self.first_stage_model
-        else:
-            self.cond_stage_model = instantiate_from_config(cond_stage_config)
+        is_first_stage = cond_stage_config == "__is_first_stage__"
+        encoder = self.first_stage_model if is_first_stage else instantiate_from_config(cond_stage_config)
+        setattr(self, self.condition_name, encoder)
         self.is_tuned = bool(train_level or tuning)  # else what learns is a model of its own, not a change of another
         whole = ["unet", "embeder"] if cond_stage_trainable else ["unet"]
         levels = train_level if self.is_tuned else whole
@@ -317,7 +340,7 @@ class LatentDiffusion(DDPM):
         self.tuning.install()
         freeze_rest(self, self.trainable_parameters())
         if self.use_ema and not self.model_ema.tracks(self.model):
-            self.model_ema = LitEma(self.model, known=self.model_ema)
+            self.model_ema = LitEma(self.model, self.ema_decay, known=self.model_ema)
         fill_added(self, *self.for_tuning)
         self.for_tuning = {}, ""
 
@@ -386,7 +409,12 @@ class LatentDiffusion(DDPM):
         encoded = encode(c)
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
-    def _condition(self, batch: Mapping[str, Any]) -> Any:
+    def conditions(self, prompts: Sequence[str], size: tuple[int, int], guided: bool = True) -> tuple[Any, Any]:
+        """The conditions of prompts and, if `guided`, of empty ones, for pictures of `size` (height, width) pixels."""
+        cond = self.get_learned_conditioning(list(prompts))
+        return cond, self.get_learned_conditioning([""] * len(prompts)) if guided else None
+
+    def _condition(self, batch: Mapping[str, Any], latents: Tensor) -> Any:
         if self.cond_stage_model is None:
             return None
         raw = {
@@ -398,7 +426,8 @@ class LatentDiffusion(DDPM):
 
     def clean(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         pictures = self.get_input(batch, self.first_stage_key)
-        return self.get_first_stage_encoding(self.encode_first_stage(pictures)).detach(), self._condition(batch)
+        latents = self.get_first_stage_encoding(self.encode_first_stage(pictures)).detach()
+        return latents, self._condition(batch, latents)
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

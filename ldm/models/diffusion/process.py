@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.prediction import PREDICTIONS, Prediction
-from ldm.models.diffusion.schedule import ddpm_buffers
+from ldm.models.diffusion.schedule import ddpm_buffers, zero_terminal
 from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
 
 
@@ -19,6 +19,8 @@ class DiffusionProcess(nn.Module):
     """
 
     v_posterior = 0.0
+    zero_terminal_snr = False
+    saves_schedule = True  # whether the constants are in the state dict
     prediction: Prediction = PREDICTIONS["eps"]
 
     def register_schedule(
@@ -33,10 +35,12 @@ class DiffusionProcess(nn.Module):
         """Register the constants of the diffusion process as buffers."""
         if given_betas is None:
             given_betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        if self.zero_terminal_snr:
+            given_betas = zero_terminal(given_betas)
         buffers = ddpm_buffers(given_betas, self.v_posterior, self.prediction)
         self.num_timesteps = len(buffers["betas"])
         for name, value in buffers.items():
-            self.register_buffer(name, value, persistent=name != "lvlb_weights")
+            self.register_buffer(name, value, persistent=self.saves_schedule and name != "lvlb_weights")
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         return extract_into_tensor(getattr(self, name), t, like.shape)

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ldm.errors import InputError
+from ldm.models.diffusion import sigma_samplers
 from ldm.models.diffusion.guidance import Denoise
+from ldm.models.diffusion.sigma_steps import ancestral_steps, over_noise, sigma_steps
 from ldm.modules.diffusionmodules.util import make_ddim_sampling_parameters, make_ddim_timesteps
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -95,12 +97,14 @@ def ddim_steps(alphas_cumprod: Tensor, count: int, eta: float = 0.0, spacing: st
     return [Step(*row) for row in zip(*(column.tolist() for column in columns), strict=True)][::-1]
 
 
-def uniform_levels(alphas_cumprod: Tensor, count: int, eta: float = 0.0) -> list[Level]:
+def uniform_levels(alphas_cumprod: Tensor, count: int, eta: float = 0.0, spacing: str = "uniform") -> list[Level]:
     """count + 1 levels, uniform in time from 1 to 1/T, where training step n (from 0) stands at time (n + 1) / T.
 
     Between the training steps log(alpha) is interpolated linearly, DPM-Solver (arXiv 2206.00927) App. D.4.
-    Raises `InputError` for a count outside 1 .. T.
+    Raises `InputError` for a count outside 1 .. T and for another spacing.
     """
+    if spacing != "uniform":
+        raise InputError(f"DPM-Solver spaces its steps uniformly, got the spacing {spacing!r}; use dpmpp_2m for others")
     log_alphas = 0.5 * alphas_cumprod.detach().cpu().double().log().numpy()
     total = len(log_alphas)
     if not 1 <= count <= total:
@@ -225,15 +229,20 @@ def dpm_solver_pp(
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row: the function, the steps that it visits for (alphas_cumprod [T], count, eta), and whether eta acts."""
+    """A row: the function, the steps that it visits for (alphas_cumprod [T], count, eta), and whether eta acts.
+
+    usual_eta: the eta where none is given
+    """
 
     title: str
     function: Callable[..., Tensor]
-    schedule: Callable[..., list]
+    schedule: Callable[..., Any]
     has_eta: bool = False
+    usual_eta: float = 0.0
 
-    def steps(self, alphas_cumprod: Tensor, count: int, eta: float = 0.0, **spacing: Any) -> list:
+    def steps(self, alphas_cumprod: Tensor, count: int, eta: float | None = None, **spacing: Any) -> Any:
         """The steps to visit. Raises `InputError` for a count out of range and for an eta that has no effect."""
+        eta = self.usual_eta if eta is None else eta
         if eta and not self.has_eta:
             raise InputError(f"{self.title} is deterministic, but eta is {eta}: use eta 0 or the DDIM sampler")
         return self.schedule(alphas_cumprod, count, eta, **spacing)
@@ -243,6 +252,12 @@ SAMPLERS = {
     "ddim": Sampler("DDIM", ddim, ddim_steps, has_eta=True),
     "plms": Sampler("PLMS", plms, ddim_steps),
     "dpm_solver": Sampler("DPM-Solver", dpm_solver_pp, uniform_levels),
+    "euler": Sampler("Euler", over_noise(sigma_samplers.euler), sigma_steps),
+    "euler_a": Sampler("Euler ancestral", over_noise(sigma_samplers.euler_ancestral), ancestral_steps, True, 1.0),
+    "heun": Sampler("Heun", over_noise(sigma_samplers.heun), sigma_steps),
+    "dpmpp_2m": Sampler("DPM++ 2M", over_noise(sigma_samplers.dpmpp_2m), sigma_steps),
+    "dpmpp_2s_a": Sampler("DPM++ 2S a", over_noise(sigma_samplers.dpmpp_2s_ancestral), ancestral_steps, True, 1.0),
+    "lms": Sampler("LMS", over_noise(sigma_samplers.lms), sigma_steps),
 }
 
 

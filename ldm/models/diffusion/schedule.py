@@ -50,6 +50,18 @@ def ddpm_buffers(
     return {name: torch.tensor(values, dtype=torch.float32) for name, values in buffers.items()}
 
 
+def zero_terminal(betas: np.ndarray) -> np.ndarray:
+    """Betas [T] with the same first step, at whose last one (nearly) nothing of the signal is left.
+
+    Lin et al. (arXiv 2305.08891), Algorithm 1. In place of 0 the last alpha_bar is 2^-24, so that x_0 can be divided by
+    its root: a level of sigma = 4096.
+    """
+    root = np.sqrt(np.cumprod(1 - np.asarray(betas, dtype=np.float64)))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alphas_cumprod = np.maximum(root**2, 2.0**-24)
+    return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+
+
 def _lvlb_weights(prediction: Prediction, betas, alphas, alphas_cumprod, posterior_variance) -> np.ndarray:
     """The weight of the squared error in the variational bound at every step.
 

@@ -77,10 +77,14 @@ class DiffusionTraining(pl.LightningModule):
 
     # --- steps
 
+    def masks_of(self, batches: Sequence[Mapping[str, Any]], drawn: Sequence[Drawn]) -> list[Tensor | None]:
+        """For each batch the mask that its loss is weighed by, in the size of its latents; None without one."""
+        return [mask_of(batch, x.shape[2:]) for batch, (x, *_) in zip(batches, drawn, strict=True)]
+
     def losses(self, batches: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """The loss of each batch, from one call of the UNet for all of them."""
         drawn = self.drawn(batches, self.device)
-        return self.losses_of(drawn, masks_of(batches, drawn))
+        return self.losses_of(drawn, self.masks_of(batches, drawn))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum over the trainings of their losses: of a batch, or of DreamBooth's pair [subject, class]
@@ -91,7 +95,7 @@ class DiffusionTraining(pl.LightningModule):
             with one.sharing(self._trainer, batch_idx):
                 own = one.drawn(pair, self.device)
             drawn += own
-            masks += masks_of(pair, own)
+            masks += one.masks_of(pair, own)
         answers = iter(self.losses_of(drawn, masks))
         values, losses = {}, []
         for number, (one, pair) in enumerate(zip(self.trainings, parts, strict=True)):
@@ -237,11 +241,6 @@ def with_full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name if rest.startswith(("model.", "cond_stage_model.", "logvar")) else f"{number}.{UNET}{rest}": state[name]
         for name, (number, _, rest) in split.items()
     }
-
-
-def masks_of(batches: Sequence[Mapping[str, Any]], drawn: Sequence[Drawn]) -> list[Tensor | None]:
-    """The mask of each batch in the size of its latents, None without one."""
-    return [mask_of(batch, x.shape[2:]) for batch, (x, *_) in zip(batches, drawn, strict=True)]
 
 
 def mask_of(batch: Mapping[str, Any], size: torch.Size) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,3 +42,17 @@ class DiffusionWrapper(nn.Module):
     ) -> Tensor:
         channels, context, labels = CONDITIONING[self.conditioning_key](c_concat, c_crossattn)
         return self.diffusion_model(torch.cat([x, *channels], dim=1), t, context=context, y=labels)
+
+
+class OpenAIWrapper(nn.Module):
+    """SDXL's UNet and its condition: a dict with `crossattn`, the context, `vector`, and `concat`, more channels."""
+
+    def __init__(self, diffusion_model: nn.Module, compile_model: bool = False) -> None:
+        super().__init__()
+        self.diffusion_model = diffusion_model
+        if compile_model:
+            self.diffusion_model.compile()
+
+    def forward(self, x: Tensor, t: Tensor, c: Mapping[str, Tensor], **more: Any) -> Tensor:
+        x = torch.cat([x, c["concat"]], dim=1) if "concat" in c else x
+        return self.diffusion_model(x, t, context=c.get("crossattn"), y=c.get("vector"), **more)

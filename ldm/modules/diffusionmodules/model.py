@@ -102,11 +102,12 @@ class LinearAttnBlock(nn.Module):
         return self.to_out((context.transpose(1, 2) @ q).reshape(x.shape))
 
 
-ATTENTION = {"vanilla": AttnBlock, "linear": LinearAttnBlock, "none": nn.Identity}
+# The last one is the first, computed by another library.
+ATTENTION = {"vanilla": AttnBlock, "linear": LinearAttnBlock, "none": nn.Identity, "vanilla-xformers": AttnBlock}
 
 
 def parts(dropout: float, attn_type: str, norm_num_groups: int) -> tuple[Callable[[int, int], nn.Module], Callable]:
-    """What builds a residual block of two widths, and attention of one: vanilla, linear or none.
+    """What builds a residual block of two widths, and attention of one, see `ATTENTION`.
 
     Raises `InputError` for another kind of attention.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from ldm.modules import adapter_files
 from ldm.modules.adapters import attach_adapters, tapped_blocks
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.convolution import Conv2d
+from ldm.modules.diffusionmodules.labels import check_labels, label_embedding
 from ldm.modules.diffusionmodules.util import normalization, timestep_embedding
 from ldm.modules.parts import checkpoint, zero_module
 from ldm.modules.taps import TappedBlock
@@ -164,48 +166,75 @@ class UNetModel(nn.Module):
     `attention_resolutions` are downsampling rates at which attention is used; `num_heads` or `num_head_channels` must
     be given. `norm_num_groups`, diffusers' name, is new: narrow networks need fewer than LDM's 32 groups.
     `adapter_config` attaches position adapters (see `ldm.modules.adapters`).
+
+    `num_res_blocks`, `transformer_depth`, `num_attention_blocks` and `disable_self_attentions` may have one entry per
+    level, from the finest one; levels without attention ignore theirs. The middle block has the depth
+    `transformer_depth_middle`, by default that of the last level. `num_classes` says what y is (`labels.LABELS`).
     Raises `InputError` for arguments that contradict each other.
     """
 
     def __init__(
         self,
-        image_size: int,
         in_channels: int,
         model_channels: int,
         out_channels: int,
-        num_res_blocks: int,
+        num_res_blocks: int | Sequence[int],
         attention_resolutions: Sequence[int],
+        image_size: int | None = None,  # unused; accepted because LDM's YAML files have it
         dropout: float = 0.0,
         channel_mult: Sequence[int] = (1, 2, 4, 8),
         conv_resample: bool = True,
         dims: int = 2,
-        num_classes: int | None = None,
+        num_classes: int | str | None = None,
         use_checkpoint: bool | str = False,
-        use_fp16: bool = False,
+        use_fp16: bool = False,  # unused, as `use_bf16`: the dtype is that of the weights, `.half()` changes it
+        use_bf16: bool = False,
         num_heads: int = -1,
         num_head_channels: int = -1,
         num_heads_upsample: int = -1,
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
-        use_spatial_transformer: bool = False,
-        transformer_depth: int = 1,
+        use_spatial_transformer: bool | None = None,  # None: if there is a context_dim, as in sgm
+        transformer_depth: int | Sequence[int] = 1,
         context_dim: int | Sequence[int] | None = None,
         n_embed: int | None = None,
         legacy: bool = True,  # chose between two ways to write the same head widths
+        disable_self_attentions: Sequence[bool] | None = None,
+        num_attention_blocks: Sequence[int] | None = None,
+        disable_middle_self_attn: bool = False,
+        disable_middle_transformer: bool = False,
+        use_linear_in_transformer: bool = False,
+        spatial_transformer_attn_type: str = "softmax",
+        adm_in_channels: int | None = None,
+        transformer_depth_middle: int | None = None,
+        offload_to_cpu: bool = False,
         norm_num_groups: int = 32,
         adapter_config: Mapping | None = None,
     ) -> None:
         super().__init__()
-        if dims != 2 or use_fp16 or n_embed is not None:
-            raise InputError("UNetModel: only dims=2, use_fp16=false (use .half()) and n_embed=null are supported")
-        if use_spatial_transformer != (context_dim is not None):
+        if dims != 2 or n_embed is not None or offload_to_cpu:
+            raise InputError("UNetModel: only dims=2, n_embed=null and offload_to_cpu=false are supported")
+        if use_spatial_transformer not in (None, context_dim is not None):
             raise InputError("UNetModel: use_spatial_transformer and context_dim go together; give both or neither")
+        use_spatial_transformer = context_dim is not None
         if num_heads == -1 and num_head_channels == -1:
             raise InputError("UNetModel: give num_heads or num_head_channels")
-        context_dim = context_dim[0] if isinstance(context_dim, Sequence) else context_dim
+        if spatial_transformer_attn_type not in ("softmax", "softmax-xformers"):  # two ways to compute the same
+            raise InputError(
+                "UNetModel: spatial_transformer_attn_type must be softmax or softmax-xformers, got "
+                f"{spatial_transformer_attn_type!r}"
+            )
+        context_dim = one_width(context_dim)
+        levels = len(channel_mult)
+        res_blocks = per_level("num_res_blocks", num_res_blocks, levels)
+        depths = per_level("transformer_depth", transformer_depth, levels)
+        without_self = per_level("disable_self_attentions", disable_self_attentions or False, levels)
+        attention_blocks = per_level("num_attention_blocks", num_attention_blocks or max(res_blocks) + 1, levels)
+        depth_middle = depths[-1] if transformer_depth_middle is None else transformer_depth_middle
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.num_classes, self.context_dim = model_channels, num_classes, context_dim
+        self.adm_in_channels = adm_in_channels
         emb_channels = model_channels * 4
 
         def res_block(channels: int, out: int, up: bool = False, down: bool = False) -> ResBlock:
@@ -213,7 +242,7 @@ class UNetModel(nn.Module):
                 channels, emb_channels, dropout, out, use_scale_shift_norm, use_checkpoint, up, down, norm_num_groups
             )
 
-        def attention(channels: int, heads: int) -> nn.Module:
+        def attention(channels: int, heads: int, depth: int, without_self: bool) -> nn.Module:
             if not use_spatial_transformer:
                 return AttentionBlock(
                     channels, heads, num_head_channels, use_checkpoint, use_new_attention_order, norm_num_groups
@@ -223,10 +252,12 @@ class UNetModel(nn.Module):
                 channels,
                 heads,
                 channels // heads,
-                transformer_depth,
+                depth,
                 context_dim=context_dim,
                 use_checkpoint=use_checkpoint,
                 norm_num_groups=norm_num_groups,
+                use_linear=use_linear_in_transformer,
+                disable_self_attn=without_self,
             )
 
         def down(channels: int) -> nn.Module:
@@ -239,17 +270,17 @@ class UNetModel(nn.Module):
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, emb_channels)
+            self.label_emb = label_embedding(num_classes, adm_in_channels, model_channels, emb_channels)
 
         ch, rate = model_channels, 1
         self.input_blocks = nn.ModuleList([TimestepEmbedSequential(Conv2d(in_channels, ch, 3, padding=1))])
         skips = [ch]
         for level, mult in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
+            for i in range(res_blocks[level]):
                 layers = [res_block(ch, mult * model_channels)]
                 ch = mult * model_channels
-                if rate in attention_resolutions:
-                    layers.append(attention(ch, num_heads))
+                if rate in attention_resolutions and i < attention_blocks[level]:
+                    layers.append(attention(ch, num_heads, depths[level], without_self[level]))
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
                 skips.append(ch)
             if level != len(channel_mult) - 1:
@@ -257,17 +288,20 @@ class UNetModel(nn.Module):
                 skips.append(ch)
                 rate *= 2
 
-        self.middle_block = TimestepEmbedSequential(res_block(ch, ch), attention(ch, num_heads), res_block(ch, ch))
+        middle = [res_block(ch, ch)]
+        if not disable_middle_transformer:
+            middle.append(attention(ch, num_heads, depth_middle, disable_middle_self_attn))
+        self.middle_block = TimestepEmbedSequential(*middle, res_block(ch, ch))
 
         heads_up = num_heads if num_heads_upsample == -1 or use_spatial_transformer else num_heads_upsample
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
-            for i in range(num_res_blocks + 1):
+            for i in range(res_blocks[level] + 1):
                 layers = [res_block(ch + skips.pop(), mult * model_channels)]
                 ch = mult * model_channels
-                if rate in attention_resolutions:
-                    layers.append(attention(ch, heads_up))
-                if level and i == num_res_blocks:
+                if rate in attention_resolutions and i < attention_blocks[level]:
+                    layers.append(attention(ch, heads_up, depths[level], without_self[level]))
+                if level and i == res_blocks[level]:
                     layers.append(up(ch))
                     rate //= 2
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
@@ -286,13 +320,15 @@ class UNetModel(nn.Module):
         return next(self.time_embed.parameters()).dtype
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        """Noisy latents [b, c, h, w], steps [b], context [b, m, context_dim], classes y [b] to epsilon [b, c, h, w].
+        """Noisy latents [b, c, h, w], steps [b], context [b, m, context_dim], labels y to a prediction [b, c, h, w].
 
-        Raises `InputError` unless height and width are multiples of `downsampling_factor` and the context fits.
+        y: classes [b], or vectors [b, adm_in_channels] where `num_classes` is sequential, see `labels.LABELS`.
+        Raises `InputError` unless height and width are multiples of `downsampling_factor` and context and y fit.
         """
         self.check(x, context, y)
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
         if y is not None:
+            y = y if isinstance(self.num_classes, int) else y.to(self.dtype)
             emb = emb + self.label_emb(y)
         h, skips = x.to(self.dtype), []
         context = context if context is None else context.to(self.dtype)
@@ -316,8 +352,7 @@ class UNetModel(nn.Module):
                 f"the condition has {context.shape[-1]} channels, this UNet's context_dim is {self.context_dim}: "
                 "set unet_config.params.context_dim to what the encoder of the condition gives"
             )
-        if (y is not None) != (self.num_classes is not None):
-            raise ValueError("class labels y must be given if and only if the model is class-conditional (num_classes)")
+        check_labels(y, len(x), self.num_classes, self.adm_in_channels)
 
     def adapters_enable(self, enabled: bool = True) -> None:
         """Switch all adapters on or off; off gives the base model exactly."""
@@ -335,3 +370,20 @@ class UNetModel(nn.Module):
         has some must have the same, unless `add`, which attaches those of the folder beside them.
         """
         adapter_files.load(self, path, scale, add)
+
+
+def per_level(name: str, value: Any, levels: int) -> list:
+    """One value for each level. Raises `InputError` for a list of another length."""
+    if not isinstance(value, Sequence):
+        return [value] * levels
+    if len(value) != levels:
+        raise InputError(f"UNetModel: {name} has {len(value)} entries, channel_mult has {levels}: give one per level")
+    return list(value)
+
+
+def one_width(context_dim: int | Sequence[int] | None) -> int | None:
+    """The width of the context. Raises `InputError` for a list of several: all blocks here see the same context."""
+    widths = set(context_dim) if isinstance(context_dim, Sequence) else {context_dim}
+    if len(widths) != 1:
+        raise InputError(f"UNetModel: context_dim must be one width, got {list(context_dim)}")
+    return widths.pop()

@@ -100,7 +100,7 @@ def make_ddim_timesteps(
     """The sub-sequence tau of the training steps which a sampler visits, DDIM (arXiv 2010.02502) Sec. 4.2 and App. D.2.
 
     Ascending integers in 0 .. num_ddpm_timesteps - 1. `uniform` has distinct steps, and more than `num_ddim_timesteps`
-    of them where the division leaves a rest (31 for S=30); `quad` may repeat a step.
+    of them where the division leaves a rest (31 for S=30); `quad` may repeat a step; `trailing` ends at the last one.
 
     The published formulas are kept wherever they stay inside the schedule. `range(0, T, T // S) + 1` reaches T itself
     when T // S divides T - 1 (T=1000: S = 3, 9, 27, 36, 37, 101-111, 251-333): that step is left out. Above S = T / 2
@@ -121,7 +121,9 @@ def make_ddim_timesteps(
     if ddim_discr_method == "quad":
         steps = (np.linspace(0, np.sqrt(total * 0.8), count) ** 2).astype(int) + 1
         return np.minimum(steps, total - 1)
-    raise InputError(f"unknown ddim_discretize {ddim_discr_method!r}: expected uniform or quad")
+    if ddim_discr_method == "trailing":  # the last one of each of S equal parts (arXiv 2305.08891, section 3.3)
+        return np.round(total - np.arange(count) * total / count).astype(int)[::-1] - 1
+    raise InputError(f"unknown ddim_discretize {ddim_discr_method!r}: expected uniform, quad or trailing")
 
 
 def make_ddim_sampling_parameters(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,11 @@ from ldm.config import find_file
 from ldm.errors import InputError
 from ldm.modules.encoders.bert import BERTEmbedder  # noqa: F401 (YAML files name it here)
 from ldm.modules.encoders.claims import building, read_text_tower
+from ldm.modules.encoders.cleaning import around, clip_text
+from ldm.modules.encoders.conditioner import ConcatTimestepEmbedderND, GeneralConditioner  # noqa: F401 (as in sgm)
+from ldm.modules.encoders.open_clip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPEmbedder2  # noqa: F401
 from ldm.modules.encoders.tokenizers import load_tokenizer, refuse_code
-from ldm.modules.encoders.tokens import NewTokens, read_embeddings
+from ldm.modules.encoders.tokens import LearnsWords, NewTokens
 
 # Architecture of openai/clip-vit-large-patch14, the text encoder of Stable Diffusion v1 (arXiv 2103.00020, table 20).
 CLIP_VIT_L_14 = {
@@ -34,13 +36,14 @@ CLIP_VIT_L_14 = {
 }
 
 
-class FrozenCLIPEmbedder(nn.Module):
+class FrozenCLIPEmbedder(LearnsWords):
     """Prompts to the last hidden states of a CLIP text encoder, [b, max_length, d].
 
     `version` is a local folder with a CLIP `config.json` (and, if the encoder is to be used without a checkpoint of the
     whole model, `model.safetensors`), or the name of the encoder of Stable Diffusion v1. Its weights come with the
     checkpoint of the whole model. The tokenizer is loaded when the first prompt is read: from `tokenizer` (a folder
-    with vocab.json and merges.txt), from `version` if that is a folder, from models/<name>, or from the hub's cache.
+    with vocab.json and merges.txt), from `version` if that is a folder, from models/<name>, or else the vocabulary that
+    comes with this package. Nothing is downloaded. Text is cleaned as the published tokenizer does.
 
     State-dict names are those of released checkpoints (`transformer.text_model.*` and `position_ids`), whichever
     generation of transformers is installed; both spellings are read.
@@ -51,11 +54,18 @@ class FrozenCLIPEmbedder(nn.Module):
         version: str = "openai/clip-vit-large-patch14",
         device: str | None = None,  # LDM's argument; the module is where its parent is
         max_length: int = 77,
+        freeze: bool = True,
+        layer: str = "last",
+        layer_idx: int | None = None,
+        always_return_pooled: bool = False,
         tokenizer: str | None = None,
     ) -> None:
         super().__init__()
         from transformers import CLIPTextConfig, CLIPTextModel
 
+        if layer not in ("last", "pooled", "hidden"):
+            raise InputError(f"FrozenCLIPEmbedder: layer must be last, pooled or hidden, got {layer!r}")
+        self.layer, self.layer_idx, self.always_return_pooled = layer, layer_idx, always_return_pooled
         self.version, self.tokenizer_folder = version, tokenizer
         folder = find_file(version)
         if (folder / "config.json").is_file():
@@ -68,15 +78,24 @@ class FrozenCLIPEmbedder(nn.Module):
                 f"text encoder {version!r}: expected a folder with config.json or openai/clip-vit-large-patch14"
             )
         self.max_length = min(max_length, config.max_position_embeddings)  # what the encoder can take
+        layers = config.num_hidden_layers
+        if layer == "hidden" and (layer_idx is None or abs(layer_idx) > layers):
+            raise InputError(f"FrozenCLIPEmbedder: layer hidden needs a layer_idx from 0 to {layers}, got {layer_idx}")
         with building(folder):
             self.transformer = CLIPTextModel(config)
-        self.new_tokens = NewTokens(self._text_model.embeddings.token_embedding)
+        self.new_tokens = NewTokens(self.token_embedding)
         self._register_state_dict_hook(_to_released_names)
         self._register_load_state_dict_pre_hook(self._from_any_names)
         if (folder / "model.safetensors").is_file() and self.transformer.device.type != "meta":
             weights = read_weights(folder / "model.safetensors")
             self.load_state_dict({f"transformer.{k}": v for k, v in weights.items() if k.startswith("text_model.")})
-        self.freeze()
+        if freeze:
+            self.freeze()
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The table of the vocabulary, [vocab_size, d]."""
+        return self._text_model.embeddings.token_embedding
 
     @property
     def _text_model(self) -> nn.Module:
@@ -98,41 +117,37 @@ class FrozenCLIPEmbedder(nn.Module):
     @cached_property
     def tokenizer(self) -> Any:
         """The CLIP tokenizer. Raises `InputError` that says which two files to put where, if there is none."""
-        return load_tokenizer("CLIPTokenizer", self.version, ["vocab.json", "merges.txt"], self.tokenizer_folder)
-
-    def add_token(self, word: str, vectors: Tensor) -> None:
-        """Teach the encoder a word with its own vectors [v, d]. Raises `InputError` for a width that does not fit."""
-        width = self._text_model.embeddings.token_embedding.embedding_dim
-        if vectors.dim() != 2 or vectors.shape[1] != width:
-            raise InputError(
-                f"token {word!r}: its vectors have shape {list(vectors.shape)}, this text encoder takes [n, {width}]"
-            )
-        if word in self.new_tokens.words:
-            raise InputError(f"token {word!r} exists already; give the new one another name")
-        names = self.new_tokens.add(word, vectors.to(self.transformer.device))
-        self.tokenizer.add_tokens(names)
-        if (ids := self.tokenizer.convert_tokens_to_ids(names)) != self.new_tokens.ids_of(word):
-            raise InputError(f"the tokenizer is of another text encoder: it gives new words the ids {ids}")
-
-    def load_embeddings(self, path: str | Path) -> list[str]:
-        """Add the words of a textual-inversion file; the words. Raises `InputError`."""
-        embeddings = read_embeddings(path)
-        for word, vectors in embeddings.items():
-            self.add_token(word, vectors)
-        return list(embeddings)
+        is_clips = self.transformer.config.vocab_size == CLIP_VIT_L_14["vocab_size"]
+        files = ["vocab.json", "merges.txt"]
+        return load_tokenizer("CLIPTokenizer", self.version, files, self.tokenizer_folder, shipped=is_clips)
 
     def tokenize(self, text: str | Sequence[str]) -> Tensor:
         """Token ids [b, max_length], padded and cut to length."""
+        names = ["<|startoftext|>", "<|endoftext|>", *self.new_tokens.vectors]
         texts = [self.new_tokens.spell(t) for t in ([text] if isinstance(text, str) else text)]
         batch = self.tokenizer(
-            texts, truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
-        )
+            [around(clip_text, t, names) for t in texts],
+            truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt",
+        )  # fmt: skip
         return batch["input_ids"]
 
-    def forward(self, text: str | Sequence[str]) -> Tensor:
-        """Prompts to hidden states [b, max_length, d]."""
+    def forward(self, text: str | Sequence[str]) -> Tensor | tuple[Tensor, Tensor]:
+        """Prompts to hidden states [b, max_length, d]; with `always_return_pooled` also the pooled state [b, d].
+
+        `layer`: `last` is the last layer's with the final norm, `hidden` that after `layer_idx` layers without it, and
+        `pooled` the state of the first end marker as the only token, [b, 1, d].
+        """
         ids = self.tokenize(text).to(self.transformer.device, non_blocking=True)
-        return self.transformer(input_ids=ids).last_hidden_state
+        out = self.transformer(input_ids=ids, output_hidden_states=self.layer == "hidden")
+        last = out.last_hidden_state
+        ends = (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
+        pooled = last[torch.arange(len(ids), device=ids.device), ends]
+        z = {
+            "last": lambda: last,
+            "pooled": lambda: pooled[:, None],
+            "hidden": lambda: out.hidden_states[self.layer_idx],
+        }[self.layer]()
+        return (z, pooled) if self.always_return_pooled else z
 
     def encode(self, text: str | Sequence[str]) -> Tensor:
         """LDM's name for `forward`."""

@@ -14,6 +14,7 @@ from ldm.config import find_file
 from ldm.errors import InputError
 from ldm.files import read_json
 from ldm.modules.encoders.claims import FILES, building, check_tokenizer
+from ldm.modules.encoders.vocabulary import shipped_folder
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +34,21 @@ def refuse_code(folder: Path) -> Path:
     return folder
 
 
-def load_tokenizer(kind: str, version: str, files: Sequence[str], folder: str | None = None) -> Any:
+def load_tokenizer(
+    kind: str, version: str, files: Sequence[str], folder: str | None = None, shipped: bool = False
+) -> Any:
     """The tokenizer of class `kind` in transformers, for the model `version` (a folder or a name on the hub).
+
+    `shipped`: where no folder has the files, the vocabulary of CLIP that comes with this package is the right one.
 
     Raises `InputError`, which says which files to put where, if they are not to be had.
     """
     folders = [folder, version, f"models/{Path(version).name}"]
     for place in (find_file(name) for name in folders if name):
         if all((place / file).is_file() for file in files):
+            return read_tokenizer(kind, place)
+    if shipped:
+        with shipped_folder() as place:
             return read_tokenizer(kind, place)
     if place := _from_hub(version, files):
         return read_tokenizer(kind, place)

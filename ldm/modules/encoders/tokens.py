@@ -59,6 +59,36 @@ class NewTokens(nn.Module):
         return torch.where((self.ids >= self.first_id)[..., None], new, output)
 
 
+class LearnsWords(nn.Module):
+    """A text encoder that can be taught words. It has `new_tokens`, a `tokenizer` and a `token_embedding`."""
+
+    new_tokens: NewTokens
+    tokenizer: Any
+    token_embedding: nn.Embedding
+
+    def add_token(self, word: str, vectors: Tensor) -> None:
+        """Teach the encoder a word with its own vectors [v, d]. Raises `InputError` for a width that does not fit."""
+        table = self.token_embedding
+        if vectors.dim() != 2 or vectors.shape[1] != table.embedding_dim:
+            raise InputError(
+                f"token {word!r}: its vectors have shape {list(vectors.shape)}, this text encoder takes "
+                f"[n, {table.embedding_dim}]"
+            )
+        if word in self.new_tokens.words:
+            raise InputError(f"token {word!r} exists already; give the new one another name")
+        names = self.new_tokens.add(word, vectors.to(table.weight.device))
+        self.tokenizer.add_tokens(names)
+        if (ids := self.tokenizer.convert_tokens_to_ids(names)) != self.new_tokens.ids_of(word):
+            raise InputError(f"the tokenizer is of another text encoder: it gives new words the ids {ids}")
+
+    def load_embeddings(self, path: str | Path) -> list[str]:
+        """Add the words of a textual-inversion file; the words. Raises `InputError`."""
+        embeddings = read_embeddings(path)
+        for word, vectors in embeddings.items():
+            self.add_token(word, vectors)
+        return list(embeddings)
+
+
 def load_words(encoder: nn.Module, path: str | Path, option: str) -> list[str]:
     """Teach a text encoder the words of a file that `option` named; the words. Raises `InputError`."""
     if not hasattr(encoder, "load_embeddings"):

@@ -1,0 +1,137 @@
+"""sgm's sampler classes: faces over the functions of `sigma_samplers.py`, by their published parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.config import instantiate_from_config
+from ldm.errors import InputError
+from ldm.models.diffusion import sigma_samplers
+from ldm.models.diffusion.sigma_samplers import Parts
+
+IDENTITY = {"target": "ldm.models.diffusion.guiders.IdentityGuider"}
+Denoiser = Callable[[Tensor, Tensor, Any], Tensor]  # (x, sigma [b], condition) -> estimate of x_0
+
+
+class BaseDiffusionSampler:
+    """A sampler: which levels (`discretization_config`), how many, which guidance, and a `function`.
+
+    `device` is where levels are made in sgm, and accepted: here samples stay on the device of their noise.
+    """
+
+    function: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        discretization_config: Mapping,
+        num_steps: int | None = None,
+        guider_config: Mapping | None = None,
+        verbose: bool = False,
+        device: str | None = None,
+    ) -> None:
+        self.num_steps, self.verbose = num_steps, verbose
+        self.discretization = instantiate_from_config(discretization_config)
+        self.guider = instantiate_from_config(guider_config or IDENTITY)
+        self.options: dict[str, float] = {}  # further arguments of the function
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        cond: Mapping,
+        uc: Mapping | None = None,
+        num_steps: int | None = None,
+        parts: Parts = sigma_samplers.NONE,
+        draw_noise: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """Samples [b, c, h, w] from x, N(0, 1) noise of that shape, which stays as it is.
+
+        `uc` is the unconditional side, by default the condition. `draw_noise` is where further noise comes from.
+        Raises `InputError` where no number of steps was given.
+        """
+        count = self.num_steps if num_steps is None else num_steps
+        if count is None:
+            raise InputError(f"{type(self).__name__}: give num_steps")
+        sigmas = self.discretization(count).tolist()
+        uc = cond if uc is None else uc
+        if self.verbose and parts.progress is iter:
+            parts = Parts(parts.blend, parts.fix_x0, parts.on_step, lambda steps: tqdm(steps, desc=type(self).__name__))
+
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            levels = x.new_full((len(x),), sigma)
+            return self.guider(denoiser(*self.guider.prepare_inputs(x, levels, cond, uc)), levels)
+
+        start = x * math.sqrt(1 + sigmas[0] ** 2)
+        draw_noise = draw_noise or (lambda: torch.randn_like(start))
+        return type(self).function(denoise, start, sigmas, draw_noise, parts, **self.options)
+
+
+class EDMSampler(BaseDiffusionSampler):
+    """A sampler that may add noise on its way: `s_churn` in all, between `s_tmin` and `s_tmax`, `s_noise` as strong."""
+
+    def __init__(
+        self,
+        discretization_config: Mapping,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+        **base: Any,
+    ) -> None:
+        super().__init__(discretization_config, **base)
+        self.options = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+
+
+class EulerEDMSampler(EDMSampler):
+    """Euler's method."""
+
+    function = sigma_samplers.euler
+
+
+class HeunEDMSampler(EDMSampler):
+    """Heun's method."""
+
+    function = sigma_samplers.heun
+
+
+class AncestralSampler(BaseDiffusionSampler):
+    """A sampler that goes below each next level and adds noise: `eta` of it, `s_noise` as strong."""
+
+    def __init__(self, discretization_config: Mapping, eta: float = 1.0, s_noise: float = 1.0, **base: Any) -> None:
+        super().__init__(discretization_config, **base)
+        self.options = {"eta": eta, "s_noise": s_noise}
+
+
+class EulerAncestralSampler(AncestralSampler):
+    """Euler's method in ancestral steps."""
+
+    function = sigma_samplers.euler_ancestral
+
+
+class DPMPP2SAncestralSampler(AncestralSampler):
+    """DPM-Solver++(2S) in ancestral steps."""
+
+    function = sigma_samplers.dpmpp_2s_ancestral
+
+
+class DPMPP2MSampler(BaseDiffusionSampler):
+    """DPM-Solver++(2M)."""
+
+    function = sigma_samplers.dpmpp_2m
+
+
+class LinearMultistepSampler(BaseDiffusionSampler):
+    """Linear multistep of an order."""
+
+    function = sigma_samplers.lms
+
+    def __init__(self, discretization_config: Mapping, order: int = 4, **base: Any) -> None:
+        super().__init__(discretization_config, **base)
+        self.options = {"order": order}

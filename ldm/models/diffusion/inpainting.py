@@ -1,0 +1,78 @@
+"""Inpainting: a UNet that also sees a mask and the latents of the picture without what is to be painted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.checkpoints import read_weights
+from ldm.errors import InputError
+from ldm.models.building import load_base
+from ldm.models.diffusion.ddpm import LatentDiffusion
+
+FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
+FIRST_CONVOLUTION_EMA = "model_ema.diffusion_modelinput_blocks00weight"
+
+
+class LatentInpaintDiffusion(LatentDiffusion):
+    """`LatentDiffusion` whose condition is the text and, as further channels of the UNet, `concat_keys` of the batch.
+
+    A batch has, beside picture and text, `mask` [b, H, W, 1], 1 where the picture is to be painted, and `masked_image`
+    [b, H, W, 3], the picture with zeros there. The mask is brought to the size of the latents by picking the top left
+    pixel of each cell; `masked_image_key` is encoded by the first stage. The mask is a condition and never weighs the
+    loss. Channels in the published order: 4 noisy latents, 1 mask, 4 latents of the masked picture.
+
+    `finetune_keys`: weights which in the checkpoint of a plain model have `keep_finetune_dims` input channels; the
+    others begin at zero. Raises `InputError`.
+    """
+
+    def __init__(
+        self,
+        finetune_keys: Sequence[str] | None = (FIRST_CONVOLUTION, FIRST_CONVOLUTION_EMA),
+        concat_keys: Sequence[str] = ("mask", "masked_image"),
+        masked_image_key: str | None = "masked_image",
+        keep_finetune_dims: int = 4,
+        conditioning_key: str | None = "hybrid",
+        **latent: Any,
+    ) -> None:
+        if conditioning_key != "hybrid":
+            raise InputError(f"LatentInpaintDiffusion: conditioning_key must be hybrid, got {conditioning_key!r}")
+        if not concat_keys or masked_image_key not in (None, *concat_keys):
+            raise InputError(
+                f"LatentInpaintDiffusion: masked_image_key {masked_image_key!r} must be among concat_keys "
+                f"{list(concat_keys)}"
+            )
+        self.finetune_keys, self.keep_finetune_dims = tuple(finetune_keys or ()), keep_finetune_dims
+        self.concat_keys, self.masked_image_key = tuple(concat_keys), masked_image_key
+        super().__init__(conditioning_key=conditioning_key, **latent)
+
+    def _load_base(self, path: str) -> dict[str, Tensor]:
+        weights = dict(read_weights(path))
+        own = self.state_dict()
+        for name in self.finetune_keys:
+            if name in weights and name in own and weights[name].shape[1] == self.keep_finetune_dims:
+                widened = torch.zeros(own[name].shape, dtype=weights[name].dtype)
+                widened[:, : self.keep_finetune_dims] = weights[name]
+                weights[name] = widened
+        return load_base(self, weights, source=str(path))
+
+    def clean(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        latents, text = super().clean(batch)
+        channels = [self._channels(batch, key, latents.shape[2:]) for key in self.concat_keys]
+        return latents, {"c_concat": [torch.cat(channels, dim=1)], "c_crossattn": [text]}
+
+    def _channels(self, batch: Mapping[str, Any], key: str, size: torch.Size) -> Tensor:
+        """An entry of the batch as channels [b, c, h, w] beside the latents."""
+        if key not in batch:
+            raise InputError(f"the batch has no {key!r}, which this inpainting model is conditioned on")
+        value = self.get_input(batch, key)
+        if key != self.masked_image_key:
+            return F.interpolate(value, size=tuple(size))
+        return self.get_first_stage_encoding(self.encode_first_stage(value)).detach()
+
+    def masks_of(self, batches: Sequence[Mapping[str, Any]], drawn: Sequence[tuple]) -> list[Tensor | None]:
+        return [None] * len(batches)

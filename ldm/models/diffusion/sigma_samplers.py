@@ -1,0 +1,209 @@
+"""Samplers over D(x, sigma), the estimate of x_0 in x = x_0 + sigma noise (Karras et al., arXiv 2206.00364).
+
+Each is one function that reads from top to bottom. `denoise(x [b, c, h, w], sigma)` is D; `sigmas` are n + 1 host
+numbers, descending, the last one 0; `draw_noise` gives N(0, 1) noise of the shape of x. All take the same optional
+parts as the samplers in `samplers.py`: `blend(x, sigma)` before the first call of a step, `fix_x0`, `on_step`,
+`progress`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+Denoise = Callable[[Tensor, float], Tensor]
+Draw = Callable[[], Tensor]
+
+
+def unchanged(x: Any, *_: Any) -> Any:
+    """The part that does nothing."""
+    return x
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a sampler may be given beside the model and the noise."""
+
+    blend: Callable[[Tensor, float], Tensor] = unchanged
+    fix_x0: Callable[[Tensor], Tensor] = unchanged
+    on_step: Callable[[int, int, Tensor, Tensor], Any] = unchanged
+    progress: Callable[[Iterable], Iterable] = iter
+
+    def steps(self, sigmas: Sequence[float]) -> Iterable[tuple[int, float, float]]:
+        """(number, sigma, next sigma) of each step."""
+        return self.progress(list(zip(range(len(sigmas)), sigmas[:-1], sigmas[1:], strict=False)))
+
+
+NONE = Parts()
+
+
+def euler(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sequence[float],
+    draw_noise: Draw,
+    parts: Parts = NONE,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Euler's method, Algorithm 2 of the paper without its correction. Noise is drawn in steps with churn alone."""
+    for i, sigma, after in parts.steps(sigmas):
+        x, sigma = churned(parts.blend(x, sigma), sigma, len(sigmas) - 1, draw_noise, s_churn, s_tmin, s_tmax, s_noise)
+        x0 = parts.fix_x0(denoise(x, sigma))
+        x = x + (after - sigma) * slope(x, x0, sigma)
+        parts.on_step(i, len(sigmas) - 1, x, x0)
+    return x
+
+
+def heun(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sequence[float],
+    draw_noise: Draw,
+    parts: Parts = NONE,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Heun's method, Algorithm 2 of the paper: two calls of the model in each step but the last."""
+    for i, sigma, after in parts.steps(sigmas):
+        x, sigma = churned(parts.blend(x, sigma), sigma, len(sigmas) - 1, draw_noise, s_churn, s_tmin, s_tmax, s_noise)
+        x0 = parts.fix_x0(denoise(x, sigma))
+        d = slope(x, x0, sigma)
+        ahead = x + (after - sigma) * d
+        if after > 0:
+            d = (d + slope(ahead, parts.fix_x0(denoise(ahead, after)), after)) / 2
+        x = x + (after - sigma) * d
+        parts.on_step(i, len(sigmas) - 1, x, x0)
+    return x
+
+
+def euler_ancestral(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sequence[float],
+    draw_noise: Draw,
+    parts: Parts = NONE,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Euler's method to a level below the next one, and noise from there up. As published it draws in every step."""
+    for i, sigma, after in parts.steps(sigmas):
+        x = parts.blend(x, sigma)
+        down, up = ancestral(sigma, after, eta)
+        x0 = parts.fix_x0(denoise(x, sigma))
+        x = with_noise(x + (down - sigma) * slope(x, x0, sigma), s_noise * up, draw_noise)
+        parts.on_step(i, len(sigmas) - 1, x, x0)
+    return x
+
+
+def dpmpp_2s_ancestral(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sequence[float],
+    draw_noise: Draw,
+    parts: Parts = NONE,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """DPM-Solver++(2S) (arXiv 2211.01095), Algorithm 1 with r = 1/2, in ancestral steps. In the last one Euler's."""
+    for i, sigma, after in parts.steps(sigmas):
+        x = parts.blend(x, sigma)
+        down, up = ancestral(sigma, after, eta)
+        x0 = estimate = parts.fix_x0(denoise(x, sigma))
+        if down > 0:
+            middle = math.sqrt(sigma * down)  # half the way in log(sigma)
+            estimate = parts.fix_x0(denoise(towards(x, x0, sigma, middle), middle))
+        x = with_noise(towards(x, estimate, sigma, down), s_noise * up, draw_noise)
+        parts.on_step(i, len(sigmas) - 1, x, x0)
+    return x
+
+
+def dpmpp_2m(
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw_noise: Draw | None = None, parts: Parts = NONE
+) -> Tensor:
+    """DPM-Solver++(2M) (arXiv 2211.01095), Algorithm 2: of order 2, one call of the model. The last step is Euler's."""
+    before, sigma_before = None, 0.0
+    for i, sigma, after in parts.steps(sigmas):
+        x = parts.blend(x, sigma)
+        x0 = estimate = parts.fix_x0(denoise(x, sigma))
+        if before is not None and after > 0:
+            # D_i of the algorithm with r = h_before / h
+            r = math.log(sigma_before / sigma) / math.log(sigma / after)
+            estimate = x0 + (x0 - before) / (2 * r)
+        x = towards(x, estimate, sigma, after)
+        before, sigma_before = x0, sigma
+        parts.on_step(i, len(sigmas) - 1, x, x0)
+    return x
+
+
+def lms(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sequence[float],
+    draw_noise: Draw | None = None,
+    parts: Parts = NONE,
+    order: int = 4,
+) -> Tensor:
+    """Linear multistep: the polynomial through the last `order` slopes, integrated (Adams-Bashforth, uneven steps)."""
+    slopes: list[Tensor] = []  # newest first
+    for i, sigma, after in parts.steps(sigmas):
+        x = parts.blend(x, sigma)
+        x0 = parts.fix_x0(denoise(x, sigma))
+        slopes = [slope(x, x0, sigma), *slopes[: order - 1]]
+        places = [sigmas[i - k] for k in range(len(slopes))]
+        x = x + sum(integral(places, k, sigma, after) * d for k, d in enumerate(slopes))
+        parts.on_step(i, len(sigmas) - 1, x, x0)
+    return x
+
+
+# --- pieces of steps
+
+
+def slope(x: Tensor, x0: Tensor, sigma: float) -> Tensor:
+    """dx/dsigma of the probability flow, eq. 3 of the paper with sigma(t) = t."""
+    return (x - x0) / sigma
+
+
+def towards(x: Tensor, x0: Tensor, sigma: float, after: float) -> Tensor:
+    """x at sigma brought to a lower level, if x_0 is right: a step of DPM-Solver++ of order 1."""
+    return after / sigma * x + (1 - after / sigma) * x0
+
+
+def churned(
+    x: Tensor, sigma: float, count: int, draw_noise: Draw, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
+) -> tuple[Tensor, float]:
+    """x and sigma after a little noise was added, Algorithm 2, lines 4 to 6; the same ones where there is no churn."""
+    gamma = min(s_churn / count, math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
+    if gamma <= 0:
+        return x, sigma
+    raised = sigma * (1 + gamma)
+    return x + math.sqrt(raised**2 - sigma**2) * s_noise * draw_noise(), raised
+
+
+def ancestral(sigma: float, after: float, eta: float) -> tuple[float, float]:
+    """(level to go down to, standard deviation of the noise from there to the next level), DDIM's eta for sigmas."""
+    up = min(after, eta * math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2))
+    return math.sqrt(after**2 - up**2), up
+
+
+def with_noise(x: Tensor, std: float, draw_noise: Draw) -> Tensor:
+    """x with noise; it is drawn even where its standard deviation is 0."""
+    noise = draw_noise()
+    return x + std * noise if std > 0 else x
+
+
+def integral(places: Sequence[float], k: int, start: float, end: float) -> float:
+    """The integral of the Lagrange polynomial that is 1 at places[k] and 0 at the others."""
+    others = [place for j, place in enumerate(places) if j != k]
+    polynomial = np.poly1d(others, r=True) / np.prod([places[k] - place for place in others])
+    whole = polynomial.integ()
+    return float(whole(end) - whole(start))
