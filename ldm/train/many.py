@@ -190,10 +190,13 @@ def finished(parts: list[Run], folder: Path) -> str | None:
     return runs.finished(replace(parts[0], folder=folder, resume=last)) if last.is_file() else None
 
 
-def train(parts: list[Run], folder: Path, num_class_images: int = 0) -> pl.Trainer:
+def train(
+    parts: list[Run], folder: Path, num_class_images: int = 0, base: LatentDiffusion | None = None
+) -> pl.Trainer:
     """Train all of `parts`, whose folders lie in `folder`, on at least so many class pictures in each of theirs.
 
-    Raises `InputError` if they do not have one base.
+    `base` is their base model without tuning, where whoever calls has it already. Raises `InputError` if they do not
+    have one base.
     """
     first = parts[0]
     lacking = class_folders(parts) if num_class_images else []
@@ -211,7 +214,7 @@ def train(parts: list[Run], folder: Path, num_class_images: int = 0) -> pl.Train
         parts=parts,
     )  # fmt: skip
     with runs.before_the_first_step():
-        base = runs.base_model(group, tuned=False)
+        base = base or runs.base_model(group, tuned=False)
         for part, pictures, caption in lacking:
             runs.prepare_class_pictures(part, base, pictures, caption, num_class_images)
         module = side_by_side(base, parts)
