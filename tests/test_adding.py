@@ -74,7 +74,7 @@ def test_a_form(tmp_path):
 
 def test_a_sampler():
     example("sampler")
-    (row,) = [samplers.SAMPLERS["euler"]]
+    (row,) = [samplers.SAMPLERS["plain_euler"]]
     x0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     alphas_cumprod = tuned_models.model().alphas_cumprod
     levels = row.steps(alphas_cumprod, 20)
@@ -87,7 +87,7 @@ def test_a_sampler():
     assert_close_to(row.function(exact, start, levels, None), levels[-1].alpha * x0, 0.05)
     with pytest.raises(ValueError, match="Euler is deterministic"):
         row.steps(alphas_cumprod, 20, 0.5)
-    pictures = generate(model(channels=4), ["a cat"], [1], Settings(sampler="euler", steps=3))
+    pictures = generate(model(channels=4), ["a cat"], [1], Settings(sampler="plain_euler", steps=3))
     assert torch.isfinite(pictures).all()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ldm.cli import Parser, add_allow_family, add_compile, seed_number, text
 from ldm.errors import InputError
 from ldm.files import read_text
-from ldm.models.bases import BASES, DEFAULT
+from ldm.models.bases import BASES, DEFAULT, base_of, recognise
 
 # Of `ldm.models.diffusion.samplers`, which imports torch.
 SAMPLERS = ("ddim", "plms", "dpm_solver", "euler", "euler_a", "heun", "dpmpp_2m", "dpmpp_2s_a", "lms")
@@ -32,7 +32,8 @@ def add_arguments(p: Parser) -> None:
     what.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise")
 
     model = p.add_argument_group("model")
-    model.add_argument("--config", default=DEFAULT.config)
+    model.add_argument("--config", default="auto",
+                       help=f"auto: that of the base that --ckpt is of, else {DEFAULT.config}")  # fmt: skip
     model.add_argument("--ckpt", help="checkpoint of the base model; by default the one that the config names")
     model.add_argument("--laion400m", action="store_true", help="use the LAION-400M text-to-image model")
     model.add_argument("--adapter_path", action="append", default=[], metavar="PATH",
@@ -53,7 +54,7 @@ def add_arguments(p: Parser) -> None:
                      help="of the steps: quad for ddim and plms, karras for euler to lms")  # fmt: skip
     how.add_argument("--plms", dest="sampler", action="store_const", const="plms", help="short for --sampler plms")
     how.add_argument("--ddim_steps", type=int, default=50, help="steps of any sampler")
-    how.add_argument("--ddim_eta", type=float, 
+    how.add_argument("--ddim_eta", type=float,
                      help="noise that is added, 0 is none (default: 1 for ancestral samplers, else 0)")  # fmt: skip
     how.add_argument("--scale", type=float, default=7.5, help="guidance scale")
     how.add_argument("--H", type=int, help="height in pixels; by default the model's")
@@ -84,6 +85,8 @@ def run(options: argparse.Namespace) -> None:
     from ldm.models.diffusion.samplers import sampler as row
     from ldm.util import load_model_from_config
 
+    if options.config == "auto":
+        options.config = config_of(options.ckpt)
     model = load_model_from_config(untuned(load_config(find_file(options.config))), options.ckpt, verbose=True)
     model.to(best_device(options.device))
     add_adapters(model, options)
@@ -119,6 +122,23 @@ def run(options: argparse.Namespace) -> None:
         of_grid = {"prompt": " | ".join(prompts), "seed": options.seed, **metadata}
         number = generate.save_numbered(grid, outdir, "grid-{:04}.png", first, of_grid)
         print(f"{outdir / f'grid-{number:04}.png'}  all {len(pictures)}")
+
+
+def config_of(ckpt: str | None) -> str:
+    """The config of the base that a checkpoint is of, by the names and shapes of its weights."""
+    if ckpt is None:
+        return DEFAULT.config
+    from ldm.checkpoints import read_weights
+
+    weights = read_weights(ckpt)
+    base = base_of(weights)
+    if base is None:
+        what = recognise(weights)
+        unknown = "is of no base that is known: name its config by --config"
+        named = f"is {what.what}: {what.instead}" if what else unknown
+        raise InputError(f"{ckpt} {named}")
+    print(f"{ckpt} is {base.what}: {base.config}{'; ' + base.note if base.note else ''}")
+    return base.config
 
 
 def check(options: argparse.Namespace) -> None:

@@ -69,6 +69,7 @@ class Base:
     text_model: the released text encoder that a config means which names none
     ema: how the names of averages begin in its checkpoints
     ignored: a pattern of the names that released files have and the model need not have
+    note: what no weight tells, for whoever gives a file of it
     """
 
     name: str
@@ -82,6 +83,7 @@ class Base:
     text_model: str = "openai/clip-vit-large-patch14"
     ema: str = EMA
     ignored: str = LDM_IGNORED
+    note: str = ""
 
     @property
     def what(self) -> str:
@@ -173,9 +175,10 @@ BASES = [
         "configs/stable-diffusion/v1-inpainting-inference.yaml", 512,
         {FIRST_LAYER: (320, 9, 3, 3), CONTEXT: (1280, 768)}, SD_PARTS,
     ),
-    Base(  # at 768 pixels the same with another prediction, which no weight tells: v2-inference-v.yaml
+    Base(
         "sd-v2", "Stable Diffusion 2.x", "configs/stable-diffusion/v2-inference.yaml", 512,
         {FIRST_LAYER: (320, 4, 3, 3), CONTEXT: (1280, 1024)}, OPEN_CLIP_PARTS,
+        note="if it is the model of 768 pixels, use --config configs/stable-diffusion/v2-inference-v.yaml",
     ),
     Base(
         "sd-v2-inpainting", "Stable Diffusion 2.x inpainting",

@@ -5,7 +5,7 @@ The encoders themselves are kept out of the module tree: they do not follow the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,24 +32,35 @@ class CachedPosteriors(nn.Module):
         return pictures
 
 
+Encoding = Tensor | tuple[Tensor, ...]  # of a prompt, [tokens, d]; SDXL's second encoder also gives a pooled vector [d]
+
+
+def each(function: Callable[[Tensor], Tensor], encoding: Encoding) -> Encoding:
+    """`function` of a tensor, or of each one of several."""
+    return tuple(map(function, encoding)) if isinstance(encoding, tuple) else function(encoding)
+
+
 class CachedPrompts(nn.Module):
     """A text encoder that looks known prompts up, and asks the encoder itself for others."""
 
-    def __init__(self, encoder: nn.Module, known: dict[str, Tensor]) -> None:
+    def __init__(self, encoder: nn.Module, known: dict[str, Encoding]) -> None:
         super().__init__()
         self._encoder, self.known = [encoder], known
 
-    def forward(self, prompts: str | Sequence[str]) -> Tensor:
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        return torch.stack([self._lookup(prompt) for prompt in prompts])
+    def forward(self, prompts: str | Sequence[str]) -> Encoding:
+        found = [self._lookup(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        if isinstance(found[0], tuple):
+            return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+        return torch.stack(found)
 
-    def _lookup(self, prompt: str) -> Tensor:
+    def _lookup(self, prompt: str) -> Encoding:
         if prompt not in self.known:
-            device = next(iter(self.known.values())).device
-            self.known[prompt] = self._encoder[0].encode([prompt])[0].to(device)
+            [first, *_] = self.known.values()
+            device = (first[0] if isinstance(first, tuple) else first).device
+            self.known[prompt] = each(lambda part: part[0].to(device), self._encoder[0].encode([prompt]))
         return self.known[prompt]
 
     def _apply(self, fn, recurse: bool = True):
         """Known encodings follow the model from device to device."""
-        self.known = {prompt: fn(encoding) for prompt, encoding in self.known.items()}
+        self.known = {prompt: each(fn, encoding) for prompt, encoding in self.known.items()}
         return super()._apply(fn, recurse)

@@ -23,7 +23,7 @@ from ldm.checkpoints import fingerprint, read_weights, refuse_not_finite, save_s
 from ldm.data.dreambooth import PersonalizedBase
 from ldm.data.encoded import EncodedSamples
 from ldm.errors import InputError, short
-from ldm.modules.cached_encoders import CachedPosteriors, CachedPrompts
+from ldm.modules.cached_encoders import CachedPosteriors, CachedPrompts, Encoding, each
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.train.datamodule import DataModuleFromConfig
 
@@ -43,7 +43,7 @@ def encoded(models: Sequence[Any], data: DataModuleFromConfig, where: str, devic
         yield
         return
     data.setup()
-    stages = [(model.first_stage_model, model.cond_stage_model) for model in models]
+    stages = [(model.first_stage_model, model.text_encoders()) for model in models]
     datasets, workers = dict(data.datasets), data.num_workers
     if all(type(dataset) is PersonalizedBase for dataset in data.datasets.values()):
         _encode_pictures(models, data, None if where == "memory" else Path(where), device)
@@ -51,8 +51,10 @@ def encoded(models: Sequence[Any], data: DataModuleFromConfig, where: str, devic
     try:
         yield
     finally:
-        for model, (first_stage, text_encoder) in zip(models, stages, strict=True):
-            model.first_stage_model, model.cond_stage_model = first_stage, text_encoder
+        for model, (first_stage, text_encoders) in zip(models, stages, strict=True):
+            model.first_stage_model = first_stage
+            for name, encoder in text_encoders.items():
+                model.replace_text_encoder(name, encoder)
         data.datasets, data.num_workers = datasets, workers
 
 
@@ -70,18 +72,15 @@ def _encode_pictures(
 
 
 def _encode_prompts(models: Sequence[Any], data: DataModuleFromConfig, device: torch.device) -> None:
-    def trains_text(model: Any) -> bool:
-        return any(name.startswith("cond_stage_model.") for name in model.trainable_parameters())
-
-    frozen = [one for one in models if not trains_text(one)]
-    encoder = frozen[0].cond_stage_model if frozen else None
-    if encoder is None:
-        return
     sets = [getattr(dataset, "dataset", dataset) for dataset in data.datasets.values()]
     captions = sorted({caption for pictures in sets for caption in pictures.all_captions()} | {""})
-    known = prompts(encoder, captions, device)
-    for model in frozen:
-        model.cond_stage_model = CachedPrompts(model.cond_stage_model.cpu(), known)
+    for name in models[0].text_encoders():
+        frozen = [one for one in models if not any(key.startswith(f"{name}.") for key in one.trainable_parameters())]
+        if not frozen:
+            continue
+        known = prompts(frozen[0].text_encoders()[name], captions, device)
+        for model in frozen:
+            model.replace_text_encoder(name, CachedPrompts(model.text_encoders()[name].cpu(), known))
 
 
 @torch.no_grad()
@@ -126,10 +125,10 @@ def _fitting(kept: dict[str, Tensor], model: Any, dataset: PersonalizedBase) -> 
 
 
 @torch.no_grad()
-def prompts(encoder: nn.Module, captions: list[str], device: torch.device) -> dict[str, Tensor]:
-    """The encoding [tokens, d] of each caption."""
+def prompts(encoder: nn.Module, captions: list[str], device: torch.device) -> dict[str, Encoding]:
+    """The encoding of each caption: [tokens, d], and what else the encoder gives, each without its batch."""
     encoder.to(device)
-    encoded = {caption: encoder.encode([caption])[0].cpu() for caption in captions}
+    encoded = {caption: each(lambda part: part[0].cpu(), encoder.encode([caption])) for caption in captions}
     encoder.cpu()
     return encoded
 

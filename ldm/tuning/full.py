@@ -42,7 +42,7 @@ class ConditionStage(ByName):
     """Every weight of the text encoder (or whatever encodes the condition)."""
 
     def __init__(self) -> None:
-        super().__init__(r"^cond_stage_model\.")
+        super().__init__(r"^(cond_stage_model|conditioner)\.")
 
     def install(self, model: nn.Module) -> None:
         pass  # a condition may have nothing to learn

@@ -93,7 +93,7 @@ class TextualInversion:
 
 def released_table(encoder: nn.Module) -> Tensor:
     """The embedding table [n, d] that the encoder was released with."""
-    return encoder.transformer.get_input_embeddings().weight.detach()
+    return encoder.token_embedding.weight.detach()
 
 
 def word_ids(encoder: nn.Module, word: str) -> list[int]:

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from ldm.checkpoints import read_weights, save_safetensors
 from ldm.commands import Program
+from ldm.commands.sample import config_of
 from ldm.config import find_file, load_config, plain
 from ldm.errors import InputError
 from ldm.interchange import identify, lora_keys
@@ -73,6 +74,26 @@ def manifest(golden, name):
 def test_released_layouts_are_refused_by_name(golden, config, name, what):
     with pytest.raises(InputError, match=rf"^x.ckpt is {re.escape(what)}.* \(does not fit this config: "):
         filled_model(config, manifest(golden, name), "x.ckpt")
+
+
+CHOSEN = {"sd_v2": "stable-diffusion/v2-inference", "sdxl_base": "sdxl/sd_xl_base"}
+
+
+@pytest.mark.parametrize(("name", "config"), CHOSEN.items())
+def test_the_config_of_a_checkpoint_is_found(golden, monkeypatch, capsys, name, config):
+    monkeypatch.setattr("ldm.checkpoints.read_weights", lambda _path: manifest(golden, name))
+    assert config_of("x.ckpt") == f"configs/{config}.yaml"
+    assert f"x.ckpt is a checkpoint of {bases.base_of(manifest(golden, name)).title}" in capsys.readouterr().out
+    assert config_of(None) == bases.DEFAULT.config
+
+
+def test_what_is_of_no_base_is_refused_by_the_automatic_choice(monkeypatch):
+    for weights, message in (({"a": torch.zeros(1)}, "of no base that is known"), (
+        {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, "a Flux checkpoint"
+    )):  # fmt: skip
+        monkeypatch.setattr("ldm.checkpoints.read_weights", lambda _path, weights=weights: weights)
+        with pytest.raises(InputError, match=message):
+            config_of("x.ckpt")
 
 
 def parts_of(state, prefix):

@@ -409,6 +409,14 @@ class LatentDiffusion(DDPM):
         encoded = encode(c)
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """What reads text, by its name in the state dict."""
+        return {} if self.cond_stage_model is None else {self.condition_name: self.cond_stage_model}
+
+    def replace_text_encoder(self, name: str, encoder: nn.Module) -> None:
+        """Put another encoder, or what stands for it, in the place of one of `text_encoders`."""
+        setattr(self, name, encoder)
+
     def conditions(self, prompts: Sequence[str], size: tuple[int, int], guided: bool = True) -> tuple[Any, Any]:
         """The conditions of prompts and, if `guided`, of empty ones, for pictures of `size` (height, width) pixels."""
         cond = self.get_learned_conditioning(list(prompts))

@@ -165,6 +165,13 @@ class DiffusionEngine(LatentDiffusion):
 
     # --- the condition
 
+    def text_encoders(self) -> dict[str, nn.Module]:
+        found = {number: one for number, one in enumerate(self.conditioner.embedders) if one.input_keys == [TEXT_KEY]}
+        return {f"{self.condition_name}.embedders.{number}": one for number, one in found.items()}
+
+    def replace_text_encoder(self, name: str, encoder: nn.Module) -> None:
+        self.conditioner.replace(int(name.rpartition(".")[2]), encoder)
+
     def get_learned_conditioning(self, c: Any) -> dict[str, Tensor]:
         """The condition of a batch, or of prompts for pictures of the model's own size."""
         if not isinstance(c, Mapping):

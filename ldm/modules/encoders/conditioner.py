@@ -21,6 +21,10 @@ KINDS = {2: "vector", 3: "crossattn", 4: "concat", 5: "concat"}
 JOINED_AT = {"vector": 1, "crossattn": 2, "concat": 1}
 
 
+# What a conditioner notes on its embedders, under sgm's names.
+ROLE = ("input_key", "input_keys", "is_trainable", "ucg_rate", "legacy_ucg_val", "ucg_prng")
+
+
 class ConcatTimestepEmbedderND(nn.Module):
     """Numbers [b, n], or [b], to their sinusoidal embeddings beside each other, [b, n outdim]: sizes and crops.
 
@@ -86,6 +90,13 @@ class GeneralConditioner(nn.Module):
         with self.without_dropping():
             cond = self(batch_c, force_cond_zero_embeddings)
             return cond, self(batch_c if batch_uc is None else batch_uc, force_uc_zero_embeddings)
+
+    def replace(self, number: int, embedder: nn.Module) -> None:
+        """Put another embedder in the place of one, which reads the same entry of the batch."""
+        for name in ROLE:
+            if hasattr(self.embedders[number], name):
+                setattr(embedder, name, getattr(self.embedders[number], name))
+        self.embedders[number] = embedder
 
     @contextmanager
     def without_dropping(self):
