@@ -60,6 +60,8 @@ def test_the_wheel_holds_what_it_needs(wheel):
     shipped = [f"ldm/_data/{path.relative_to(ROOT)}" for path in data if path.suffix != ".pyc"]
     assert len(shipped) > 100 and not set(shipped) - names
     assert "ldm/py.typed" in names and "sample.py" in names and "main_dream_booth.py" in names
+    vocabulary = "ldm/modules/encoders/clip_vocabulary/"
+    assert {vocabulary + "merges.txt.gz", vocabulary + "LICENSE"} <= names
     assert not [name for name in names if name.startswith(("scripts", "tests", "ldm/data/build"))]
 
 

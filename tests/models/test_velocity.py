@@ -255,6 +255,13 @@ def test_a_plain_checkpoint_starts_an_inpainting_model(tmp_path):
     assert torch.equal(first[:, :4], plain.state_dict()[name]) and not first[:, 4:].any()
 
 
+def test_inpainting_is_where_ldm_has_it():
+    from ldm.models.diffusion import ddpm
+
+    assert ddpm.LatentInpaintDiffusion is get_obj_from_str("ldm.models.diffusion.ddpm.LatentInpaintDiffusion")
+    assert not hasattr(ddpm, "LatentUpscaleDiffusion")
+
+
 def test_what_inpainting_refuses():
     inpaint = get_obj_from_str("ldm.models.diffusion.ddpm.LatentInpaintDiffusion")
     with pytest.raises(InputError, match="conditioning_key must be hybrid"):

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.checkpoints import read_weights
-from ldm.config import instantiate_from_config, plain
+from ldm.config import ALIASES, get_obj_from_str, instantiate_from_config, plain
 from ldm.errors import InputError
 from ldm.models.building import fill_added, load_base
 from ldm.models.diffusion.guidance import batched
@@ -453,6 +453,14 @@ def without_adapters(unet_config: Mapping) -> tuple[Any, Any]:
     params = dict(config["params"])
     adapter_config = params.pop("adapter_config", None)
     return {**config, "params": params}, adapter_config
+
+
+def __getattr__(name: str) -> Any:
+    """Classes that LDM has in this module and that are in modules of their own here (PEP 562)."""
+    published = f"{__name__}.{name}"
+    if published not in ALIASES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return get_obj_from_str(published)
 
 
 def _join(*parts: Any) -> Any:
