@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,22 @@ from einops import rearrange
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from ldm.checkpoints import atomic_write
 from ldm.data.class_images import missing_class_images
 from ldm.errors import InputError, WriteError
+from ldm.models.diffusion.from_picture import last_steps
 from ldm.models.diffusion.guidance import guided
-from ldm.models.diffusion.samplers import draw, sampler
+from ldm.models.diffusion.inpainting import painting_condition, sees_mask
+from ldm.models.diffusion.samplers import Blend, Draw, draw, keep_known, sampler, unchanged
 from ldm.modules.cached_text import cached_text
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.writing import printable, writing
 
 log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -41,6 +46,7 @@ class Settings:
     channels: int | None = None  # of the latents; by default the model's
     factor: int | None = None  # pixels per latent; by default the autoencoder's
     spacing: str = "uniform"  # of the steps
+    weighted: bool = False  # (word:1.3) in a prompt is a weight
     half: bool = False  # autocast, on devices that gain from it
     cache_text: bool = True  # keys and values of the text once, not at every step
     decoded_pixels: int = 512 * 512  # of all pictures that the autoencoder decodes at once
@@ -76,12 +82,32 @@ class NotFinite(InputError):
         super().__init__(f"{part} gave numbers that are not finite (nan or infinite), so no picture is made; {cause}")
 
 
+@dataclass(frozen=True)
+class Start:
+    """A picture that sampling begins at, and what of it is to be painted anew.
+
+    picture [3, H, W] in [0, 1]; strength: the share of the steps that are made, 1 leaves nothing of the picture;
+    mask [1, H, W]: 1 where it is to be painted, elsewhere the picture stays; without one all of it is.
+    """
+
+    picture: Tensor
+    strength: float = 0.75
+    mask: Tensor | None = None
+
+
 @torch.inference_mode()
 def generate(
-    model: Any, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, verbose: bool = False
+    model: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Settings,
+    verbose: bool = False,
+    negative: Sequence[str] | None = None,
+    start: Start | None = None,
 ) -> Tensor:
     """Pictures [b, 3, H, W] in [0, 1] on the CPU, one for each prompt and seed.
 
+    `negative`: a negative prompt for each prompt, which guidance leads away from. `start`: a picture instead of noise.
     Each picture has its own generator, so that it does not depend on the batch that it is made in.
     Raises `InputError` for settings that the model or the sampler cannot take, `NotFinite` for numbers that are none.
     """
@@ -92,16 +118,21 @@ def generate(
     half = settings.half and device.type == "cuda"
     precision = torch.autocast(device.type, dtype=torch.float16) if half else nullcontext()
     remembering = cached_text(model.model.diffusion_model) if settings.cache_text else nullcontext()
+    if start is not None:
+        height, width = start.picture.shape[1:]
+        settings = replace(settings, height=height, width=width)
     with evaluating(model), model.ema_scope(), precision, remembering:
         shape = settings.latent_shape(model)
-        pixels = tuple(side * settings.factor_of(model) for side in shape[1:])
-        condition, empty = model.conditions(prompts, pixels, guided=settings.scale != 1)
+        condition, empty = _conditions(model, prompts, negative, settings, start)
         parts = condition.values() if isinstance(condition, Mapping) else [condition]
         if not all(torch.isfinite(part).all() for part in parts if isinstance(part, Tensor)):
             raise NotFinite("the text encoder", model, half)
         steps = row.steps(model.alphas_cumprod, settings.steps, settings.eta, spacing=settings.spacing)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         draw_noise = partial(draw, (len(prompts), *shape), device, generators)
+        x, blend = draw_noise(), unchanged
+        if start is not None:
+            steps, x, blend = _from_picture(model, start, steps, x, draw_noise)
         denoise = guided(model.predict_noise, condition, empty, settings.scale)
         progress = partial(tqdm, desc=row.title, disable=not verbose)
         finite: list[Tensor] = []  # of each step, on the device: to look at them is to wait for it
@@ -109,7 +140,7 @@ def generate(
         def on_step(i: int, total: int, x: Tensor, pred_x0: Tensor) -> None:
             finite.append(torch.isfinite(pred_x0).all())
 
-        latents = row.function(denoise, draw_noise(), steps, draw_noise, on_step=on_step, progress=progress)
+        latents = row.function(denoise, x, steps, draw_noise, blend=blend, on_step=on_step, progress=progress)
         if not torch.isfinite(latents).all():
             seen = torch.stack(finite).tolist() if finite else []
             where = f" at step {seen.index(False) + 1} of {len(seen)}" if False in seen else ""
@@ -117,7 +148,49 @@ def generate(
         pictures = decoded(model, latents, settings.decoded_pixels)
         if not torch.isfinite(pictures).all():
             raise NotFinite("the first stage", model, half)
-    return ((pictures.float() + 1) / 2).clamp(0, 1).cpu()
+    pictures = ((pictures.float() + 1) / 2).clamp(0, 1).cpu()
+    if start is not None and start.mask is not None:
+        pictures = start.mask * pictures + (1 - start.mask) * start.picture
+    return pictures
+
+
+def _conditions(
+    model: Any, prompts: Sequence[str], negative: Sequence[str] | None, settings: Settings, start: Start | None
+) -> tuple[Any, Any]:
+    """The conditions with and without the prompts, the second None where nothing is guided."""
+    shape = settings.latent_shape(model)
+    pixels = tuple(side * settings.factor_of(model) for side in shape[1:])
+    is_guided, sees = settings.scale != 1, sees_mask(model)
+    if sees and (start is None or start.mask is None):
+        raise InputError("this model paints what a mask leaves open: give it a picture and a mask")
+    if sees and model.cond_stage_model is model.first_stage_model:  # no text
+        condition = empty = None
+    else:
+        condition, empty = model.conditions(prompts, pixels, is_guided, negative, settings.weighted)
+    if not sees:
+        return condition, empty
+    picture, mask = (one.expand(len(prompts), -1, -1, -1).to(model.betas.device)
+                     for one in (2 * start.picture - 1, start.mask))  # fmt: skip
+    painted = painting_condition(model, condition, picture, mask)
+    return painted, None if empty is None else {**painted, "c_crossattn": [empty]}
+
+
+def _from_picture(model: Any, start: Start, steps: Any, noise: Tensor, draw_noise: Draw) -> tuple[Any, Tensor, Blend]:
+    """The steps that are left, the latents that they begin with, and what keeps the picture outside the mask."""
+    picture = (2 * start.picture - 1).expand(len(noise), -1, -1, -1).to(noise)
+    if start.mask is not None and sees_mask(model):
+        return steps, noise, unchanged  # it knows the rest by its condition
+    posterior = model.encode_first_stage(picture)
+    is_random = isinstance(posterior, DiagonalGaussianDistribution)
+    latents = model.scale_factor * (posterior.sample(noise=draw_noise()) if is_random else posterior)
+    blend = unchanged
+    if start.mask is not None:
+        open_places = F.interpolate(start.mask[None].to(noise), size=noise.shape[2:])
+        blend = keep_known(latents, 1 - open_places, draw_noise)
+    if start.strength == 1:
+        return steps, noise, blend
+    steps, alpha_bar = last_steps(steps, start.strength)
+    return steps, alpha_bar**0.5 * latents + (1 - alpha_bar) ** 0.5 * noise, blend
 
 
 def decoded(model: Any, latents: Tensor, pixels: int) -> Tensor:

@@ -6,13 +6,22 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ldm.cli import Parser, add_allow_family, add_compile, seed_number, text
 from ldm.errors import InputError
 from ldm.files import read_text
 from ldm.models.bases import BASES, DEFAULT, base_of, recognise
 
+log = logging.getLogger(__name__)
+
+PROMPT = "a painting of a virus monster playing guitar"
+AGAINST = " --n "  # before the negative prompt, in a line of --from-file, as sd-scripts has it
 # Of `ldm.models.diffusion.samplers`, which imports torch.
 SAMPLERS = ("ddim", "plms", "dpm_solver", "euler", "euler_a", "heun", "dpmpp_2m", "dpmpp_2s_a", "lms")
 
@@ -24,12 +33,21 @@ class DescriptionAndDefaults(argparse.RawDescriptionHelpFormatter, argparse.Argu
 def add_arguments(p: Parser) -> None:
     p.formatter_class = DescriptionAndDefaults
     what = p.add_argument_group("what to draw")
-    what.add_argument("--prompt", type=text, nargs="?", default="a painting of a virus monster playing guitar")
-    what.add_argument("--from-file", metavar="FILE", help="a text file with one prompt per line, instead of --prompt")
+    what.add_argument("--prompt", type=text, nargs="?", action="append", help=f"repeatable (default: {PROMPT})")
+    what.add_argument("--negative_prompt", type=text, metavar="TEXT", default="", help="what guidance leads away from")
+    what.add_argument("--from-file", metavar="FILE",
+                      help="instead of --prompt: a prompt per line, '--n TEXT' behind it is negative")  # fmt: skip
+    what.add_argument("--prompt_weights", action="store_true", help="read (word), [word] and (word:1.3) as weights")
     what.add_argument("--n_samples", type=int, default=1, help="pictures for each prompt, made in one batch")
     what.add_argument("--n_iter", type=int, default=2, help="how often to go through the prompts")
     what.add_argument("--seed", type=seed_number, default=42, help="seed of the first picture; they count up from here")
     what.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise")
+
+    picture = p.add_argument_group("beginning at a picture")
+    picture.add_argument("--init-img", metavar="FILE", help="begin at this picture instead of noise")
+    picture.add_argument("--strength", type=float, help="share of the steps that are made: 0 keeps the picture, 1 "
+                         "nothing of it (default 0.75, with a mask 1)")  # fmt: skip
+    picture.add_argument("--mask", metavar="FILE", help="paint only where this picture is white")
 
     model = p.add_argument_group("model")
     model.add_argument("--config", default="auto",
@@ -42,8 +60,9 @@ def add_arguments(p: Parser) -> None:
     model.add_argument("--delta_ckpt", dest="adapter_path", action="append", metavar="FILE",
                        help="the same, in Custom Diffusion's words")  # fmt: skip
     model.add_argument(
-        "--adapter_scale", action="append", type=float, default=[], help="strength of each, in their order, or of all"
-    )
+        "--adapter_scale", action="extend", nargs="+", type=float, default=[],
+        help="strength of each, in their order, or of all; several for one adapter: a grid of them",
+    )  # fmt: skip
     model.add_argument("--compress", action="store_true", help="Custom Diffusion's option; the file itself tells")
     model.add_argument("--modifier_token", metavar="<new1>+<new2>", help="names for the words of LoRAs and deltas")
     model.add_argument("--embedding_path", metavar="FILE", help="learnt words (textual inversion)")
@@ -53,10 +72,13 @@ def add_arguments(p: Parser) -> None:
     how.add_argument("--spacing", choices=("uniform", "quad", "trailing", "karras"), default="uniform",
                      help="of the steps: quad for ddim and plms, karras for euler to lms")  # fmt: skip
     how.add_argument("--plms", dest="sampler", action="store_const", const="plms", help="short for --sampler plms")
+    how.add_argument("--dpm_solver", dest="sampler", action="store_const", const="dpm_solver",
+                     help="short for --sampler dpm_solver")  # fmt: skip
     how.add_argument("--ddim_steps", type=int, default=50, help="steps of any sampler")
     how.add_argument("--ddim_eta", type=float,
                      help="noise that is added, 0 is none (default: 1 for ancestral samplers, else 0)")  # fmt: skip
-    how.add_argument("--scale", type=float, default=7.5, help="guidance scale")
+    how.add_argument("--scale", type=float, nargs="+", default=[7.5],
+                     help="guidance scale; several: a grid of them")  # fmt: skip
     how.add_argument("--H", type=int, help="height in pixels; by default the model's")
     how.add_argument("--W", type=int, help="width in pixels; by default the model's")
     how.add_argument("--C", type=int, help="latent channels; by default the model's")
@@ -72,17 +94,54 @@ def add_arguments(p: Parser) -> None:
     files.add_argument("--n_rows", type=int, default=0, help="pictures in a row of the grid; 0: --n_samples")
 
 
+class Text(NamedTuple):
+    """A prompt, and what guidance leads away from."""
+
+    prompt: str
+    negative: str = ""
+
+
+class Variant(NamedTuple):
+    """One of the settings that a grid compares."""
+
+    scale: float
+    adapter_scale: float | None  # None: as given for each adapter
+
+
 def run(options: argparse.Namespace) -> None:
     if options.laion400m:
         options.config = next(base.config for base in BASES if base.name == "txt2img-1p4B-eval")
     check(options)
-    prompts = read_prompts(options)
+    texts = read_prompts(options)
+    variants = variants_of(options)
+    model, use_variant = prepared_model(options)
 
     from ldm import generate
+
+    settings, start = settings_of(options), start_of(model, options)
+    say_what_is_cut(model, texts)
+    outdir, singles = Path(options.outdir), Path(options.outdir) / "samples"
+    number, rows = generate.next_number(singles), {}
+    for variant in variants:
+        use_variant(variant)
+        own, label = replace(settings, scale=variant.scale), label_of(variant, variants)
+        pictures = rows.setdefault(label, [])
+        for one, seed, picture in drawn(model, texts, options, own, start):
+            if not options.skip_save:
+                of_picture = {**one._asdict(), "seed": seed, **metadata(options, variant)}
+                number = generate.save_numbered(picture, singles, "{:05}.png", number, of_picture)
+                print(f"{singles / f'{number:05}.png'}  {one.prompt!r}, seed {seed}{label and ', ' + label}")
+            number += 1
+            pictures.append(picture)
+    if not options.skip_grid:
+        save_grid(rows, texts, outdir, options)
+
+
+def prepared_model(options: argparse.Namespace) -> tuple[Any, Callable[[Variant], None]]:
+    """The model with its adapters, and what sets the strength of its adapter to that of a variant."""
     from ldm.config import find_file, load_config
     from ldm.devices import best_device
     from ldm.models.building import untuned
-    from ldm.models.diffusion.samplers import sampler as row
     from ldm.util import load_model_from_config
 
     if options.config == "auto":
@@ -94,34 +153,101 @@ def run(options: argparse.Namespace) -> None:
         from ldm.train.compiled import compile_module  # which imports Lightning
 
         compile_module(model.model.diffusion_model, options.compile)
-    settings = generate.Settings(
-        options.sampler, options.ddim_steps, options.ddim_eta, options.scale, options.H, options.W, options.C,
-        options.f, half=options.precision == "autocast", spacing=options.spacing,
+    now = options.adapter_scale[:1]
+
+    def use_variant(variant: Variant) -> None:
+        if variant.adapter_scale is not None and [variant.adapter_scale] != now:
+            from ldm.interchange import load_any
+
+            load_any(model, options.adapter_path[0], variant.adapter_scale)
+            now[:] = [variant.adapter_scale]
+
+    return model, use_variant
+
+
+def settings_of(options: argparse.Namespace) -> Any:
+    from ldm.generate import Settings
+
+    return Settings(
+        options.sampler, options.ddim_steps, options.ddim_eta, options.scale[0], options.H, options.W, options.C,
+        options.f, half=options.precision == "autocast", spacing=options.spacing, weighted=options.prompt_weights,
     )  # fmt: skip
-    outdir, singles = Path(options.outdir), Path(options.outdir) / "samples"
-    metadata = {
-        "sampler": options.sampler, "steps": options.ddim_steps, "spacing": options.spacing,
-        "eta": row(options.sampler).usual_eta if options.ddim_eta is None else options.ddim_eta, "scale": options.scale,
-        "config": options.config, "ckpt": options.ckpt or "the config's", "embeddings": options.embedding_path or "",
-        "adapter": ", ".join(options.adapter_path), "adapter scale": ", ".join(map(str, options.adapter_scale)),
-    }  # fmt: skip
-    number, pictures = generate.next_number(singles), []
-    for texts, seeds in generate.batches(prompts, options.n_samples, options.n_iter, options.seed, options.fixed_code):
-        for prompt, seed, picture in zip(
-            texts, seeds, generate.generate(model, texts, seeds, settings, True), strict=True
-        ):
-            if not options.skip_save:
-                of_picture = {"prompt": prompt, "seed": seed, **metadata}
-                number = generate.save_numbered(picture, singles, "{:05}.png", number, of_picture)
-                print(f"{singles / f'{number:05}.png'}  {prompt!r}, seed {seed}")
-            number += 1
-            pictures.append(picture)
-    if not options.skip_grid:
+
+
+def start_of(model: Any, options: argparse.Namespace) -> Any:
+    """What sampling begins at, None for noise."""
+    if not options.init_img:
+        return None
+    from ldm.data.starts import read_mask, read_start
+    from ldm.generate import Start
+
+    factor = getattr(model.first_stage_model, "downsampling_factor", 1)
+    multiple = factor * model.model.diffusion_model.downsampling_factor
+    picture = read_start(options.init_img, multiple, (options.H, options.W))
+    mask = read_mask(options.mask, tuple(picture.shape[1:])) if options.mask else None
+    strength = options.strength
+    if strength is None:
+        strength = 0.75 if mask is None else 1.0
+    return Start(picture, strength, mask)
+
+
+def drawn(
+    model: Any, texts: list[Text], options: argparse.Namespace, settings: Any, start: Any
+) -> Iterator[tuple[Text, int, Any]]:
+    """Every picture with its prompt and its seed."""
+    from ldm import generate
+
+    for batch, seeds in generate.batches(texts, options.n_samples, options.n_iter, options.seed, options.fixed_code):
+        prompts, negative = [text.prompt for text in batch], [text.negative for text in batch]
+        pictures = generate.generate(model, prompts, seeds, settings, True, negative, start)
+        yield from zip(batch, seeds, pictures, strict=True)
+
+
+def save_grid(rows: dict[str, list], texts: list[Text], outdir: Path, options: argparse.Namespace) -> None:
+    """All pictures as one; with several settings a labelled row for each."""
+    from ldm import generate
+
+    pictures = list(itertools.chain(*rows.values()))
+    if len(rows) > 1:
+        from ldm.evaluate.figures import labelled_rows
+
+        grid = generate.from_pil(labelled_rows(rows, side=min(pictures[0].shape[-1], 512)))
+    else:
         grid = generate.grid(pictures, options.n_rows or options.n_samples)
-        first = generate.next_number(outdir, "grid-*.png")
-        of_grid = {"prompt": " | ".join(prompts), "seed": options.seed, **metadata}
-        number = generate.save_numbered(grid, outdir, "grid-{:04}.png", first, of_grid)
-        print(f"{outdir / f'grid-{number:04}.png'}  all {len(pictures)}")
+    first = generate.next_number(outdir, "grid-*.png")
+    variant = Variant(options.scale[0], None)
+    of_grid = {"prompt": " | ".join(text.prompt for text in texts), "seed": options.seed, **metadata(options, variant)}
+    number = generate.save_numbered(grid, outdir, "grid-{:04}.png", first, of_grid)
+    print(f"{outdir / f'grid-{number:04}.png'}  all {len(pictures)}")
+
+
+def metadata(options: argparse.Namespace, variant: Variant) -> dict[str, Any]:
+    """What a picture's file says of how it was made, beside prompt and seed."""
+    from ldm.models.diffusion.samplers import sampler
+
+    scales = options.adapter_scale if variant.adapter_scale is None else [variant.adapter_scale]
+    eta = sampler(options.sampler).usual_eta if options.ddim_eta is None else options.ddim_eta
+    begun = {"init-img": options.init_img, "strength": options.strength, "mask": options.mask or ""}
+    return {
+        "sampler": options.sampler, "steps": options.ddim_steps, "spacing": options.spacing, "eta": eta,
+        "scale": variant.scale, "config": options.config, "ckpt": options.ckpt or "the config's",
+        "embeddings": options.embedding_path or "", "adapter": ", ".join(options.adapter_path),
+        "adapter scale": ", ".join(map(str, scales)), **(begun if options.init_img else {}),
+    }  # fmt: skip
+
+
+def variants_of(options: argparse.Namespace) -> list[Variant]:
+    """The settings that are compared, in the order of the grid's rows; one if nothing is."""
+    strengths = options.adapter_scale if len(options.adapter_path) == 1 and len(options.adapter_scale) > 1 else [None]
+    return [Variant(scale, strength) for scale in options.scale for strength in strengths]
+
+
+def label_of(variant: Variant, variants: list[Variant]) -> str:
+    """What a row of the grid shows; empty where there is one."""
+    if len(variants) == 1:
+        return ""
+    strength = "" if variant.adapter_scale is None else f", adapter scale {variant.adapter_scale:g}"
+    return f"scale {variant.scale:g}{strength}"
 
 
 def config_of(ckpt: str | None) -> str:
@@ -147,24 +273,44 @@ def check(options: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.sampler == "plms" and options.ddim_eta:
         raise InputError("--ddim_eta must be 0 with the plms sampler, which is deterministic")
-    if len(options.adapter_scale) not in (0, min(1, len(options.adapter_path)), len(options.adapter_path)):
+    count = len(options.adapter_path)
+    if options.adapter_scale and count != 1 and len(options.adapter_scale) not in (min(1, count), count):
         raise InputError(
-            f"{len(options.adapter_scale)} times --adapter_scale for {len(options.adapter_path)} times --adapter_path: "
+            f"{len(options.adapter_scale)} times --adapter_scale for {count} times --adapter_path: "
             "give one for each, or one for all"
         )
+    if not options.init_img:
+        for name in ("mask", "strength"):
+            if getattr(options, name) is not None:
+                raise InputError(f"--{name} needs a picture to begin at: add --init-img")
 
 
-def read_prompts(options: argparse.Namespace) -> list[str]:
+def read_prompts(options: argparse.Namespace) -> list[Text]:
+    """The prompts with their negative ones, of the command line or of its file."""
     if not options.from_file:
-        return [options.prompt or ""]
+        return [Text(prompt or "", options.negative_prompt) for prompt in options.prompt or [PROMPT]]
     try:
         lines = read_text(options.from_file).splitlines()
     except InputError as error:
         raise InputError(f"--from-file {error}; expected text, a prompt per line") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
+    found = []
+    for line in filter(None, map(str.strip, lines)):
+        prompt, mark, negative = f" {line}".partition(AGAINST)
+        found.append(Text(prompt.strip(), negative.strip() if mark else options.negative_prompt))
+    if not found:
         raise InputError(f"--from-file {options.from_file} holds no prompt; expected one per line")
-    return prompts
+    return found
+
+
+def say_what_is_cut(model: Any, texts: list[Text]) -> None:
+    """Log, once for each prompt, the words that text encoders with a single window do not see (those of SDXL)."""
+    from ldm.modules.encoders.prompts import cut_words
+
+    embedders = getattr(getattr(model, "conditioner", None), "embedders", [])
+    for encoder in [one for one in embedders if hasattr(one, "tokens_of")][:1]:  # both have the same vocabulary
+        for one in dict.fromkeys(part for pair in texts for part in pair):
+            if words := cut_words(encoder, one):
+                log.warning("the prompt is too long for the text encoders, which do not see: %s", words)
 
 
 def add_adapters(model, options: argparse.Namespace) -> None:
@@ -176,6 +322,7 @@ def add_adapters(model, options: argparse.Namespace) -> None:
     if options.embedding_path:  # words as they are called in the file, `*` too, as in LDM
         load_words(model.cond_stage_model, options.embedding_path, "--embedding_path")
     scales = options.adapter_scale or [1.0]
+    scales = scales[:1] if len(options.adapter_path) == 1 else scales
     scales = scales * len(options.adapter_path) if len(scales) == 1 else scales
     for number, (path, scale, words) in enumerate(zip(options.adapter_path, scales, names, strict=True)):
         load_any(model, path, scale, add=number > 0, words=words)

@@ -25,6 +25,7 @@ from ldm.data.encoded import EncodedSamples
 from ldm.errors import InputError, short
 from ldm.modules.cached_encoders import CachedPosteriors, CachedPrompts, Encoding, each
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.encoders.prompts import cut_words
 from ldm.train.datamodule import DataModuleFromConfig
 
 log = logging.getLogger(__name__)
@@ -39,10 +40,11 @@ def encoded(models: Sequence[Any], data: DataModuleFromConfig, where: str, devic
     `where`: `off`, `memory`, or a folder that keeps the encodings for later runs. Datasets that change their pictures
     at random are left as they are, and so is a text encoder that learns.
     """
+    data.setup()
+    refuse_cut_captions(models, data)
     if where == "off":
         yield
         return
-    data.setup()
     stages = [(model.first_stage_model, model.text_encoders()) for model in models]
     datasets, workers = dict(data.datasets), data.num_workers
     if all(type(dataset) is PersonalizedBase for dataset in data.datasets.values()):
@@ -56,6 +58,32 @@ def encoded(models: Sequence[Any], data: DataModuleFromConfig, where: str, devic
             for name, encoder in text_encoders.items():
                 model.replace_text_encoder(name, encoder)
         data.datasets, data.num_workers = datasets, workers
+
+
+def refuse_cut_captions(models: Sequence[Any], data: DataModuleFromConfig) -> None:
+    """Raises `InputError` for a caption that is so long that an identifier or a learnt word in it is not seen.
+
+    Captions that lose other words are counted in a line of the log.
+    """
+    encoders = getattr(models[0], "text_encoders", dict)().values()
+    encoder = next((one for one in encoders if hasattr(one, "tokens_of")), None)  # SDXL's have one vocabulary
+    sets = [one for one in data.datasets.values() if hasattr(one, "all_captions")]
+    if encoder is None or not sets:
+        return
+    words = {getattr(one, "identifier", None) or getattr(one, "placeholder_token", None) for one in sets}
+    words |= set(getattr(encoder.new_tokens, "words", ()))
+    captions = sorted({caption for one in sets for caption in one.all_captions()})
+    cut = {caption: lost for caption in captions if (lost := cut_words(encoder, caption))}
+    for caption, lost in cut.items():
+        for word in filter(None, words):
+            if word in lost.split() and word not in caption.removesuffix(lost).split():
+                raise InputError(
+                    f"the caption {caption[:60]!r}... is too long: the text encoder does not see {word!r} in it; put "
+                    "the word nearer to the beginning"
+                )
+    if cut:
+        lost = next(iter(cut.values()))
+        log.warning("%d captions are too long for the text encoder, which does not see their end: %s", len(cut), lost)
 
 
 def _encode_pictures(

@@ -23,6 +23,9 @@ from tests.runs import ENVIRONMENT
 PUBLISHED = {
     "main_dream_booth": "train",
     "sample": "sample",
+    "scripts.txt2img": "txt2img",
+    "scripts.img2img": "img2img",
+    "scripts.inpaint": "inpaint",
     "scripts.train": "fit",
     "scripts.train_many": "train-many",
     "scripts.convert": "convert",

@@ -27,6 +27,8 @@ from ldm.models.diffusion.training import DiffusionTraining, Drawn
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
+from ldm.modules.encoders.prompts import encode as encode_prompts
+from ldm.modules.encoders.prompts import window_count
 from ldm.tuning import Tuning, families, freeze_rest
 
 DDPM_OBJECTIVE = Objective()  # all time steps alike, plain noise
@@ -417,10 +419,31 @@ class LatentDiffusion(DDPM):
         """Put another encoder, or what stands for it, in the place of one of `text_encoders`."""
         setattr(self, name, encoder)
 
-    def conditions(self, prompts: Sequence[str], size: tuple[int, int], guided: bool = True) -> tuple[Any, Any]:
-        """The conditions of prompts and, if `guided`, of empty ones, for pictures of `size` (height, width) pixels."""
-        cond = self.get_learned_conditioning(list(prompts))
-        return cond, self.get_learned_conditioning([""] * len(prompts)) if guided else None
+    def conditions(
+        self,
+        prompts: Sequence[str],
+        size: tuple[int, int],
+        guided: bool = True,
+        negative: Sequence[str] | None = None,
+        weighted: bool = False,
+    ) -> tuple[Any, Any]:
+        """The conditions of prompts and, if `guided`, of negative ones, for pictures of `size` (height, width) pixels.
+
+        `negative`: one for each prompt, by default empty. `weighted`: `(word:1.3)` is read as a weight. Prompts longer
+        than the text encoder's window take several windows (`ldm.modules.encoders.prompts`), where it can do that.
+        """
+        against = list(negative or [""] * len(prompts))
+        encoder = self.cond_stage_model
+        if hasattr(encoder, "encode_ids"):
+            count = window_count(encoder, [*prompts, *(against if guided else [])], weighted)
+            if weighted or count > 1:
+                def encode(texts: Sequence[str]) -> Tensor:
+                    return encode_prompts(encoder, texts, weighted, count)
+
+                return encode(prompts), encode(against) if guided else None
+        elif weighted:
+            raise InputError(f"prompt weights need a CLIP text encoder, this model has {type(encoder).__name__}")
+        return self.get_learned_conditioning(list(prompts)), self.get_learned_conditioning(against) if guided else None
 
     def _condition(self, batch: Mapping[str, Any], latents: Tensor) -> Any:
         if self.cond_stage_model is None:

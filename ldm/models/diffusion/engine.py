@@ -188,11 +188,27 @@ class DiffusionEngine(LatentDiffusion):
         return {TEXT_KEY: list(prompts), **dict(zip(SIZES, (rows(size), rows((0, 0)), rows(size)), strict=True))}
 
     def conditions(
-        self, prompts: Sequence[str], size: tuple[int, int], guided: bool = True, zeroed: Iterable[str] = (TEXT_KEY,)
+        self,
+        prompts: Sequence[str],
+        size: tuple[int, int],
+        guided: bool = True,
+        negative: Sequence[str] | None = None,
+        weighted: bool = False,
+        zeroed: Iterable[str] = (TEXT_KEY,),
     ) -> tuple[Any, Any]:
-        """The conditions of prompts for pictures of `size`, and the unconditional side: zeros in place of the text."""
-        batch = self.batch_of(prompts, size)
-        cond, uncond = self.conditioner.get_unconditional_conditioning(batch, force_uc_zero_embeddings=list(zeroed))
+        """The conditions of prompts for pictures of `size`, and the unconditional side.
+
+        That is made of the `negative` prompts if one of them is not empty, else of zeros in place of the text.
+        Raises `InputError` for weights of prompts, which this conditioner does not take.
+        """
+        if weighted:
+            raise InputError("prompt weights are for models with one text encoder; this one has two: leave them out")
+        batch, against = self.batch_of(prompts, size), None
+        if any(negative or []):
+            against, zeroed = self.batch_of(negative, size), ()
+        cond, uncond = self.conditioner.get_unconditional_conditioning(
+            batch, against, force_uc_zero_embeddings=list(zeroed)
+        )
         return cond, uncond if guided else None
 
     def full_batch(self, batch: Mapping[str, Any], latents: Tensor) -> dict[str, Any]:

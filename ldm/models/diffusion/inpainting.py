@@ -62,10 +62,10 @@ class LatentInpaintDiffusion(LatentDiffusion):
 
     def clean(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         latents, text = super().clean(batch)
-        channels = [self._channels(batch, key, latents.shape[2:]) for key in self.concat_keys]
+        channels = [self.channels_of(batch, key, latents.shape[2:]) for key in self.concat_keys]
         return latents, {"c_concat": [torch.cat(channels, dim=1)], "c_crossattn": [text]}
 
-    def _channels(self, batch: Mapping[str, Any], key: str, size: torch.Size) -> Tensor:
+    def channels_of(self, batch: Mapping[str, Any], key: str, size: torch.Size) -> Tensor:
         """An entry of the batch as channels [b, c, h, w] beside the latents."""
         if key not in batch:
             raise InputError(f"the batch has no {key!r}, which this inpainting model is conditioned on")
@@ -76,3 +76,30 @@ class LatentInpaintDiffusion(LatentDiffusion):
 
     def masks_of(self, batches: Sequence[Mapping[str, Any]], drawn: Sequence[tuple]) -> list[Tensor | None]:
         return [None] * len(batches)
+
+
+def painting_condition(model: LatentDiffusion, text: Any, picture: Tensor, mask: Tensor) -> Any:
+    """The condition of a model that sees what is to be painted, for prompts that are encoded as `text`.
+
+    picture [b, 3, H, W] in [-1, 1]; mask [b, 1, H, W], 1 where it is to be painted. A model of `LatentInpaintDiffusion`
+    gets its channels beside the text; one whose condition is channels alone (LDM's inpainting model) gets the latents
+    of the masked picture and the mask in [-1, 1]. Raises `InputError` for keys that are not these two.
+    """
+    masked = picture * (mask < 0.5)
+    if not isinstance(model, LatentInpaintDiffusion):
+        latents = model.cond_stage_model.encode(masked)
+        return torch.cat([latents, F.interpolate(2 * mask - 1, size=latents.shape[-2:])], dim=1)
+    held = {"mask": mask, "masked_image": masked}
+    if unknown := set(model.concat_keys) - held.keys():
+        raise InputError(f"this model is conditioned on {', '.join(sorted(unknown))}, which a picture and a mask lack")
+    batch = {key: value.permute(0, 2, 3, 1) for key, value in held.items()}
+    size = tuple(side // model.first_stage_model.downsampling_factor for side in picture.shape[2:])
+    channels = torch.cat([model.channels_of(batch, key, size) for key in model.concat_keys], dim=1)
+    return {"c_concat": [channels], "c_crossattn": [text]}
+
+
+def sees_mask(model: Any) -> bool:
+    """Whether a model was made for inpainting, so that picture and mask are part of its condition."""
+    return isinstance(model, LatentInpaintDiffusion) or (
+        getattr(model.model, "conditioning_key", None) == "concat" and model.cond_stage_model is model.first_stage_model
+    )

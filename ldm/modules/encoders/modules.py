@@ -131,13 +131,29 @@ class FrozenCLIPEmbedder(LearnsWords):
         )  # fmt: skip
         return batch["input_ids"]
 
+    def tokens_of(self, text: str) -> list[int]:
+        """All token ids of a text, without markers and however many."""
+        names = ["<|startoftext|>", "<|endoftext|>", *self.new_tokens.vectors]
+        cleaned = around(clip_text, self.new_tokens.spell(text), names)
+        return self.tokenizer(cleaned, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def with_markers(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Rows of at most max_length - 2 token ids as [b, max_length]: markers around them, padding behind."""
+        start, end, pad = (getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+        framed = [[start, *row, end] for row in rows]
+        return torch.tensor([row + [pad] * (self.max_length - len(row)) for row in framed])
+
     def forward(self, text: str | Sequence[str]) -> Tensor | tuple[Tensor, Tensor]:
         """Prompts to hidden states [b, max_length, d]; with `always_return_pooled` also the pooled state [b, d].
 
         `layer`: `last` is the last layer's with the final norm, `hidden` that after `layer_idx` layers without it, and
         `pooled` the state of the first end marker as the only token, [b, 1, d].
         """
-        ids = self.tokenize(text).to(self.transformer.device, non_blocking=True)
+        return self.encode_ids(self.tokenize(text))
+
+    def encode_ids(self, ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """What `forward` gives, from token ids [b, max_length]."""
+        ids = ids.to(self.transformer.device, non_blocking=True)
         out = self.transformer(input_ids=ids, output_hidden_states=self.layer == "hidden")
         last = out.last_hidden_state
         ends = (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)

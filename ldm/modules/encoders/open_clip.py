@@ -189,6 +189,15 @@ class OpenCLIPText(LearnsWords):
         texts = [text] if isinstance(text, str) else text
         return self.tokenizer.padded([self.new_tokens.spell(one) for one in texts], self.max_length)
 
+    def tokens_of(self, text: str) -> list[int]:
+        """All token ids of a text, without markers and however many."""
+        return self.tokenizer.encode(self.new_tokens.spell(text))
+
+    def with_markers(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Rows of at most max_length - 2 token ids as [b, max_length]: markers around them, zeros behind."""
+        framed = [[self.tokenizer.bos_token_id, *row, self.tokenizer.eos_token_id] for row in rows]
+        return torch.tensor([row + [0] * (self.max_length - len(row)) for row in framed])
+
     def _ids(self, text: str | Sequence[str]) -> Tensor:
         return self.tokenize(text).to(self.token_embedding.weight.device, non_blocking=True)
 
@@ -219,7 +228,12 @@ class FrozenOpenCLIPEmbedder(OpenCLIPText):
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
         """Prompts to [b, max_length, width]."""
-        _, hidden = self.model(self._ids(text), skipped=int(self.layer == "penultimate"))
+        return self.encode_ids(self._ids(text))
+
+    def encode_ids(self, ids: Tensor) -> Tensor:
+        """What `forward` gives, from token ids [b, max_length]."""
+        ids = ids.to(self.token_embedding.weight.device, non_blocking=True)
+        _, hidden = self.model(ids, skipped=int(self.layer == "penultimate"))
         return self.model.ln_final(hidden)
 
 
