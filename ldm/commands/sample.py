@@ -91,6 +91,10 @@ def add_arguments(p: Parser) -> None:
     files.add_argument("--outdir", default="outputs/txt2img-samples")
     files.add_argument("--skip_grid", action="store_true", help="no grid of all pictures")
     files.add_argument("--skip_save", action="store_true", help="no single pictures")
+    files.add_argument("--safety_checker", metavar="DIR|off", default="off",
+                       help="blank what the published safety checker flags; its folder, or off")  # fmt: skip
+    files.add_argument("--watermark", metavar="TEXT|off", default="off",
+                       help="invisible text in every picture (extra watermark)")  # fmt: skip
     files.add_argument("--n_rows", type=int, default=0, help="pictures in a row of the grid; 0: --n_samples")
 
 
@@ -196,11 +200,14 @@ def drawn(
 ) -> Iterator[tuple[Text, int, Any]]:
     """Every picture with its prompt and its seed."""
     from ldm import generate
+    from ldm.evaluate.safety import find_checker
+    from ldm.evaluate.watermark import find_watermark, finish
 
+    checker, watermark = find_checker(options.safety_checker), find_watermark(options.watermark)
     for batch, seeds in generate.batches(texts, options.n_samples, options.n_iter, options.seed, options.fixed_code):
         prompts, negative = [text.prompt for text in batch], [text.negative for text in batch]
         pictures = generate.generate(model, prompts, seeds, settings, True, negative, start)
-        yield from zip(batch, seeds, pictures, strict=True)
+        yield from zip(batch, seeds, finish(list(pictures), checker, watermark), strict=True)
 
 
 def save_grid(rows: dict[str, list], texts: list[Text], outdir: Path, options: argparse.Namespace) -> None:

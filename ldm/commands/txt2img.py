@@ -14,6 +14,7 @@ from ldm.commands import sample
 
 DEFAULTS = {
     "n_samples": 3, "outdir": "outputs/txt2img-samples",
+    "safety_checker": None, "watermark": None,  # as published, where they are there
 }  # fmt: skip
 
 
