@@ -75,7 +75,7 @@ class ImageLogger(pl.Callback):
 
     def draw_one(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, number: int) -> None:
         try:
-            own = hasattr(module, "log_images")
+            own = hasattr(module, "log_images") and not hasattr(module, "apply_model")
             rows = self.of_batch(module, batch) if own else self.of_prompts(trainer, module, number)
         except generate.NotFinite as error:
             log.warning("no sample pictures at step %d: %s", trainer.global_step, error)

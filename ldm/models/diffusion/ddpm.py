@@ -17,6 +17,7 @@ from ldm.checkpoints import read_weights
 from ldm.config import ALIASES, get_obj_from_str, instantiate_from_config, plain
 from ldm.errors import InputError
 from ldm.models.building import fill_added, load_base
+from ldm.models.diffusion.ancestral import AncestralSampling
 from ldm.models.diffusion.guidance import batched
 from ldm.models.diffusion.losses import diffusion_loss, simple_loss
 from ldm.models.diffusion.objective import Objective
@@ -34,7 +35,7 @@ from ldm.tuning import Tuning, families, freeze_rest
 DDPM_OBJECTIVE = Objective()  # all time steps alike, plain noise
 
 
-class DDPM(DiffusionProcess, DiffusionTraining):
+class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
     """Denoising diffusion in the space of the batch itself. Constructor arguments and buffer names are LDM's.
 
     `learning_rate` is an attribute that the training run sets. `loss` says what steps draw and how errors weigh
@@ -281,6 +282,8 @@ class LatentDiffusion(DDPM):
     What learns: the families of `tuning` and `train_level` (see `ldm.tuning`); without either, the UNet and, if
     `cond_stage_trainable`, the encoder of the condition. `reg_weight` weighs the class pictures of DreamBooth.
     """
+
+    clips_x0 = False
 
     condition_name = "cond_stage_model"  # of the attribute, and so of its weights in checkpoints
 
