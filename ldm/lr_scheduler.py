@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ldm.errors import InputError
 
@@ -146,6 +147,31 @@ class NamedSchedule:
             return n / self.warmup
         share = 0.0 if self.steps is None else min(1.0, (n - self.warmup) / (self.steps - self.warmup))
         return self.end + (1 - self.end) * self.way(share, self.cycles, self.power)
+
+
+class NamedStages:
+    """Named schedules one after another, each counting its own steps from 0.
+
+    stages: the parameters of `NamedSchedule`, each with `steps`, the length of its stage; after the last the factor is
+    that of its end. Raises `InputError` for a stage that is not longer than its warm-up, and for an unknown name.
+    """
+
+    def __init__(self, stages: Sequence[Mapping[str, Any]]):
+        for stage in stages:
+            if stage["name"] not in NamedSchedule.WAYS:
+                names = ", ".join(NamedSchedule.WAYS)
+                raise InputError(f"learning-rate schedule {stage['name']!r} is unknown; expected {names}")
+            if stage["steps"] <= stage.get("warmup", 0):
+                raise InputError(f"a warm-up of {stage['warmup']} steps leaves nothing of a stage of {stage['steps']}")
+        self.stages = [(stage["steps"], NamedSchedule(**stage)) for stage in stages]
+
+    def schedule(self, n: int) -> float:
+        """The factor at step n."""
+        for length, stage in self.stages[:-1]:
+            if n < length:
+                return stage.schedule(n)
+            n -= length
+        return self.stages[-1][1].schedule(n)
 
 
 def _told(scheduler, n: int, factor: float) -> float:

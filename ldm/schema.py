@@ -51,15 +51,17 @@ class Model(Entry):
     base_learning_rate: Positive | None = says(None, "learning rate of what has none of its own")
 
 
+AtLeast0Real = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class Tuning(Entry):
     """An entry of `model.params.tuning`: a family of tuning."""
 
     family: str | None = says(None, "name of a shipped family, such as lora, instead of a target")
     learning_rate: Positive | None = says(None, "learning rate of this family (default: that of the model)")
     steps: list[AtLeast0 | None] | None = says(None, "[first, end]: the steps in which it learns; end: null for no end")
-
-
-AtLeast0Real = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    weight_decay: AtLeast0Real | None = says(None, "weight decay of this family (default: that of the optimizer)")
+    rate_from: list[float] | None = says(None, "[step, learning rate]: from that step on this rate, times the schedule")
 
 
 class Loss(Section):

@@ -56,7 +56,7 @@ TARGETS = (
     r"ldm\.train\.datamodule\.DataModuleFromConfig",
     r"ldm\.train\.callbacks\.(ImageLogger|EpochReport)",
     r"ldm\.train\.compiled\.(ChannelsLast|Compiled)",
-    r"ldm\.lr_scheduler\.(Lambda(WarmUpCosineScheduler2?|LinearScheduler)|NamedSchedule)",
+    r"ldm\.lr_scheduler\.(Lambda(WarmUpCosineScheduler2?|LinearScheduler)|Named(Schedule|Stages))",
     r"bitsandbytes\.optim\.(Paged)?AdamW8bit",
     r"prodigyopt\.Prodigy|dadaptation\.DAdaptAdam|lion_pytorch\.Lion|schedulefree\.AdamWScheduleFree",
     r"ldm\.muon\.Muon",

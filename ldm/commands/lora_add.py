@@ -1,7 +1,10 @@
 """Merge LoRAs with each other, or one into a model.
 
     ldm lora-add one.safetensors two.safetensors both.safetensors --alpha_1 0.5 --alpha_2 0.5 --mode sum --rank 8
-    ldm lora-add models/sd-v1-4.ckpt one.safetensors merged.ckpt --alpha_1 0.8 --mode upl-ckpt-v2
+    ldm lora-add models/sd-v1-4.ckpt one.safetensors merged.ckpt 0.8 --mode upl-ckpt-v2
+
+Alphas may follow the paths (PATH_1 PATH_2 OUTPUT_PATH ALPHA_1 ALPHA_2). `--alpha A` is that of the program's earlier
+versions: A for the first and 1 - A for the second; in upl the LoRA's.
 
 Modes:
   lpl          average the factors, ups and downs separately, as the published program does, which is not the average
@@ -17,6 +20,7 @@ Modes:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.cli import Parser, add_files, boolean, in_order, underscores
@@ -30,13 +34,12 @@ PATHS = ("path_1", "path_2", "output_path")
 
 def add_arguments(p: Parser) -> None:
     p.respell = underscores
-    p.add_argument("paths", nargs="*", metavar="PATH_1 PATH_2 OUTPUT_PATH")
+    p.add_argument("paths", nargs="*", metavar="PATH_1 PATH_2 OUTPUT_PATH [ALPHA_1 [ALPHA_2]]")
     for name in PATHS:
         p.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    p.add_argument(
-        "--alpha_1", type=float, default=0.5, help="weight of the first, or of the LoRA in upl (default 0.5)"
-    )
-    p.add_argument("--alpha_2", type=float, default=0.5, help="weight of the second (default 0.5)")
+    p.add_argument("--alpha_1", type=float, help="weight of the first, or of the LoRA in upl (default 0.5)")
+    p.add_argument("--alpha_2", type=float, help="weight of the second (default 0.5)")
+    p.add_argument("--alpha", type=float, metavar="A", help="short for --alpha_1 A --alpha_2 1-A")
     p.add_argument("--mode", choices=MODES, default="lpl", help="(default lpl)")
     p.add_argument("--with_text_lora", type=boolean, nargs="?", const=True, default=False,
                    help="for .pt files: their text encoder's lists too (.safetensors have theirs inside)")  # fmt: skip
@@ -47,11 +50,32 @@ def add_arguments(p: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    one, two, output = in_order(options.paths, {name: getattr(options, name) for name in PATHS}, " ".join(PATHS))
+    named = {name: getattr(options, name) for name in PATHS}
+    paths = list(named.values()).count(None)
+    options.alpha_1, options.alpha_2 = alphas(options, options.paths[paths:])
+    one, two, output = in_order(options.paths[:paths], named, " ".join(PATHS))
     if options.rank is not None and options.rank < 1:
         raise InputError(f"expected --rank >= 1, got {options.rank}")
     merge = {"lpl": numbered, "ljl": numbered, "sum": weighted, "upl": into_model, "upl-ckpt-v2": into_model}
     print(merge[options.mode](one, two, Path(output), options))
+
+
+def alphas(options: argparse.Namespace, values: Sequence[str]) -> tuple[float, float]:
+    """The two weights, from what follows the paths (`values`), `--alpha_1` and `--alpha_2`, or `--alpha`.
+
+    Raises `InputError` for a value that is no number and for a weight that is given twice.
+    """
+    try:
+        given = [float(value) for value in values]
+    except ValueError:
+        raise InputError(f"expected numbers (ALPHA_1 ALPHA_2) after the paths, got {' '.join(values)}") from None
+    named = [value for value in (options.alpha_1, options.alpha_2) if value is not None]
+    if len(given) > 2 or sum(map(bool, (given, named, options.alpha is not None))) > 1:
+        raise InputError("expected one or two alphas: after the paths, as --alpha_1 and --alpha_2, or as --alpha")
+    if options.alpha is not None:
+        return options.alpha, 1 - options.alpha
+    first, second = [*given, *[None] * (2 - len(given))] if given else (options.alpha_1, options.alpha_2)
+    return 0.5 if first is None else first, 0.5 if second is None else second
 
 
 def numbered(one: str, two: str, output: Path, options: argparse.Namespace) -> str:
@@ -86,14 +110,14 @@ def weighted(one: str, two: str, output: Path, options: argparse.Namespace) -> s
     kinds = [recognise(file).name for file in files]
     kind = options.format or (kinds[0] if kinds[0] in written("lora") else "kohya")
     to_be_written(output, options.force, kind)
-    alphas = (options.alpha_1, options.alpha_2)
+    weights = (options.alpha_1, options.alpha_2)
     contents = [cloneofsimo.read_safetensors(file) for file in files] if {kind, *kinds} == {"cloneofsimo"} else []
     if contents and cloneofsimo.alike(*contents):  # numbers tell the layers: no model is needed
-        merged = weighted_sum([cloneofsimo.numbered(content) for content in contents], alphas, options.rank)
+        merged = weighted_sum([cloneofsimo.numbered(content) for content in contents], weights, options.rank)
         cloneofsimo.write_safetensors(output, cloneofsimo.renumbered(merged, contents))
     else:
         model = skeleton(options.config)
-        merged = weighted_sum([read_lora(file, model) for file in files], alphas, options.rank)
+        merged = weighted_sum([read_lora(file, model) for file in files], weights, options.rank)
         write_lora(output, merged, model, kind)
     words = ", ".join(merged.tokens)
     if words and "words" not in by_name(kind).holds:

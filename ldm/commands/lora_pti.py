@@ -11,13 +11,17 @@ data.params.num_workers=0.
 from __future__ import annotations
 
 import argparse
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from ldm.cli import Parser, boolean, keep_rest, seed_number, underscores
 from ldm.errors import InputError
+from ldm.lr_scheduler import NamedSchedule
 from ldm.models.bases import CONDITIONER, UNET
+
+log = logging.getLogger(__name__)
 
 PATHS = ("instance_data_dir", "pretrained_model_name_or_path", "output_dir")
 TEMPLATES = {
@@ -35,9 +39,8 @@ TEXT = [f"{CONDITIONER}*.self_attn.*_proj"]
 FIXED = dict.fromkeys(
     ("train_inpainting", "use_8bit_adam", "use_face_segmentation_condition", "use_mask_captioned_data", "log_wandb"),
     "False",
-) | dict.fromkeys(("pretrained_vae_name_or_path", "revision", "extra_args", "continue_inversion_lr"), "None")
-FIXED |= {"weight_decay_ti": "0.0", "lr_scheduler": "linear", "lr_scheduler_lora": "linear"}
-# ... and those that change nothing: they belong to an argument above, or to how the published program computes.
+) | dict.fromkeys(("pretrained_vae_name_or_path", "revision", "extra_args"), "None")
+# ... and those that change nothing here; which of them were given is said.
 IGNORED = ("color_jitter", "sample_batch_size", "cached_latents", "mask_temperature", "wandb_log_prompt_cnt",
            "wandb_project_name", "wandb_entity", "proxy_token", "enable_xformers_memory_efficient_attention",
            "lora_unet_target_modules", "lora_clip_target_modules")  # fmt: skip
@@ -63,7 +66,7 @@ def add_arguments(p: Parser) -> None:
         ("train_batch_size", 1), ("max_train_steps_tuning", 1000), ("max_train_steps_ti", 1000), ("save_steps", 100),
         ("gradient_accumulation_steps", 1), ("lora_rank", 4), ("lr_warmup_steps", 0), ("lr_warmup_steps_lora", 0),
         ("lora_dropout_p", 0.0), ("lora_scale", 1.0), ("learning_rate_unet", 1e-4), ("learning_rate_text", 1e-5),
-        ("learning_rate_ti", 5e-4), ("weight_decay_lora", 1e-3),
+        ("learning_rate_ti", 5e-4), ("weight_decay_ti", 0.0), ("weight_decay_lora", 1e-3),
     ):  # fmt: skip
         p.add_argument(f"--{name}", type=type(value), default=value, help=f"(default {value})")
     for name, value, text in (
@@ -78,6 +81,11 @@ def add_arguments(p: Parser) -> None:
         p.add_argument(
             f"--{name}", type=boolean, nargs="?", const=True, default=value, help=f"{text} (default {value})"
         )
+    p.add_argument("--continue_inversion_lr", type=float, help="rate of the words in the second stage, "
+                   "with --continue_inversion (default: --learning_rate_ti)")  # fmt: skip
+    for name, stage in (("lr_scheduler", "first"), ("lr_scheduler_lora", "second")):
+        p.add_argument(f"--{name}", choices=tuple(NamedSchedule.WAYS), default="linear",
+                       help=f"schedule of the {stage} stage (default linear)")  # fmt: skip
     for name in (*FIXED, *IGNORED):
         p.add_argument(f"--{name}", nargs="?", const="True", help=argparse.SUPPRESS)
 
@@ -88,6 +96,9 @@ def run(given: argparse.Namespace) -> None:
     for name, value in FIXED.items():
         if getattr(given, name) not in (None, value):
             raise InputError(f"--{name} {getattr(given, name)} has no counterpart here; only {value} is accepted")
+    ignored = [f"--{name}" for name in IGNORED if getattr(given, name) is not None]
+    if ignored:
+        log.warning("%s: without effect here", ", ".join(ignored))
     output = to_be_written(Path(given.output_dir) / f"{given.out_name}.safetensors", given.force)
     with tempfile.TemporaryDirectory() as work:
         folder = train(given, Path(work))
@@ -145,7 +156,12 @@ def config_of(given: argparse.Namespace) -> dict[str, Any]:
     data |= {"templates": TEMPLATES[given.use_template]} if given.use_template else {}
     data |= {"size": given.resolution} if given.resolution else {}
     stages = [
-        (n, warm) for n, warm in ((first, given.lr_warmup_steps), (total - first, given.lr_warmup_steps_lora)) if n
+        {"name": name, "steps": steps, "warmup": warmup}
+        for name, steps, warmup in (
+            (given.lr_scheduler, first, given.lr_warmup_steps),
+            (given.lr_scheduler_lora, total - first, given.lr_warmup_steps_lora),
+        )
+        if steps
     ]
     unet: dict[str, Any] = {"params": {"use_checkpoint": True}} if given.gradient_checkpointing else {}
     return {
@@ -160,12 +176,7 @@ def config_of(given: argparse.Namespace) -> dict[str, Any]:
                     "target": "torch.optim.AdamW", "params": {"weight_decay": given.weight_decay_lora},
                 },
                 "scheduler_config": {
-                    "target": "ldm.lr_scheduler.LambdaLinearScheduler",
-                    "params": {
-                        "cycle_lengths": [n for n, _ in stages],
-                        "warm_up_steps": [warm for _, warm in stages],
-                        "f_start": [1e-6] * len(stages), "f_max": [1.0] * len(stages), "f_min": [0.0] * len(stages),
-                    },
+                    "target": "ldm.lr_scheduler.NamedStages", "params": {"stages": stages},
                 },
             },
         },
@@ -200,10 +211,10 @@ def words_of(given: argparse.Namespace) -> tuple[list[str], list[str | float]]:
     return words, starts
 
 
-def rate_of(given: argparse.Namespace, part: str) -> float:
-    """The learning rate of `unet`, `text` or `ti`; with `--scale_lr` times the pictures of an optimizer step."""
+def rate_of(given: argparse.Namespace, part: str, rate: float | None = None) -> float:
+    """A learning rate (`rate`, or that of `unet`, `text` or `ti`); `--scale_lr` multiplies by pictures per step."""
     pictures = given.train_batch_size * given.gradient_accumulation_steps if given.scale_lr else 1
-    return pictures * getattr(given, f"learning_rate_{part}")
+    return pictures * (getattr(given, f"learning_rate_{part}") if rate is None else rate)
 
 
 def inversion(given: argparse.Namespace, words: list[str], starts: list[str | float], first: int) -> list[dict]:
@@ -218,7 +229,11 @@ def inversion(given: argparse.Namespace, words: list[str], starts: list[str | fl
     whole, over = [0, None], [given.max_train_steps_tuning, None]
     steps = whole if given.continue_inversion else [0, first] if first else over
     target = "ldm.tuning.textual_inversion.TextualInversion"
-    return [{"target": target, "params": params, "learning_rate": rate_of(given, "ti"), "steps": steps}]
+    entry = {"target": target, "params": params, "learning_rate": rate_of(given, "ti"), "steps": steps}
+    if given.continue_inversion and given.continue_inversion_lr is not None:
+        later = rate_of(given, "ti", given.continue_inversion_lr)
+        entry |= {"rate_from": [first, later]} if first else {"learning_rate": later}
+    return [entry | {"weight_decay": given.weight_decay_ti}]
 
 
 def loras(given: argparse.Namespace, first: int) -> list[dict]:

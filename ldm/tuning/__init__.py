@@ -56,7 +56,15 @@ class Chosen:
     params: dict[str, Any] = field(default_factory=dict)
     learning_rate: float | None = None  # None: the model's
     steps: tuple[int, int | None] = (0, None)
+    weight_decay: float | None = None  # None: the optimizer's
+    rate_from: tuple[int, float] | None = None  # from this step on this learning rate
     learns: bool = True  # else it is installed and stays as it starts
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """What the optimizer's groups of its parameters have of their own beside the learning rate."""
+        own = {"weight_decay": self.weight_decay, "rate_from": self.rate_from}
+        return {name: value for name, value in own.items() if value is not None}
 
     def learns_at(self, step: int) -> bool:
         """Whether the family learns in a step, counted from 0."""
@@ -118,7 +126,15 @@ def choose(entry: Any) -> Chosen:
             pass
         case _:
             raise InputError(f"tuning: steps of {target} must be [first, end] or [first, null], got {short(steps)}")
-    return Chosen(instantiate_from_config({"target": target, "params": params}), target, dict(params), rate, steps)
+    later = entry.get("rate_from")
+    if later is not None and (rate is None or len(later) != 2 or min(later) <= 0 or int(later[0]) != later[0]):
+        raise InputError(
+            f"tuning: rate_from of {target} must be [step, learning rate], beside learning_rate, got {short(later)}"
+        )
+    return Chosen(
+        instantiate_from_config({"target": target, "params": params}), target, dict(params), rate, steps,
+        weight_decay=entry.get("weight_decay"), rate_from=later and (int(later[0]), float(later[1])),
+    )  # fmt: skip
 
 
 class Tuning:

@@ -114,6 +114,28 @@ def test_without_inversion_words_stay_at_their_start(tmp_path):
     assert any(delta(factors).abs().max() > 0 for factors in found.layers.values())
 
 
+def test_words_and_loras_have_rates_schedules_and_decays_of_their_own(tmp_path):
+    """The published command: words go on at a rate of their own in the second stage, and do not decay."""
+    more = ["--placeholder_tokens", "<s1>|<s2>", "--continue_inversion", "--continue_inversion_lr=1e-4"]
+    more += ["--weight_decay_ti=0.000", "--weight_decay_lora=0.001", "--lr_scheduler=constant", "--color_jitter"]
+    more += ["--lr_scheduler_lora=cosine", "--lr_warmup_steps_lora=1"]
+    _, model = planned(tmp_path, *more)
+    model.learning_rate = 1e-4  # which the run sets
+    (optimizer,), (schedule,) = model.configure_optimizers()
+    found = []
+    for _ in range(7):
+        found.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule["scheduler"].step()
+    by_rate = {group["initial_lr"]: group["weight_decay"] for group in optimizer.param_groups}
+    assert by_rate == {5e-4: 0.0, 1e-4: 1e-3, 1e-5: 1e-3}
+    words = [rates[[group["initial_lr"] for group in optimizer.param_groups].index(5e-4)] for rates in found]
+    loras = [rates[[group["initial_lr"] for group in optimizer.param_groups].index(1e-4)] for rates in found]
+    factors = [1, 1, 1, 0, 1, 0.5, 0]  # constant; a step of warm-up, half a cosine of two steps
+    assert loras == pytest.approx([1e-4 * factor for factor in factors])
+    assert words == pytest.approx([rate * f for rate, f in zip([5e-4] * 3 + [1e-4] * 4, factors, strict=True)])
+
+
 @pytest.mark.parametrize(
     ("device", "options"),
     [

@@ -261,19 +261,28 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What learns, as the groups of an optimizer; none where nothing does."""
         learning = self.trainable_parameters()
-        return self.groups_of([(None, learning)]) if learning else []
+        return self.groups_of([(None, learning, {})]) if learning else []
 
-    def groups_of(self, shares: Sequence[tuple[float | None, Mapping[str, nn.Parameter]]]) -> list[dict[str, Any]]:
-        """A group of the optimizer for each learning rate; `shares` are (learning rate or the model's, parameters)."""
-        refuse_unmatched(self.learning_rates, {name: value for _, own in shares for name, value in own.items()})
-        groups: dict[float | None, list[nn.Parameter]] = {None: []}  # None: the model's, which comes first
-        for own_rate, parameters in shares:
+    def groups_of(
+        self, shares: Sequence[tuple[float | None, Mapping[str, nn.Parameter], Mapping[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        """A group of the optimizer for each learning rate and each set of other options.
+
+        `shares` are (learning rate or None for the model's, parameters by name, what their groups have of their own).
+        """
+        refuse_unmatched(self.learning_rates, {name: value for _, own, _ in shares for name, value in own.items()})
+        groups: dict[tuple, list[nn.Parameter]] = {(None, ()): []}  # None: the model's, which comes first
+        for own_rate, parameters, options in shares:
             usual = getattr(self, "learning_rate", None) if own_rate is None else own_rate
             for name, parameter in parameters.items():
                 rate = rate_of(name, self.learning_rates, usual)
-                groups.setdefault(own_rate if rate == usual else rate, []).append(parameter)
-        rates = {rate: {} if rate is None else {"lr": rate} for rate in groups}
-        return [{"params": parameters} | rates[rate] for rate, parameters in groups.items() if parameters]
+                key = (own_rate if rate == usual else rate, tuple(sorted(options.items())))
+                groups.setdefault(key, []).append(parameter)
+        return [
+            {"params": parameters, **({} if rate is None else {"lr": rate}), **dict(options)}
+            for (rate, options), parameters in groups.items()
+            if parameters
+        ]
 
 
 class LatentDiffusion(DDPM):
@@ -358,7 +367,8 @@ class LatentDiffusion(DDPM):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """A group for each learning rate that families have of their own; whatever has none is in the first one."""
-        return self.groups_of([(None, self._own()), *((one.learning_rate, own) for one, own in self.tuning.shares())])
+        shares = [(one.learning_rate, own, one.group) for one, own in self.tuning.shares()]
+        return self.groups_of([(None, self._own(), {}), *shares])
 
     # --- stages: outside its steps a family's parameters have no gradient, so that no optimizer touches them.
     # Who learns is a function of the step alone: a run resumes within any stage.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -181,10 +182,15 @@ class DiffusionTraining(pl.LightningModule):
         if "lr" in (self.optimizer_config.get("params") or {}):
             raise InputError("optimizer_config.params.lr: the learning rate is model.base_learning_rate; set it there")
         optimizer = instantiate_from_config(self.optimizer_config, params=groups, lr=rate)
-        if self.scheduler_config is None:
+        later = [group.get("rate_from") for group in optimizer.param_groups]
+        if self.scheduler_config is None and not any(later):
             return optimizer
-        schedule = instantiate_from_config(self.scheduler_config)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=schedule.schedule)
+        schedule = instantiate_from_config(self.scheduler_config).schedule if self.scheduler_config else constant
+        factors = [
+            schedule if own is None else partial(changed_rate, schedule, own[0], own[1] / group["lr"])
+            for own, group in zip(later, optimizer.param_groups, strict=True)
+        ]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=factors)
         return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
 
     # --- checkpoints hold what learns; the rest is the base model, which stays in its own file
@@ -224,6 +230,16 @@ class DiffusionTraining(pl.LightningModule):
             for number, one in enumerate(self.views):
                 for name, parameter in one.trainable_parameters().items():
                     parameter.copy_(state[f"{number}.{name}"])
+
+
+def constant(_: int) -> float:
+    """The factor of no schedule."""
+    return 1.0
+
+
+def changed_rate(schedule: Callable[[int], float], first: int, ratio: float, step: int) -> float:
+    """The factor of a group whose learning rate is `ratio` times its own from step `first` on."""
+    return schedule(step) * (ratio if step >= first else 1.0)
 
 
 Drawn = tuple[Tensor, Any, Tensor, Tensor, Tensor]  # x_0, condition, steps, noise, x_t

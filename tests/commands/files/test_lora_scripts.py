@@ -42,6 +42,27 @@ def test_lora_add_lpl_and_ljl(golden, tmp_path):
     assert not (tmp_path / "unet.text_encoder.pt").exists()
 
 
+def test_lora_add_takes_alphas_as_its_readme_writes_them(golden, tmp_path):
+    """After the paths, by name, or as the one alpha of earlier versions: the ratio of the first to the second."""
+    a, b = golden / "lora/A.safetensors", golden / "lora/B.safetensors"
+    spellings = {"positions": [0.3, 0.7], "names": ["--alpha_1", 0.3, "--alpha-2", 0.7], "ratio": ["--alpha", 0.3]}
+    found = []
+    for name, alphas in spellings.items():
+        run("lora_add", a, b, tmp_path / f"{name}.safetensors", *alphas)
+        found.append(load_file(tmp_path / f"{name}.safetensors"))
+    one, two = load_file(a), load_file(b)
+    for result in found:
+        assert_close_to(
+            result["unet:0:up"].float(), 0.3 * one["unet:0:up"].float() + 0.7 * two["unet:0:up"].float(), 1e-3
+        )
+        assert all(torch.equal(result[name], found[0][name]) for name in found[0])
+    for wrong, message in (
+        ([0.3, "--alpha", 0.3], "one or two alphas"), (["x"], "expected numbers"), ([1, 2, 3], "one or two alphas"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            run("lora_add", a, b, tmp_path / "wrong.safetensors", *wrong)
+
+
 def test_lora_add_sum(golden, base, lora, tmp_path):
     a, b = golden / "lora/A.safetensors", golden / "lora/B.safetensors"
     run("lora_add", a, b, tmp_path / "sum.safetensors", "--mode", "sum", "--alpha_1", 0.3, "--alpha-2", -2)
