@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ldm.devices import cast_frozen
 from ldm.models.building import skip_init, untuned_model
-from ldm.modules.cached_encoders import CachedPosteriors, CachedPrompts
+from ldm.modules.cached_encoders import CachedPosteriors, CachedPrompts, each
 from ldm.train.run import PRECISIONS
 from ldm.tuning import UNET
 
@@ -175,13 +175,14 @@ def _without_values(model: nn.Module, fake: FakeTensorMode) -> None:
 def _samples(model: nn.Module, batch: tuple[int, ...], caption: str | tuple[int, int]) -> dict[str, Any]:
     pictures, *rest = batch
     captions = [caption] * pictures if isinstance(caption, str) else torch.empty(pictures, *caption)
-    return {model.first_stage_key: torch.empty(pictures, *([*rest, 3][:3])), model.cond_stage_key: captions}
+    shown = torch.empty(pictures, *([*rest, 3][:3]))
+    return {"caption": captions, model.cond_stage_key: captions, model.first_stage_key: shown}
 
 
 @torch.no_grad()
 def _cached(model: nn.Module, batch: dict[str, Any], trained: Mapping[str, Tensor]) -> dict[str, Any]:
     """The batch as encoded before; frozen encoders give way to what answers from memory."""
-    pictures, captions = batch[model.first_stage_key], batch[model.cond_stage_key]
+    pictures, captions = batch[model.first_stage_key], batch["caption"]
     if not isinstance(model.first_stage_model, CachedPosteriors):
         model.true_first_stage = [model.first_stage_model]
     [first_stage] = model.true_first_stage
@@ -189,10 +190,11 @@ def _cached(model: nn.Module, batch: dict[str, Any], trained: Mapping[str, Tenso
     if hasattr(posterior, "parameters"):
         batch = {**batch, model.first_stage_key: posterior.parameters.permute(0, 2, 3, 1)}
         model.first_stage_model = CachedPosteriors(first_stage)
-    if not any(name.startswith("cond_stage_model.") for name in trained) and isinstance(captions, list):
-        if not isinstance(model.cond_stage_model, CachedPrompts):
-            known = dict(zip(captions[:1], model.get_learned_conditioning(captions[:1]), strict=True))
-            model.cond_stage_model = CachedPrompts(model.cond_stage_model, known)
+    for name, encoder in list(model.text_encoders().items()):
+        is_frozen = not any(one.startswith(f"{name}.") for one in trained)
+        if is_frozen and isinstance(captions, list) and not isinstance(encoder, CachedPrompts):
+            known = {captions[0]: each(lambda part: part[0], encoder.encode(captions[:1]))}
+            model.replace_text_encoder(name, CachedPrompts(encoder, known))
     return batch
 
 
