@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,34 +36,49 @@ class Muon(torch.optim.AdamW):
                 loss = closure()
         gradients = {}
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and parameter.dim() >= 2:
-                    self._turn(parameter, group["lr"], group["weight_decay"])
-                    gradients[parameter], parameter.grad = parameter.grad, None
+            matrices = [p for p in group["params"] if p.grad is not None and p.dim() >= 2]
+            for alike in _by_shape(matrices):
+                self._turn(alike, group["lr"], group["weight_decay"])
+            for parameter in matrices:
+                gradients[parameter], parameter.grad = parameter.grad, None
         super().step()
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         return loss
 
-    def _turn(self, parameter: Tensor, rate: float, decay: float) -> None:
+    def _turn(self, parameters: Sequence[Tensor], rate: float, decay: float) -> None:
+        """One step of parameters that are matrices of one shape."""
+        ahead = torch.stack([self._ahead(parameter) for parameter in parameters])
+        size = 0.2 * rate * math.sqrt(max(ahead.shape[1:]))
+        for parameter, direction in zip(parameters, orthogonal(ahead), strict=True):
+            parameter.mul_(1 - rate * decay).sub_(direction.view_as(parameter), alpha=size)
+
+    def _ahead(self, parameter: Tensor) -> Tensor:
+        """The gradient as a matrix, with Nesterov's look ahead along its mean, which is brought up to date."""
         state = self.state[parameter]
         if not state:
             state |= {"step": torch.tensor(0.0), "momentum_buffer": torch.zeros_like(parameter)}  # AdamW reads `step`
         state["step"] += 1
         mean = state["momentum_buffer"]
         mean.lerp_(parameter.grad, 1 - self.momentum)
-        ahead = parameter.grad.lerp(mean, self.momentum).flatten(1)  # Nesterov's look ahead
-        size = 0.2 * rate * math.sqrt(max(ahead.shape))
-        parameter.mul_(1 - rate * decay).sub_(orthogonal(ahead).view_as(parameter), alpha=size)
+        return parameter.grad.lerp(mean, self.momentum).flatten(1)
+
+
+def _by_shape(parameters: Sequence[Tensor]) -> Iterable[list[Tensor]]:
+    """Parameters of one shape, device and dtype as a matrix: they are iterated together, which saves small products."""
+    alike: dict[tuple, list[Tensor]] = {}
+    for p in parameters:
+        alike.setdefault((len(p), p.numel(), p.device, p.dtype), []).append(p)
+    return alike.values()
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """A matrix [m, n] with the same singular vectors and singular values of about 1 (0.7 .. 1.2), by Newton-Schulz."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
+    """Matrices [..., m, n] with the same singular vectors and singular values of 0.7 .. 1.2, by Newton-Schulz."""
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(steps):
-        square = x @ x.T
+        square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x
+    return x.mT if tall else x

@@ -197,7 +197,6 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 def draw_backgrounds(u: Tensor, size: int, device: torch.device | str = "cpu") -> tuple[Tensor, list[str]]:
     """Backgrounds out of uniforms [b, >= 12]: float32 [b, h, w, 3] in 0..255, and what a caption says of each."""
-    b = len(u)
     kind = torch.searchsorted(torch.cumsum(KIND_SHARES, 0), u[:, 0].contiguous()).clamp(max=CHECKS)
     names = list(COLOURS)
     first = torch.where(kind == WHITE, 0, (u[:, 1] * len(names)).long())
@@ -220,12 +219,16 @@ def draw_backgrounds(u: Tensor, size: int, device: torch.device | str = "cpu") -
     one, other = (v.to(device, torch.float32)[:, None, None, :] for v in (one, other))
     pictures = one + (other - one) * blend[..., None]
 
-    words = []
-    for i in range(b):
-        a, z, k = names[first[i]], names[second[i]], int(kind[i])
-        said = {GRADIENT: f"{a} and {z}", STRIPES: "striped", CHECKS: "checkered"}.get(k, a)
-        words.append(f" on {'an' if said.startswith('orange') else 'a'} {said} background" if u[i, 8] < TOLD[k] else "")
-    return pictures, words
+    columns = (column.tolist() for column in (first, second, kind, u[:, 8]))
+    return pictures, [mention(names[a], names[z], k, chance) for a, z, k, chance in zip(*columns, strict=True)]
+
+
+def mention(one: str, other: str, kind: int, chance: float) -> str:
+    """What a caption says of a background of a kind and two colours; nothing where `chance` is too large for that."""
+    if chance >= TOLD[kind]:
+        return ""
+    said = {GRADIENT: f"{one} and {other}", STRIPES: "striped", CHECKS: "checkered"}.get(kind, one)
+    return f" on {'an' if said.startswith('orange') else 'a'} {said} background"
 
 
 def compose(picture: Tensor, background: Tensor) -> Tensor:
