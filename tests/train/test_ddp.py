@@ -29,10 +29,10 @@ WATCHED = textwrap.dedent(
     from main_dream_booth import main
     seen, draw = [], LatentDiffusion.draw
     def watched(model, batch):
-        x_start, cond, t, noise = draw(model, batch)
+        drawn = draw(model, batch)
         if model.training:
-            seen.append((batch["image"], noise))
-        return x_start, cond, t, noise
+            seen.append((batch["image"], drawn[3]))
+        return drawn
     LatentDiffusion.draw = watched
     end = LatentDiffusion.on_train_end
     def on_train_end(model):
