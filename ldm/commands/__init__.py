@@ -18,7 +18,7 @@ from ldm.cli import Parser, complete
 
 VERBS = {
     "training": ("train", "train-many", "plan", "fit", "lora-pti", "cache-latents", "config"),
-    "studies": ("sweep", "anova"),
+    "studies": ("sweep", "anova", "report"),
     "pictures": ("sample", "txt2img", "img2img", "inpaint", "sample-diffusion", "before-after", "evaluate", "demo"),
     "files of adapters, LoRAs, deltas, words and models": (
         "inspect", "convert", "merge", "lora-add", "distill", "deltas", "compress", "compose",

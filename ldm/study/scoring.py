@@ -16,7 +16,7 @@ from ldm.errors import InputError, did_you_mean
 from ldm.evaluate.features import FeatureCache
 from ldm.evaluate.networks import default_networks, folder_of, is_there
 from ldm.evaluate.protocol import PROTOCOLS, Protocol
-from ldm.evaluate.scoring import Drawn, Scores, class_pictures, score
+from ldm.evaluate.scoring import Drawn, Scores, class_pictures, score, subject_pictures
 from ldm.generate import save_png
 from ldm.models.bases import base_of
 from ldm.models.building import choose_checkpoint
@@ -72,6 +72,17 @@ class Scorer:
         if name not in self.priors:
             self.priors[name] = class_pictures(base(), word, own)
         return score(model, folder, word, own, self.priors[name], self.cache)
+
+    def keep_base(self, run: Run, protocol: Protocol, base_name: str, base: Callable[[], Any], folder: Path) -> str:
+        """Write what the base draws from a trial's prompts and seeds, once for all trials that share them; its name.
+
+        They lie in `folder/<name>`: pictures before tuning, to be shown beside those after it.
+        """
+        own, word = protocol_of(run, protocol), run.notes["class_word"]
+        name = digest([base_name, word, asdict(own)])
+        if not (folder / name).is_dir():
+            save(subject_pictures(base(), word, own), folder / name)
+        return name
 
 
 def protocol_of(run: Run, protocol: Protocol) -> Protocol:

@@ -183,9 +183,12 @@ class Worker:
             start = time.perf_counter()
             files.load(model, folder)
             model.to(device).eval()
-            scores = self.scorer.scores(model, run, task.protocol, base_name(run), lambda: self._base(run).to(device))
+            base = (base_name(run), lambda: self._base(run).to(device))
+            scores, untuned = self.scorer.scores(model, run, task.protocol, *base), None
             if "pictures" in task.keep:
-                scoring.save(scores.drawn, Path(task.folder) / "pictures" / key / f"{step:06}")
+                kept = Path(task.folder) / "pictures"
+                scoring.save(scores.drawn, kept / key / f"{step:06}")
+                untuned = self.scorer.keep_base(run, task.protocol, *base, kept / "base")
             scored = time.perf_counter() - start
             rows.append({
                 **about,
@@ -195,7 +198,7 @@ class Worker:
                 "seconds_scoring": scored, "peak_memory": int(peak_memory(device) * 2**30), "device": device.type,
                 "parameters": count,
                 "family": "+".join(table.name_of(chosen.target) for chosen in model.tuning.families),
-                "each": scores.pictures, "networks": scores.networks,
+                "each": scores.pictures, "networks": scores.networks, "base_pictures": untuned,
             })  # fmt: skip
         return rows
 
