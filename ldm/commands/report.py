@@ -26,7 +26,9 @@ def add_arguments(p: Parser) -> None:
     p.add_argument("--drift", metavar="SCORE", help="score that the front sets against it (default: a prior drift)")
     p.add_argument("--photographs", metavar="DIR",
                    help="where a folder of photographs for each subject lies (default: where they were)")  # fmt: skip
-    p.add_argument("--size", type=count, default=256, metavar="PIXELS", help="of pictures, at most (default 256)")
+    p.add_argument(
+        "--size", type=count, metavar="PIXELS", help="of pictures, at most (default 256; grids of a run: 1024)"
+    )
     p.add_argument("--max_mb", type=count, default=12, help="of pictures in the page, at most (default 12)")
     p.add_argument("--figures", type=Path, metavar="DIR", help="also write the figures as PNG and SVG there")
     p.add_argument("--latex", type=Path, metavar="FILE", help="also write the tables as LaTeX")
@@ -43,9 +45,10 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"ldm report needs {error.name}: pip install 'position-adapters-ldm[report]'") from None
     from ldm.checkpoints import save_text
 
-    album = Album(options.max_mb * MB, options.size)
+    is_run = run_page.is_run(options.path)
+    album = Album(options.max_mb * MB, options.size or (1024 if is_run else 256))
     written: list[Path] = []
-    if run_page.is_run(options.path):
+    if is_run:
         for option in ("metric", "drift", "photographs", "figures", "latex", "markdown"):
             if getattr(options, option):
                 raise InputError(f"--{option} is for the results of a sweep; {options.path} is a run")
@@ -64,6 +67,6 @@ def run(options: argparse.Namespace) -> None:
     folder = options.path if options.path.is_dir() else options.path.parent
     out = options.out or folder / "report.html"
     save_text(out, render.render(page))
-    print("\n".join(page.lead))
+    print("\n".join([page.headline, *page.lead]))
     for path in (*written, out):
         print(path)

@@ -51,6 +51,8 @@ def test_a_failed_trial_has_its_reason_and_takes_no_other_with_it(work, words):
     rows = table(work / "out").set_index("lr")
     assert rows.status.tolist() == ["done", "done", "failed"] and rows.step.tolist()[:2] == [1, 2]
     assert len(list((work / "out").glob("pictures/*/00000[12]/0[01].png"))) == 4
+    (base,) = {*rows.base_pictures.dropna()}
+    assert len(list((work / "out" / "pictures" / "base" / base).glob("0[01].png"))) == 2, "once for all trials"
     kept = (work / "out").glob(f"runs/*/{rows.key[1e-3].iloc[0]}/checkpoints/[12]-adapters/adapters.safetensors")
     assert len(list(kept)) == 2
     assert not list((work / "out").rglob("*.ckpt"))

@@ -67,6 +67,7 @@ class Section:
     text: Sequence[str] = ()
     plots: Sequence[Plot] = ()
     tables: Sequence[Table] = ()
+    more: tuple[str, Sequence[Table]] | None = None  # tables that are folded away, and how they are called
     big: BigTable | None = None
     wall: Mapping[str, Any] | None = None  # see `pictures.Wall.as_json`
     code: Sequence[tuple[str, str]] = ()  # (heading, text)
@@ -78,7 +79,8 @@ class Page:
 
     title: str
     kind: str  # "sweep" or "run"
-    lead: Sequence[str]  # the summary in words
+    headline: str  # the sentence to read first
+    lead: Sequence[str]  # the rest of the summary in words
     tiles: Sequence[tuple[str, str]]  # (what, how much)
     sections: Sequence[Section] = field(default_factory=list)
 

@@ -119,7 +119,7 @@ def look_at(frame: pd.DataFrame, fidelity: str | None = None, drift: str | None 
     last = last[last[fidelity].notna()]
     if last.empty:
         raise InputError(f"no trial has a score {fidelity}; {len(frame)} rows, {_statuses(frame)}")
-    settings = settings_of(frame, metrics)
+    settings = settings_of(last, metrics)
     frame = frame.assign(config_label=[label_of(row, settings) for row in frame.to_dict("records")])
     last = last.assign(config_label=frame["config_label"].loc[last.index])
     ended = frame[frame["status"].isin(("done", "stopped"))]
@@ -152,7 +152,7 @@ def metrics_of(frame: pd.DataFrame) -> list[str]:
 
 
 def settings_of(frame: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
-    """The columns that tell configs apart; what another one already tells is left out (a width that a route implies)."""
+    """The columns that tell configs apart; not what another one already tells (the width of a route)."""
     scores = {f"{name}{end}" for name in metrics for end in ("", "_low", "_high", "_std")}
     names = [str(name) for name in frame.columns if name not in OTHERS and name not in scores]
     names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))

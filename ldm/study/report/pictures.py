@@ -1,7 +1,7 @@
 """The picture wall: what each config drew from the same prompt and seed, beside the photographs and the base's picture.
 
-Pictures are embedded as WebP thumbnails until a limit of bytes is reached, one of each prompt and the first seeds first,
-so that a small limit leaves a wall that is still whole. What was left out is said.
+Pictures are embedded as WebP thumbnails until a limit of bytes is reached, one of each prompt and the first seeds
+first, so that a small limit leaves a wall that is still whole. What was left out is said.
 
 A table of results is data of any origin. Names of folders out of it must be plain names, and photographs are shown only
 where their digest is the one that the table has: a table cannot have other pictures of this machine put into a page.
@@ -47,6 +47,9 @@ class Album:
         """The number of a picture; None where it cannot be read or has no room."""
         if path in self.known:
             return self.known[path]
+        if self.left_out:  # what is more important has no room: nothing smaller takes it
+            self.left_out += 1
+            return None
         try:
             uri = thumbnail(read_picture(path), self.side)
         except InputError as error:

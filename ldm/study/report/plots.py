@@ -51,25 +51,8 @@ def heat_map(facts: Facts) -> Plot | None:
         return None
     routed = [one for one in facts.configs if one.reads and one.writes]
     rows, columns = in_order({one.reads for one in routed}), in_order({one.writes for one in routed})
-    choices, cells = {}, {}
-    for metric in facts.metrics:
-        table = cells[metric] = route_means(facts, metric)
-        values = [[table.get((row, column)) for column in columns] for row in rows]
-        texts = [[f"{row} → {column}<br>{metric} {one:.3f}" if one is not None else "" for column, one in
-                  zip(columns, line, strict=True)] for row, line in zip(map(plain, rows), values, strict=True)]  # fmt: skip
-        routes = [[f"{row}-{column}" for column in columns] for row in rows]
-        choices[metric] = {
-            "data": [{
-                "type": "heatmap", "z": values, "x": [plain(one) for one in columns], "y": [plain(one) for one in rows],
-                "customdata": routes, "hovertext": texts, "hoverinfo": "text", "texttemplate": "%{z:.3f}", "xgap": 3, "ygap": 3,
-                "hoverongaps": False, "colorscale": "Viridis", "reversescale": less_is_better(metric),
-                "colorbar": {"thickness": 12, "outlinewidth": 0, "title": {"text": metric, "side": "right"}},
-            }],
-            "layout": {
-                "xaxis": {"title": {"text": "writes to"}, "showgrid": False, "type": "category"},
-                "yaxis": {"title": {"text": "reads from"}, "showgrid": False, "autorange": "reversed", "type": "category"},
-            },
-        }  # fmt: skip
+    cells = {metric: route_means(facts, metric) for metric in facts.metrics}
+    choices = {metric: _heat(metric, rows, columns, table) for metric, table in cells.items()}
     pairs = sorted(cells[facts.fidelity], key=lambda pair: (rows.index(pair[0]), columns.index(pair[1])))
     table = as_table(
         "Means by input and output", ["reads", "writes", *facts.metrics],
@@ -82,6 +65,33 @@ def heat_map(facts: Facts) -> Plot | None:
         + (" Configs of one route that differ in something else are averaged." if several else "")
         + " A click on a field shows its trials in the table.", choices, table, facts.fidelity,
     )  # fmt: skip
+
+
+def _heat(
+    metric: str, rows: Sequence[str], columns: Sequence[str], table: Mapping[tuple[str, str], float]
+) -> dict[str, Any]:
+    routes = [[(row, column) for column in columns] for row in rows]
+    values = [[table.get(route) for route in line] for line in routes]
+    texts = [
+        [
+            f"{plain(' → '.join(route))}<br>{plain(metric)} {table[route]:.3f}" if route in table else ""
+            for route in line
+        ]
+        for line in routes
+    ]
+    trace = {
+        "type": "heatmap", "z": values, "x": [plain(one) for one in columns], "y": [plain(one) for one in rows],
+        "customdata": [["-".join(route) for route in line] for line in routes], "hovertext": texts, "hoverinfo": "text",
+        "texttemplate": "%{z:.3f}", "xgap": 3, "ygap": 3, "hoverongaps": False, "colorscale": "Viridis",
+        "reversescale": less_is_better(metric),
+        "colorbar": {"thickness": 12, "outlinewidth": 0, "title": {"text": plain(metric), "side": "right"}},
+    }  # fmt: skip
+    axis = {"showgrid": False, "type": "category"}
+    layout = {
+        "xaxis": {"title": {"text": "writes to"}, **axis},
+        "yaxis": {"title": {"text": "reads from"}, "autorange": "reversed", **axis},
+    }
+    return {"data": [trace], "layout": layout}
 
 
 def route_means(facts: Facts, metric: str) -> dict[tuple[str, str], float]:
@@ -100,7 +110,7 @@ def curves(facts: Facts) -> Plot | None:
         return None
     style = styles(facts.configs)
     choices = {metric: {"data": [_curve(one, metric, style[one.label]) for one in facts.configs if one.curves[metric]],
-                        "layout": {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": metric}},
+                        "layout": {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": plain(metric)}},
                                    "hovermode": "closest"}} for metric in facts.metrics}  # fmt: skip
     rows = [
         [one.label, Cell(str(step), step), *(_interval(one.curves[metric].get(step)) for metric in facts.metrics)]
@@ -108,8 +118,8 @@ def curves(facts: Facts) -> Plot | None:
         for step in sorted(one.curves[facts.fidelity])
     ]
     return Plot(
-        "curves", "Learning curves", "Means over the trials of a config that have this checkpoint, with 95 % intervals "
-        "in the hover. A click on a name in the legend hides it, a double click shows it alone.", choices,
+        "curves", "Each config over the steps", "Means over the trials of a config that have this checkpoint, with "
+        "95 % intervals in the hover. A click on a name of the legend hides it; two show it alone.", choices,
         as_table("Means by config and step", ["config", "step", *facts.metrics], rows), facts.fidelity,
     )  # fmt: skip
 
@@ -120,7 +130,7 @@ def _curve(one: Config, metric: str, style: tuple[str, str, str]) -> dict[str, A
     return {
         "type": "scatter", "mode": "lines+markers", "name": plain(one.label), "hoverinfo": "text",
         "x": [step for step, _ in points], "y": [mean.mean for _, mean in points],
-        "hovertext": [f"{plain(one.label)}<br>step {step}<br>{metric} {value(mean)}" for step, mean in points],
+        "hovertext": [f"{plain(one.label)}<br>step {step}<br>{plain(metric)} {value(mean)}" for step, mean in points],
         "line": {"color": colour, "dash": dash, "width": 2}, "marker": {"symbol": symbol, "size": 7},
     }  # fmt: skip
 
@@ -144,11 +154,12 @@ def front(facts: Facts) -> Plot | None:
     ]
     rows = [[one.label, _interval(one.means[facts.fidelity]), _interval(one.means.get(facts.drift)),
              "yes" if one.label in names else "no"] for one in facts.configs]  # fmt: skip
-    layout = {"xaxis": {"title": {"text": f"{facts.drift} (less is better)"}, "zeroline": True},
-              "yaxis": {"title": {"text": facts.fidelity}}, "hovermode": "closest"}  # fmt: skip
+    layout = {"xaxis": {"title": {"text": f"{plain(facts.drift)} (less is better)"}, "zeroline": True},
+              "yaxis": {"title": {"text": plain(facts.fidelity)}}, "hovermode": "closest"}  # fmt: skip
     return Plot(
-        "front", "Fidelity against drift", "Up and to the left is better. No other config is better in both than those "
-        "on the front (ringed). Bars are 95 % intervals.", {facts.fidelity: {"data": [line, *points], "layout": layout}},
+        "front", "Each config in both", "Up and to the left is better. No other config is better in both than those "
+        "on the front (ringed). Bars are 95 % intervals.",
+        {facts.fidelity: {"data": [line, *points], "layout": layout}},
         as_table("Fidelity and drift of each config", ["config", facts.fidelity, facts.drift, "on the front"], rows),
         facts.fidelity,
     )  # fmt: skip
@@ -157,7 +168,9 @@ def front(facts: Facts) -> Plot | None:
 def _point(facts: Facts, one: Config, style: tuple[str, str, str], marked: bool) -> dict[str, Any]:
     colour, _, symbol = style
     fidelity, drift = one.means[facts.fidelity], one.means[facts.drift or ""]
-    told = f"{plain(one.label)}<br>{facts.fidelity} {value(fidelity)}<br>{facts.drift} {value(drift)}"
+    told = "<br>".join(
+        [plain(one.label), f"{plain(facts.fidelity)} {value(fidelity)}", f"{plain(facts.drift)} {value(drift)}"]
+    )
     return {
         "type": "scatter", "mode": "markers", "name": plain(one.label), "hoverinfo": "text",
         "hovertext": [told + ("<br>on the Pareto front" if marked else "")],

@@ -1,4 +1,4 @@
-"""The figures of a report for print, as PNG and SVG: learning curves, fidelity against drift, and those of the analysis."""
+"""The figures of a report for print, as PNG and SVG: learning curves, fidelity against drift, those of the analysis."""
 
 from __future__ import annotations
 

@@ -54,8 +54,9 @@ def page_of(folder: Path, album: Album) -> Page:
         sections.append(Section("wall", "Sample pictures", [
             "What the run drew while it trained, always from the same seeds.", *notes], wall=wall))  # fmt: skip
         notes = []
-    sections.append(Section("source", "Source", notes, [_checkpoints(folder)], code=_code(folder)))
-    return Page(folder.resolve().name, "run", _sentences(losses, scores, samples), _tiles(folder, losses, scores), sections)
+    sections.append(Section("source", "Source", notes, tables=[_checkpoints(folder)], code=_code(folder)))
+    headline, *lead = _sentences(losses, scores, samples)
+    return Page(folder.resolve().name, "run", headline, lead, _tiles(folder, losses, scores), sections)
 
 
 # --- what is in the folder
@@ -94,7 +95,9 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
 
 def samples_of(folder: Path) -> list[tuple[int, Path]]:
     """(step, grid of sample pictures) in their order."""
-    found = [(int(match[1]), path) for path in (folder / "images").glob("*.png") if (match := STEP.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in (folder / "images").glob("*.png") if (match := STEP.fullmatch(path.name))
+    ]
     return sorted(found)
 
 
@@ -123,8 +126,12 @@ def _wall(
         "pictures": [{"prompt": _prompt_of(path), "seed": "", "told": [], "drawn": number, "base": None}],
     } for step, path in samples if (number := album.add(path)) is not None]  # fmt: skip
     if album.left_out:
-        notes.append(f"{plural(album.left_out, 'picture')} left out: the limit is {album.limit / 2**20:g} MB (--max_mb).")
-    return {"subjects": {"the subject": numbers}, "trials": trials, "uris": album.uris} if trials else None
+        notes.append(
+            f"{plural(album.left_out, 'picture')} left out: the limit is {album.limit / 2**20:g} MB (--max_mb)."
+        )
+    return (
+        {"subjects": {"the subject": numbers}, "trials": trials, "uris": album.uris, "grids": True} if trials else None
+    )
 
 
 # --- figures and tables
@@ -140,18 +147,20 @@ def curves_of(
         steps, own = [step for step, _ in values], [value for _, value in values]
         colour = plots.COLOURS[number % len(plots.COLOURS)]
         traces: list[dict[str, Any]] = [{
-            "type": "scatter", "mode": "markers" if smooth else "lines+markers", "x": steps, "y": own, "showlegend": False,
-            "marker": {"color": colour, "size": 5, "opacity": 0.55}, "line": {"color": colour},
+            "type": "scatter", "mode": "markers" if smooth else "lines+markers", "x": steps, "y": own,
+            "showlegend": False, "marker": {"color": colour, "size": 5, "opacity": 0.55}, "line": {"color": colour},
         }]  # fmt: skip
         if smooth:
             traces.append({"type": "scatter", "mode": "lines", "x": steps, "y": smoothed(own), "showlegend": False,
                            "line": {"color": colour, "width": 2.5}})  # fmt: skip
-        choices[label] = {
-            "data": traces,
-            "layout": {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": plain(label)}}},
-        }
-    rows = [[label, Cell(str(len(values)), len(values)), *(Cell(f"{value:.5g}", value) for value in
-             (values[0][1], min(v for _, v in values), values[-1][1]))] for label, values in curves.items()]  # fmt: skip
+        axis: dict[str, Any] = {"title": {"text": plain(label)}}
+        if len(set(own)) == 1 and own[0] > 0:
+            axis["range"] = [0, 2 * own[0]]  # plotly would show 0.001 between -1 and 1
+        choices[label] = {"data": traces, "layout": {"xaxis": {"title": {"text": "step"}}, "yaxis": axis}}
+    rows = []
+    for label, values in curves.items():
+        told = (values[0][1], min(value for _, value in values), values[-1][1])
+        rows.append([label, Cell(str(len(values)), len(values)), *(Cell(f"{value:.5g}", value) for value in told)])
     table = as_table(title, ["value", "times logged", "first", "least", "last"], rows)
     return Plot(name, title, text, choices, table, next(iter(choices)), "value")
 
@@ -171,15 +180,23 @@ def _score_plots(scores: Sequence[Mapping[str, Any]]) -> list[Plot]:
     choices = {}
     for name in scores[0]["scores"]:
         own = [(one.get("step") or 0, one["scores"][name]) for one in scores if name in one["scores"]]
-        bars = [[abs((value.get(end) if value.get(end) is not None else value["mean"]) - value["mean"]) for _, value in own]
-                for end in ("high", "low")]  # fmt: skip
+        bars = [[_reach(value, end) for _, value in own] for end in ("high", "low")]
         choices[name] = {
             "data": [{"type": "scatter", "mode": "lines+markers", "x": [step for step, _ in own],
                       "y": [value["mean"] for _, value in own], "line": {"color": plots.COLOURS[0], "width": 2},
                       "error_y": {"type": "data", "array": bars[0], "arrayminus": bars[1], "thickness": 1}}],
             "layout": {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": plain(name)}}},
         }  # fmt: skip
-    return [Plot("scores", "Scores over steps", "Bars are 95 % intervals.", choices, score_table(scores), next(iter(choices)))]
+    return [
+        Plot(
+            "scores", "Scores over steps", "Bars are 95 % intervals.", choices, score_table(scores), next(iter(choices))
+        )
+    ]
+
+
+def _reach(value: Mapping[str, Any], end: str) -> float:
+    """How far the interval of a score goes from its mean to one end."""
+    return 0.0 if value.get(end) is None else abs(value[end] - value["mean"])
 
 
 def score_table(scores: Sequence[Mapping[str, Any]]) -> Table:
@@ -222,8 +239,10 @@ def _sentences(
         smooth = smoothed([value for _, value in values])
         tenth = max(1, len(values) // 10)
         start, end = (sum(v for _, v in part) / len(part) for part in (values[:tenth], values[-tenth:]))
-        found.append(f"{name} was logged {plural(len(values), 'time')} up to step {values[-1][0]}: {start:.4g} on average "
-                     f"over the first tenth, {end:.4g} over the last; its exponential mean ends at {smooth[-1]:.4g}.")  # fmt: skip
+        found.append(
+            f"{name} was logged {plural(len(values), 'time')} up to step {values[-1][0]}: {start:.4g} on average "
+            f"over the first tenth, {end:.4g} over the last; its exponential mean ends at {smooth[-1]:.4g}."
+        )
     if scores:
         last = scores[-1]
         shown = [f"{name} {_score(value).text}" for name, value in list(last["scores"].items())[:4]]

@@ -13,7 +13,7 @@ UNITS = ((3600, "h"), (60, "min"), (1, "s"))
 
 def sentences(facts: Facts) -> list[str]:
     """What a reader should know first."""
-    found = [size(facts), best(facts), *lead(facts), *front(facts), *agreement(facts), *unfinished(facts), cost(facts)]
+    found = [best(facts), size(facts), *lead(facts), *front(facts), *agreement(facts), *unfinished(facts), cost(facts)]
     return [sentence for sentence in found if sentence]
 
 
@@ -150,4 +150,3 @@ def plural(count: int, word: str) -> str:
 
 def listed(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-

@@ -42,7 +42,11 @@ class Report:
 
 
 def report_on(
-    path: str | Path, album: Album, fidelity: str | None = None, drift: str | None = None, photographs: str | None = None
+    path: str | Path,
+    album: Album,
+    fidelity: str | None = None,
+    drift: str | None = None,
+    photographs: str | None = None,
 ) -> Report:
     """Look at a table of results and at the folder that it lies in. Raises `InputError`."""
     path = Path(path)
@@ -52,7 +56,7 @@ def report_on(
     found = _analysis(facts, notes)
     sentences = summary.sentences(facts)
     if found is not None:
-        sentences[3:3] = [f"{line}." for line in analysis.conclusion(found)]
+        sentences[2:2] = [f"{line}." for line in analysis.conclusion(found)]
     wall = wall_of(facts, source.parent, album, photographs)
     if wall is None:
         notes.append("There are no pictures beside the table: the sweep kept none, or only the table was copied.")
@@ -79,15 +83,12 @@ def page_of(report: Report) -> Page:
     """The page of a sweep."""
     facts, made = report.facts, report.plots
     sections = [
-        Section("configs", "Configs", [
-            "Means of the last checkpoints with 95 % intervals, which are bootstrapped over subjects, then over the "
-            "trials of each. Configs that share subjects differ less than their intervals say: see the analysis."
-            if facts.last["subject"].nunique() > 1 else "Means of the last checkpoints with 95 % intervals."
-        ], [made["heat-map"]] if "heat-map" in made else [], [config_table(facts)]),
+        Section("configs", "Configs", _about_means(facts), [made["heat-map"]] if "heat-map" in made else [],
+                [config_table(facts)]),
     ]  # fmt: skip
     if report.analysis is not None:
         sections.append(_anova_section(report.analysis))
-    for name, title in (("curves", "Learning curves"), ("front", "Fidelity and drift")):
+    for name, title in (("curves", "Learning curves"), ("front", "Fidelity against drift")):
         if name in made:
             sections.append(Section(name, title, plots=[made[name]]))
     if report.wall is not None:
@@ -100,7 +101,24 @@ def page_of(report: Report) -> Page:
         Section("source", "Source", report.notes, tables=[_versions(facts)], code=_commands(report)),
     ]
     title = report.source.resolve().parent.name if report.source.name == "results.parquet" else report.source.stem
-    return Page(title, "sweep", report.sentences, _tiles(facts), sections)
+    headline, *lead = report.sentences
+    return Page(title, "sweep", headline, lead, _tiles(facts), sections)
+
+
+def _about_means(facts: Facts) -> list[str]:
+    """What the means are of, and whether they compare."""
+    several = facts.last["subject"].nunique() > 1
+    over = ", bootstrapped over subjects, then over the trials of each" if several else ""
+    found = [f"Means of the last checkpoints with 95 % intervals{over}."]
+    met = {frozenset(zip(own["subject"], own["seed"], strict=True)) for _, own in facts.last.groupby("config_label")}
+    if len(met) > 1:
+        found.append("The configs did not meet the same subjects and seeds: their means do not quite compare.")
+    elif len(facts.configs) > 1:
+        found.append(
+            "All configs met the same subjects and seeds, so that a difference between two of them is known better "
+            "than either mean: see the analysis."
+        )
+    return found
 
 
 def _tiles(facts: Facts) -> list[tuple[str, str]]:
@@ -190,21 +208,23 @@ def _anova_section(found: Analysis) -> Section:
         for heading, effects in found.tables.items()
     ]
     rows = [[one.name, analysis.number(one.statistic), analysis.p_value(one.p), one.note] for one in found.tests]
-    tables.append(as_table("other tests", ["test", "statistic", "p", "note"], rows))
+    more = [as_table("other tests", ["test", "statistic", "p", "note"], rows)]
     for name, pairs in found.pairs.items():
         best = sorted(pairs, key=lambda pair: pair.p_tukey)[:PAIRS]
-        more = f", the {len(best)} clearest of {len(pairs)}" if len(best) < len(pairs) else ""
-        tables.append(as_table(
-            f"pairs of {name}{more}", ["pair", "difference", "p Tukey", "p Holm"],
+        which = f", the {len(best)} clearest of {len(pairs)}" if len(best) < len(pairs) else ""
+        more.append(as_table(
+            f"pairs of {name}{which}", ["pair", "difference", "p Tukey", "p Holm"],
             [[f"{one.a} − {one.b}", summary.signed(one.difference, 4), analysis.p_value(one.p_tukey),
               analysis.p_value(one.p_holm)] for one in best],
         ))  # fmt: skip
     if found.power:
         rows = [[name, str(count), f"{power:.2f}"] for name, powers in found.power.items()
                 for count, power in powers.items()]  # fmt: skip
-        tables.append(as_table("power, if the effects are as large as here", ["factor", "observations", "power"], rows))
-    text = [f"{line}." for line in (*analysis.conclusion(found), *found.design, *found.notes)]
-    return Section("anova", f"Analysis of variance of {found.metric}", text, tables=tables)
+        more.append(as_table("power, if the effects are as large as here", ["factor", "observations", "power"], rows))
+    design = ". ".join(line[0].upper() + line[1:] for line in (*found.design, *found.notes))
+    text = [*(f"{line}." for line in analysis.conclusion(found)), f"{design}."]
+    folded = "Mixed model, checks, ranks, pairs of levels, power"
+    return Section("anova", "Analysis of variance", text, tables=tables, more=(folded, more))
 
 
 # --- where it comes from

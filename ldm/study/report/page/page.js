@@ -162,13 +162,14 @@ const picture = (number, alt) => {
   return image;
 };
 const lines = (pairs) => pairs.map(([name, value]) => `${name}: ${value}`).join("\n");
+const heading = (one) => (one.seed === null || one.seed === "" ? one.prompt : `${one.prompt}, seed ${one.seed}`);
 let shown = [];  // rows of the wall, each a list of cells or null
 let place = [0, 0], subjectOf, seedOf;
 
 function choose(label, values) {
   const select = make("select", {}, ...values.map((value) => make("option", { value, textContent: value })));
   select.addEventListener("change", drawWall);
-  document.getElementById("wall-filters").append(make("label", {}, `${label} `, select));
+  if (values.length > 1) document.getElementById("wall-filters").append(make("label", {}, `${label} `, select));
   return select;
 }
 
@@ -219,7 +220,7 @@ function drawWall() {
   }
   if (bases.size) shown.unshift(row("the base, before tuning", bases, (one) => [["seed of the picture", one.seed]]));
   const head = make("thead", {}, make("tr", {}, make("th", { scope: "col", textContent: "config" }),
-    ...names.map((name) => make("th", { scope: "col", textContent: `${columnOf.get(name).prompt} · ${columnOf.get(name).seed}` }))));
+    ...names.map((name) => make("th", { scope: "col", textContent: heading(columnOf.get(name)) }))));
   const body = make("tbody", {}, ...shown.map((cells, number) => make("tr", { className: bases.size && !number ? "base" : "" },
     make("th", { scope: "row", textContent: cells.find(Boolean)?.config ?? "" }),
     ...cells.map((one, column) => (one ? cell(number, column, one) : make("td"))))));
@@ -233,10 +234,16 @@ function enlarge(row, column) {
   const entry = shown[row]?.[column];
   if (!entry) return;
   place = [row, column];
-  const photograph = (wall.subjects[entry.subject] ?? [])[0];
-  const figure = (number, text) => make("figure", {}, picture(number, text), make("figcaption", { textContent: text }));
+  const photographs = wall.subjects[entry.subject] ?? [];
+  const few = photographs.length < 4 ? photographs.slice(0, 1) : photographs.slice(0, 4);
+  const framed = (node, text) => make("figure", {}, node, make("figcaption", { textContent: text }));
+  const figure = (number, text) => framed(picture(number, text), text);
   const parts = [];
-  if (photograph !== undefined) parts.push(figure(photograph, `photograph of ${entry.subject}`));
+  if (few.length) {
+    const mosaic = make("div", { className: few.length > 1 ? "mosaic" : "" });
+    mosaic.append(...few.map((number, i) => picture(number, `photograph ${i + 1} of ${entry.subject}`)));
+    parts.push(framed(mosaic, `photographs of ${entry.subject}`));
+  }
   if (entry.base !== null && entry.base !== undefined) parts.push(figure(entry.base, "the base, before tuning"));
   parts.push(figure(entry.number, entry.config));
   const close = make("button", { type: "button", textContent: "Close" });
@@ -245,7 +252,7 @@ function enlarge(row, column) {
   viewer.replaceChildren(
     make("div", { className: "tools" }, make("h3", { textContent: entry.config }), make("small", { textContent: "arrow keys: other pictures" }), close),
     make("div", { className: "trio" }, ...parts),
-    make("dl", {}, ...pairs.flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })])));
+    make("dl", {}, ...pairs.map(([name, value]) => make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value })))));
   if (!viewer.open) viewer.showModal();
 }
 
@@ -260,6 +267,7 @@ function next([row, column], key) {
 if (wall) {
   subjectOf = choose("subject", [...new Set(wall.trials.map((one) => one.subject))]);
   seedOf = choose("training seed", [...new Set(wall.trials.map((one) => String(one.seed)))].sort((a, b) => a - b));
+  document.getElementById("wall-table").classList.toggle("grids", Boolean(wall.grids));
   drawWall();
   viewer.addEventListener("keydown", (event) => {
     if (!(event.key in ARROWS)) return;
