@@ -62,6 +62,7 @@ def test_the_wheel_holds_what_it_needs(wheel):
     assert "ldm/py.typed" in names and "sample.py" in names and "main_dream_booth.py" in names
     vocabulary = "ldm/modules/encoders/clip_vocabulary/"
     assert {vocabulary + "merges.txt.gz", vocabulary + "LICENSE"} <= names
+    assert {f"ldm/study/report/page/page.{ending}" for ending in ("html", "css", "js")} <= names
     assert not [name for name in names if name.startswith(("scripts", "tests", "ldm/data/build"))]
 
 
