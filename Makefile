@@ -5,7 +5,6 @@ PYTHON ?= python3
 # therefore it must be allowed to write what it compiled.
 unexport PYTHONDONTWRITEBYTECODE
 PY := .venv/bin/python
-GPU_PYTHON ?= python3
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 # What `make demo` trains on: a folder of pictures of one subject, and what it is.
@@ -13,7 +12,11 @@ DEMO_SUBJECT ?= examples/subjects/noto_woman
 DEMO_WORD ?= woman
 DEMO_CONFIG ?= configs/sd-mini/attn2o-ffni.yaml
 
-.PHONY: help demo test test-fast campaign lint bench gpu-sd-mini clean
+# Minutes that `make gpu` takes, and the Python that it runs in: one with torch for CUDA and the packages of `.[bench]`.
+MINUTES ?= 9
+GPU_PYTHON ?= $(PYTHON)
+
+.PHONY: help demo test test-fast campaign lint bench gpu gpu-sd-mini clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 10
@@ -39,13 +42,17 @@ lint: .venv/test.stamp  ## check the style and mend what can be mended; check th
 	.venv/bin/lint-imports --no-logo
 
 bench: .venv/bench.stamp  ## measure against peers in the same run
-	for name in load start train_step caches sample scaling; do $(PY) benchmarks/$$name.py --repeats 2 || exit 1; done
+	for name in load start train_step caches sampling scaling; do $(PY) benchmarks/$$name.py --repeats 2 || exit 1; done
 	$(PY) benchmarks/switches.py --repeats 2 --switches "freed memory kept" "library convolutions"
 	$(PY) benchmarks/train_step.py --precision bf16 --repeats 2
 
+gpu:  ## measure this machine's NVIDIA GPU in MINUTES=9, with what is installed: benchmarks/results, docs/benchmarks.md
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --minutes $(MINUTES)
+	$(GPU_PYTHON) benchmarks/gpu.py --tables
+
 # A machine with a GPU needs no more than torch, what `ldm` imports and the packed pictures; repeat it to go on.
 gpu-sd-mini:  ## train SD-mini further on one GPU from build/packed.tar.gz, for eight minutes a call; evaluate and pack
-	$(GPU_PYTHON) -m scripts.sd_mini.gpu --seconds $(or $(SECONDS),420) --autoencoder_seconds 60 --out build/gpu
+	PYTHONPATH=. $(GPU_PYTHON) -m scripts.sd_mini.gpu --seconds $(or $(SECONDS),420) --autoencoder_seconds 60 --out build/gpu
 
 clean:  ## remove the environment and everything that tests and builds leave; logs and outputs stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

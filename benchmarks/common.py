@@ -18,22 +18,37 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--repeats", type=int, default=3, help="timed runs of each")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    p.add_argument("--device", type=torch.device, default=best_device(), help="what computes")
     p.add_argument("--json", action="store_true", help="print the numbers for machines")
     return p
 
 
-def can_compute(precision: str) -> bool:
-    """Whether there is arithmetic of that precision here; says so where there is not."""
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def with_random_weights(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model on a device, with weights that are drawn there, at a scale that keeps activations finite.
+
+    Built under `skip_init`, it takes no memory of the host: nothing has been written to its weights.
+    """
+    for parameter in model.parameters():
+        parameter.data = torch.empty_like(parameter, device=device).normal_(std=0.02)
+    return model.to(device)
+
+
+def can_compute(precision: str, device: torch.device) -> bool:
+    """Whether a device has arithmetic of that precision; says so where it has not."""
     from ldm.train.run import computes_on_cpu
 
-    able = torch.cuda.is_available() or computes_on_cpu(precision)
+    able = device.type != "cpu" or computes_on_cpu(precision)
     if not able:
         print(f"{precision}: nothing measured, this CPU has no such arithmetic and there is no GPU")
     return able

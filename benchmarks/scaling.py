@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from common import machine, parser, timed
+from common import best_device, machine, parser, timed
 
 from ldm.config import find_file, load_config, plain
 from ldm.modules.adapters import attach_adapters
@@ -31,10 +31,13 @@ def entries(count: int) -> list[dict]:
     return [{"din": reads, "dout": writes, "mid_dim": 24} for reads, writes in routes]
 
 
-def step_of(latent: int = 16, batch: int = 2, adapters: int = 1, trainings: int = 1) -> Callable[[], None]:
+def step_of(
+    latent: int = 16, batch: int = 2, adapters: int = 1, trainings: int = 1, device: torch.device | None = None
+) -> Callable[[], None]:
     """A step of the small model's UNet with everything frozen but adapters."""
+    device = best_device() if device is None else device
     params = plain(load_config(find_file(CONFIG)).model.params.unet_config.params) | {"adapter_config": None}
-    unet = UNetModel(**params)
+    unet = UNetModel(**params).to(device)
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     unet.requires_grad_(False)
@@ -44,9 +47,11 @@ def step_of(latent: int = 16, batch: int = 2, adapters: int = 1, trainings: int 
         attach_adapters(one, {"transformer_adp_config": entries(adapters)})
     unet = view(unet)
     join(unet, views)
+    unet.to(device)
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if id(p) not in frozen], lr=1e-4)
-    x = torch.randn(batch * trainings, 4, latent, latent)
-    context, t = torch.randn(len(x), 32, params["context_dim"]), torch.arange(len(x))
+    x = torch.randn(batch * trainings, 4, latent, latent, device=device)
+    context = torch.randn(len(x), 32, params["context_dim"], device=device)
+    t = torch.arange(len(x), device=device)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -71,17 +76,23 @@ def exponent(sizes: list[int], seconds: list[float]) -> float:
     return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
 
 
+def measured(series: dict[str, list[int]], repeats: int, device: torch.device) -> dict[str, dict]:
+    """For each series its sizes, the median seconds of a step, the exponent; for trainings the ratio to their peer."""
+    result = {}
+    for name, sizes in series.items():
+        steps = [step_of(**{name: size}, device=device) for size in sizes]
+        seconds = [statistics.median(timed(step, repeats, device, warm_up=2)) for step in steps]
+        result[name] = {"sizes": sizes, "seconds": seconds, "exponent": exponent(sizes, seconds)}
+    if row := result.get("trainings"):
+        peers = [size * row["seconds"][0] / row["sizes"][0] for size in row["sizes"]]
+        row["ratio to one after the other"] = [s / peer for s, peer in zip(row["seconds"], peers, strict=True)]
+    return result
+
+
 def main() -> None:
     options = parser(__doc__).parse_args()
     torch.set_num_threads(options.threads)
-    result = {}
-    for name, sizes in SERIES.items():
-        seconds = [statistics.median(timed(step_of(**{name: size}), options.repeats, warm_up=2)) for size in sizes]
-        result[name] = {"sizes": sizes, "seconds": seconds, "exponent": exponent(sizes, seconds)}
-    one_by_one = [size * result["trainings"]["seconds"][0] for size in result["trainings"]["sizes"]]
-    result["trainings"]["ratio to one after the other"] = [
-        s / peer for s, peer in zip(result["trainings"]["seconds"], one_by_one, strict=True)
-    ]
+    result = measured(SERIES, options.repeats, options.device)
     if options.json:
         print(json.dumps({"machine": machine(), **result}))
         return

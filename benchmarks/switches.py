@@ -43,8 +43,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def switched(name: str, size: int) -> Callable[[], None]:
-    return step_of(ours, size, **SWITCHES[name])
+def switched(name: str, size: int, device: torch.device) -> Callable[[], None]:
+    return step_of(ours, size, device=device, **SWITCHES[name])
 
 
 def memory() -> float:
@@ -67,9 +67,12 @@ def main() -> None:
     fast = [name for name in SWITCHES if name != "compiled" or torch.cuda.is_available()]  # minutes, on two cores
     rows = {}
     for name in options.switches or fast:
-        if "bf16" in name and not can_compute("bf16"):
+        if "bf16" in name and not can_compute("bf16", options.device):
             continue
-        works = {"off": partial(step_of, ours, options.size), "on": partial(switched, name, options.size)}
+        works = {
+            "off": partial(step_of, ours, options.size, device=options.device),
+            "on": partial(switched, name, options.size, options.device),
+        }
         seconds, needed = in_turns(works, options.repeats, options.threads, memory)
         off, on = statistics.median(seconds["off"]), statistics.median(seconds["on"])
         rows[name] = {"off": off, "on": on, "ratio": on / off, "GB off": needed["off"], "GB on": needed["on"]}

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import can_compute, in_turns, parser, table
+from common import best_device, can_compute, in_turns, parser, table, with_random_weights
 from torch.nn import functional as F
 
 from ldm.config import find_file, load_config, plain
@@ -28,34 +28,41 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.train.memory import keep_freed_memory
 
 CONFIG = "configs/sd-inject-dreambooth/attn2o-ffni.yaml"
+# The same network at toy size, with LDM's and with diffusers' words.
+TOY = {"model_channels": 32, "channel_mult": [1, 2], "attention_resolutions": [1], "num_res_blocks": 1, "num_heads": 2}
+PEER_TOY = {
+    "block_out_channels": (32, 64), "layers_per_block": 1, "attention_head_dim": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}  # fmt: skip
+
+Made = tuple[torch.nn.Module, list, Callable]
 
 
-def fill(model: torch.nn.Module) -> None:
-    """Random weights at a scale that keeps activations finite."""
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-
-
-def ours(device: torch.device, checkpointing: bool | str) -> tuple[torch.nn.Module, list, Callable]:
+def ours(device: torch.device, checkpointing: bool | str, toy: bool = False) -> Made:
     params = plain(load_config(find_file(CONFIG)).model.params.unet_config.params) | {"use_checkpoint": checkpointing}
     with skip_init():
-        model = UNetModel(**params)
-    fill(model)
-    model.requires_grad_(False)
+        model = UNetModel(**params | (TOY if toy else {}))
+    with_random_weights(model, device).requires_grad_(False)
     learning = [p for name, p in model.named_parameters() if name in adapter_tensors(model)]
     for parameter in learning:
         parameter.requires_grad_(True)
-    return model.to(device), learning, lambda x, t, c: model(x, t, c)
+    return model, learning, lambda x, t, c: model(x, t, c)
 
 
-def peer(device: torch.device, checkpointing: bool) -> tuple[torch.nn.Module, list, Callable]:
+def peer_unet(toy: bool = False) -> torch.nn.Module:
+    """diffusers' UNet of Stable Diffusion v1, not initialised."""
     from diffusers import UNet2DConditionModel
-    from peft import LoraConfig
 
     with skip_init():
-        model = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
-    fill(model)
-    model.requires_grad_(False)
+        return UNet2DConditionModel(
+            **{"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64} | (PEER_TOY if toy else {})
+        )
+
+
+def peer(device: torch.device, checkpointing: bool, toy: bool = False) -> Made:
+    from peft import LoraConfig
+
+    model = with_random_weights(peer_unet(toy), device).requires_grad_(False)
     model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
     if checkpointing:
         model.enable_gradient_checkpointing()
@@ -64,22 +71,25 @@ def peer(device: torch.device, checkpointing: bool) -> tuple[torch.nn.Module, li
 
 
 def step_of(
-    make: Callable,
+    make: Callable[..., Made],
     size: int,
     checkpointing: bool | str = False,
     autocast: bool = False,
     prepare: Sequence[Callable[[torch.nn.Module], Any]] = (),
+    device: torch.device | None = None,
+    batch: int = 2,
+    toy: bool = False,
     **options: Any,
 ) -> Callable[[], None]:
     """A training step of what `make` makes, after each of `prepare` did something to its UNet."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    unet, learning, predict = make(device, checkpointing)
+    device = best_device() if device is None else device
+    unet, learning, predict = make(device, checkpointing, toy)
     for change in prepare:
         change(unet)
     optimizer = torch.optim.AdamW(learning, lr=1e-4, **options)
-    latents = torch.randn(2, 4, size // 8, size // 8, device=device)
-    noise, context = torch.randn_like(latents), torch.randn(2, 77, 768, device=device)
-    t = torch.tensor([100, 700], device=device)
+    latents = torch.randn(batch, 4, size // 8, size // 8, device=device)
+    noise, context = torch.randn_like(latents), torch.randn(batch, 77, 768, device=device)
+    t = torch.linspace(100, 700, batch, device=device).long()
 
     def step() -> None:
         optimizer.zero_grad()
@@ -91,9 +101,9 @@ def step_of(
     return step
 
 
-def keep_freed(_: torch.nn.Module) -> None:
+def keep_freed(unet: torch.nn.Module) -> None:
     """As our training commands do on a CPU."""
-    if not torch.cuda.is_available():
+    if next(unet.parameters()).device.type == "cpu":
         keep_freed_memory()
 
 
@@ -103,17 +113,18 @@ def main() -> None:
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass, in both")
     options = p.parse_args()
-    if not can_compute(options.precision):
+    if not can_compute(options.precision, options.device):
         return
     half = options.precision == "bf16"
-    theirs = partial(step_of, peer, options.size, options.checkpointing, autocast=half)
+    shared = {"size": options.size, "checkpointing": options.checkpointing, "device": options.device}
+    theirs = partial(step_of, peer, **shared, autocast=half)
     halved = [partial(cast_frozen, dtype=torch.bfloat16)] if half else []
     name = f"diffusers + peft LoRA r=4, {'autocast' if half else 'fp32'}"
     mine = f"attn2o-ffni (ours), {'frozen base in bf16' if half else 'fp32'}"
     works = {
         name: theirs,
         f"{name}, freed memory kept": partial(theirs, prepare=[keep_freed]),
-        mine: partial(step_of, ours, options.size, options.checkpointing, prepare=[*halved, keep_freed]),
+        mine: partial(step_of, ours, **shared, prepare=[*halved, keep_freed]),
     }
     rows, _ = in_turns(works, options.repeats, options.threads)
     table(rows, peer=name, as_json=options.json)

@@ -165,6 +165,7 @@ def test_a_step_never_waits_for_the_device_and_differentiates_only_what_learns(c
     assert one_step(model, "meta") == model.trainable_parameters().keys()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_never_waits_for_a_gpu():
     model = tiny(ADAPTED, train_level=["adapter"])
