@@ -48,7 +48,7 @@ def rows(folder: Path, subjects=("a", "b"), routes=ROUTES, prompts=PROMPTS, step
             found.append({
                 "route": route, "reads": reads, "writes": writes, "family": "position", "seed": seed,
                 "subject": subject, "step": step, "clip_i": score,
-                "clip_t": 0.3, "seconds": 2.0 * step / 100, "peak_memory": 2**30,
+                "clip_t": 0.3, "seconds": 2.0 * step / 100, "seconds_scoring": 0.5, "peak_memory": 2**30,
                 "parameters": 1000, "status": "done", "trial": trial, "class_word": "dog", "reason": None, "key": key,
                 "clip_i_low": score - 0.02, "clip_i_high": score + 0.02, "clip_prior_shift": drift,
                 "clip_prior_shift_low": drift - 0.01, "clip_prior_shift_high": drift + 0.01, "mid_dim": len(route),

@@ -80,7 +80,7 @@ def test_the_summary_says_what_the_numbers_say(report):
     assert "clip_i differs between the levels of reads: F(1, " in said
     assert "improved for 3 of 4 configs" in said, "attn1i-attn2i stays where it is"
     assert "by efficientnet_i, another network, has a rank correlation of 1.000" in said
-    assert "attn2o-transo and attn2o-ffni" in said and "all of them 32 s" in said
+    assert "attn2o-transo and attn2o-ffni" in said and "all of them 40 s" in said
     ahead = report.facts.paired(*report.facts.configs[:2])
     assert ahead.low > 0 and "It is the best of 4 by these same numbers" in said
 
@@ -310,3 +310,7 @@ def test_values_that_json_lacks_are_null():
 def test_configs_that_met_other_subjects_are_said_not_to_compare(facts):
     fewer = replace(facts, last=facts.last.iloc[1:])
     assert "did not meet the same subjects" in " ".join(sweep_page._about_means(fewer))
+
+
+def test_numbers_have_a_minus_sign_and_zero_has_none():
+    assert [summary.signed(number) for number in (-0.0004, -0.0006, 0.5)] == ["0.000", "\u22120.001", "0.500"]

@@ -83,6 +83,16 @@ class Facts:
     def _place(self, one: Config) -> tuple[float, float]:
         return one.means[self.fidelity].mean, one.means[self.drift or ""].mean
 
+    @cached_property
+    def seconds(self) -> float | None:
+        """The time of all trials, scoring of earlier checkpoints included; None where the table does not say."""
+        if "seconds" not in self.last:
+            return None
+        earlier = self.frame.drop(index=self.last.index)
+        scoring = earlier["seconds_scoring"].sum() if "seconds_scoring" in earlier else 0.0
+        total = float(self.last["seconds"].sum() + scoring)
+        return total or None
+
     @property
     def failed(self) -> pd.DataFrame:
         """The rows of trials without results."""

@@ -260,7 +260,10 @@ def _tiles(
     found = []
     if losses:
         name, values = next(iter(losses.items()))
-        found += [("steps", f"{values[-1][0]:,}"), (f"{name}, smoothed", f"{smoothed([v for _, v in values])[-1]:.4g}")]
+        found += [
+            ("last logged step", f"{values[-1][0]:,}"),
+            (f"{name}, smoothed", f"{smoothed([v for _, v in values])[-1]:.4g}"),
+        ]
     if scores:
         found += [(name, signed(value["mean"])) for name, value in list(scores[-1]["scores"].items())[:3]]
         if isinstance(scores[-1].get("seconds"), (int, float)):

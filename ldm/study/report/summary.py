@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pandas as pd
 from scipy import stats
 
 from ldm.evaluate.intervals import Interval
@@ -112,18 +111,14 @@ def unfinished(facts: Facts) -> list[str]:
 def cost(facts: Facts) -> str:
     """Time, memory, what learns."""
     parts = []
-    if "seconds" in facts.last and (seconds := numbers(facts.last["seconds"])).size:
-        parts.append(f"A trial took {duration(float(seconds.median()))} (median), all of them "
-                     f"{duration(float(seconds.sum()))}")  # fmt: skip
+    if facts.seconds is not None:
+        median = duration(float(facts.last["seconds"].median()))
+        parts.append(f"A trial took {median} (median), all of them {duration(facts.seconds)}")
     counts = sorted({one.parameters for one in facts.configs if one.parameters is not None})
     if counts:
         spread = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
         parts.append(f"{spread} parameters learnt")
     return "; ".join(parts) + "." if parts else ""
-
-
-def numbers(column: pd.Series) -> pd.Series:
-    return pd.to_numeric(column, errors="coerce").dropna()
 
 
 def value(interval: Interval, digits: int = 3) -> str:
@@ -135,7 +130,8 @@ def value(interval: Interval, digits: int = 3) -> str:
 
 
 def signed(number: float, digits: int = 3) -> str:
-    return f"{number:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    text = f"{number:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def duration(seconds: float) -> str:

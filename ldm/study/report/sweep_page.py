@@ -126,8 +126,9 @@ def _tiles(facts: Facts) -> list[tuple[str, str]]:
     found = [("trials", f"{len(facts.last):,}"), ("configs", f"{len(facts.configs):,}"),
              ("subjects", f"{facts.last['subject'].nunique():,}"), ("seeds", f"{facts.last['seed'].nunique():,}"),
              (f"best {facts.fidelity}", summary.signed(first.means[facts.fidelity].mean))]  # fmt: skip
-    seconds = summary.numbers(facts.last["seconds"]) if "seconds" in facts.last else pd.Series(dtype=float)
-    return [*found, *([("of training and scoring", summary.duration(float(seconds.sum())))] if len(seconds) else [])]
+    if facts.seconds is not None:
+        found.append(("of training and scoring", summary.duration(facts.seconds)))
+    return found
 
 
 # --- tables

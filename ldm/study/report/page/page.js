@@ -52,7 +52,7 @@ function themed(spec) {
   const names = traces.filter((trace) => trace.name).length;
   const below = narrow() && names > 1;
   const rows = traces[0]?.type === "heatmap" ? traces[0].y.length : 0;
-  const height = (rows ? 110 + 46 * rows : 420) + (below ? 22 * names : 0);
+  const height = rows ? 110 + 46 * rows : below ? 420 + 22 * names : Math.max(420, 90 + 19 * names);
   return [traces, {
     ...spec.layout, xaxis: axis(spec.layout.xaxis), yaxis: axis(spec.layout.yaxis),
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", height: Math.max(height, 260),
