@@ -176,9 +176,11 @@ class Day:
             told(f"{stage}: {work}: not ready after {time.monotonic() - child.started:.0f} s, pauses")
 
     def start(self, stage: str, work: str) -> None:
-        command = [sys.executable, __file__, "--work", work_name(stage, work), *(["--toy"] * self.options.toy)]
         log = self.logs / f"{slug(work_name(stage, work))}.log"
-        self.preparing[stage, work] = Child(self.options.command or command, log, environment(self.options.threads))
+        self.preparing[stage, work] = Child(self.command(stage, work), log, environment(self.options.threads))
+
+    def command(self, stage: str, work: str) -> list[str]:
+        return [sys.executable, __file__, "--work", work_name(stage, work), *(["--toy"] * self.options.toy)]
 
     def hear(self, pair: tuple[str, str], child: Child) -> None:
         stage, work = pair
@@ -263,7 +265,6 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--work", help=argparse.SUPPRESS)
     options = p.parse_args(words)
     options.at_once = options.at_once or max(2, min(os.cpu_count() or 1, int(gpu_memory() // 5)))
-    options.command = None
     return options
 
 

@@ -14,17 +14,17 @@ PEERS = {"train_step": "diffusers + peft", "sample": "diffusers"}
 UNITS = {"train_step": "ms per step", "sample": "ms per picture"}
 WORDS = {
     "train_step": (
-        "A training step of Stable Diffusion v1 (random weights): 512 pixels, one picture of the subject and one of its",
-        "class, frozen base in bf16. Ours: adapters `attn2o-ffni` in fp32. The peer: LoRA of rank 4 in fp32, under",
+        "A training step of Stable Diffusion v1 (random weights): 512 pixels, one picture of the subject and one of",
+        "its class, frozen base in bf16. Ours: adapters `attn2o-ffni` in fp32. The peer: LoRA of rank 4 in fp32, under",
         "autocast. GiB: what torch allocated at its peak, and reserved.",
     ),
     "sample": (
-        "Sampling at Stable Diffusion v1 size: four pictures of 512 pixels at once, 50 steps of DDIM with guidance, bf16,",
-        "without the autoencoder.",
+        "Sampling at Stable Diffusion v1 size: four pictures of 512 pixels at once, 50 steps of DDIM with guidance,",
+        "bf16, without the autoencoder.",
     ),
     "memory": (
-        "The peak of a training step with one picture of the subject and one of its class, in GiB: what torch allocated,",
-        "what `ldm plan` predicts (SD v1: 512 pixels, SDXL: 1024), what torch reserved.",
+        "The peak of a training step with one picture of the subject and one of its class, in GiB: what torch",
+        "allocated, what `ldm plan` predicts (SD v1: 512 pixels, SDXL: 1024), what torch reserved.",
     ),
 }
 
