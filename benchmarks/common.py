@@ -34,13 +34,17 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def with_random_weights(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def with_random_weights(
+    model: torch.nn.Module, device: torch.device, frozen: torch.dtype = torch.float32
+) -> torch.nn.Module:
     """The model on a device, with weights that are drawn there, at a scale that keeps activations finite.
 
-    Built under `skip_init`, it takes no memory of the host: nothing has been written to its weights.
+    `frozen`: the type of those that do not learn. A model that was built under `skip_init` takes no memory of the host,
+    since nothing was ever written to its weights.
     """
     for parameter in model.parameters():
-        parameter.data = torch.empty_like(parameter, device=device).normal_(std=0.02)
+        dtype = torch.float32 if parameter.requires_grad else frozen
+        parameter.data = torch.empty_like(parameter, device=device, dtype=dtype).normal_(std=0.02)
     return model.to(device)
 
 

@@ -143,8 +143,9 @@ class Day:
 
     def run(self) -> None:
         try:
+            until = time.monotonic() + self.options.preparing * self.left()
             while (self.waiting or self.preparing) and self.left() > 0:
-                self.prepare(until=time.monotonic() + self.options.preparing * self.left())
+                self.prepare(until)
                 for stage in self.options.stages:
                     self.measure(stage)
             for stage, work in (*self.preparing, *self.waiting):
@@ -163,7 +164,7 @@ class Day:
         """
         for child in self.preparing.values():
             child.go_on()
-        while time.monotonic() < until:
+        while self.left() > 0 and (time.monotonic() < until or not self.ready):
             while self.waiting and len(self.preparing) + len(self.ready) < self.options.at_once:
                 self.start(*self.waiting.pop(0))
             if not self.preparing:

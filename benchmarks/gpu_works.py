@@ -6,6 +6,7 @@ At toy size (`Size.toy`) the same functions run tiny networks on a CPU in a seco
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -60,6 +61,7 @@ def repeated(work: Callable[[], Any], size: Size, times: int, units: int, warm_u
         work()
     wait(size.device)
     if size.device.type == "cuda":
+        torch.cuda.empty_cache()  # what building took is not part of the work
         torch.cuda.reset_peak_memory_stats(size.device)
 
     def once() -> dict[str, Any]:
@@ -187,7 +189,8 @@ def about(size: Size) -> dict[str, Any]:
 
 def gpu_tests(size: Size) -> Work:
     """The tests that are marked `gpu`, and how they went."""
-    words = ["--version"] if size.toy else [*map(str, marked_files()), "-m", "gpu"]
+    several = ["-n", "3", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
+    words = ["--version"] if size.toy else [*map(str, marked_files()), "-m", "gpu", *several]
     return lambda: pytest_of(words)
 
 

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from train_step import TOY
 
 from ldm.config import find_file, instantiate_from_config, load_config
-from ldm.devices import cast_frozen
 from ldm.models.building import skip_init
 from ldm.train.footprint import measure
 
@@ -79,10 +78,7 @@ def measured(case: Case, device: torch.device) -> dict[str, float]:
         config.params.conditioner_config = None  # what it would give goes to the UNet directly
     with skip_init():
         model = instantiate_from_config(config)
-    if device.type != "cpu":  # the peak of building in fp32 is not that of a step
-        cast_frozen(model.model.diffusion_model, PRECISIONS[case.base_precision])
-    with_random_weights(model, device).train()
-    cast_frozen(model.model.diffusion_model, PRECISIONS[case.base_precision])
+    with_random_weights(model, device, PRECISIONS[case.base_precision]).train()
     gc.collect()
     before = 0
     if device.type == "cpu":  # neither Python nor building in fp32 belongs to the step
