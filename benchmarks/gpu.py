@@ -257,7 +257,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--minutes", type=float, default=9, help="time for everything (default 9)")
     p.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="these alone, in this order")
     p.add_argument("--preparing", type=float, default=0.6, help="share of the time for getting ready (default 0.6)")
-    p.add_argument("--at_once", type=int, help="processes at once (default: one for each core and 5 GiB of GPU memory)")
+    p.add_argument("--at_once", type=int, help="processes at once (default: one for each core and 6 GiB of GPU memory)")
     p.add_argument("--threads", type=int, default=2, help="CPU threads of each (default 2)")
     p.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     p.add_argument("--logs", type=Path, help="folder for what the processes print; by default a temporary one")
@@ -265,7 +265,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--tables", action="store_true", help="write the tables of docs/benchmarks.md from the results")
     p.add_argument("--work", help=argparse.SUPPRESS)
     options = p.parse_args(words)
-    options.at_once = options.at_once or max(2, min(os.cpu_count() or 1, int(gpu_memory() // 5)))
+    options.at_once = options.at_once or max(2, min(os.cpu_count() or 1, int(gpu_memory() // 6)))
     return options
 
 

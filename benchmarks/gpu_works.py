@@ -29,7 +29,6 @@ import scaling
 import torch
 import train_step
 
-from ldm.devices import cast_frozen
 from ldm.train.compiled import compile_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,21 +84,17 @@ def compiled(mode: str) -> Callable[[torch.nn.Module], None]:
     return partial(compile_module, mode=mode)
 
 
-def halved(unet: torch.nn.Module) -> None:
-    cast_frozen(unet, torch.bfloat16)
-
-
 def training(size: Size, prepare: list) -> Work:
     """Ours: the frozen base in bf16, adapters in fp32."""
-    step = train_step.step_of(train_step.ours, size.pixels, prepare=[halved, *prepare], device=size.device,
-                              toy=size.toy)  # fmt: skip
+    step = train_step.step_of(train_step.ours, size.pixels, prepare=prepare, device=size.device, toy=size.toy,
+                              frozen=torch.bfloat16)  # fmt: skip
     return repeated(step, size, times=size(10, 1), units=1, warm_up=size(5, 1))
 
 
 def peer_training(size: Size, prepare: list) -> Work:
     """As diffusers' trainers do it: the frozen base in bf16, LoRA in fp32, all under autocast."""
-    step = train_step.step_of(train_step.peer, size.pixels, autocast=True, prepare=[halved, *prepare],
-                              device=size.device, toy=size.toy)  # fmt: skip
+    step = train_step.step_of(train_step.peer, size.pixels, autocast=True, prepare=prepare, device=size.device,
+                              toy=size.toy, frozen=torch.bfloat16)  # fmt: skip
     return repeated(step, size, times=size(10, 1), units=1, warm_up=size(5, 1))
 
 
@@ -132,8 +127,8 @@ def growth(size: Size) -> Work:
         result = {f"SD-mini: {name}": row for name, row in scaling.measured(series, size(10, 1), size.device).items()}
         batches, seconds = size([1, 2, 4, 8], [1, 2]), []
         for batch in batches:
-            step = train_step.step_of(train_step.ours, size.pixels, prepare=[halved], device=size.device, batch=batch,
-                                      toy=size.toy)  # fmt: skip
+            step = train_step.step_of(train_step.ours, size.pixels, device=size.device, batch=batch, toy=size.toy,
+                                      frozen=torch.bfloat16)  # fmt: skip
             seconds.append(statistics.median(common.timed(step, size(10, 1), size.device, warm_up=size(3, 1))))
         result["SD v1: batch"] = {"sizes": batches, "seconds": seconds, "exponent": scaling.exponent(batches, seconds)}
         return {"series": result}

@@ -32,8 +32,7 @@ def ours(
     config.params.unet_config.params.update(TOY if toy else {})
     with skip_init():
         model = instantiate_from_config(config)
-    with_random_weights(model, device).eval()
-    model.model.diffusion_model.to(dtype)
+    with_random_weights(model.eval().requires_grad_(False), device, dtype)
     if mode:
         compile_module(model.model.diffusion_model, mode)
     context = torch.randn(batch, 77, 768, device=device)
@@ -52,7 +51,7 @@ def peer(
 ) -> Callable[[], None]:
     from diffusers import DDIMScheduler
 
-    unet = with_random_weights(peer_unet(toy), device).to(dtype).eval()
+    unet = with_random_weights(peer_unet(toy).eval().requires_grad_(False), device, dtype)
     if mode:  # as diffusers' guide to speed does it
         unet.to(memory_format=torch.channels_last).compile(mode=mode, fullgraph=True)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)

@@ -38,14 +38,17 @@ PEER_TOY = {
 Made = tuple[torch.nn.Module, list, Callable]
 
 
-def ours(device: torch.device, checkpointing: bool | str, toy: bool = False) -> Made:
+def ours(
+    device: torch.device, checkpointing: bool | str, toy: bool = False, frozen: torch.dtype = torch.float32
+) -> Made:
     params = plain(load_config(find_file(CONFIG)).model.params.unet_config.params) | {"use_checkpoint": checkpointing}
     with skip_init():
         model = UNetModel(**params | (TOY if toy else {}))
-    with_random_weights(model, device).requires_grad_(False)
-    learning = [p for name, p in model.named_parameters() if name in adapter_tensors(model)]
-    for parameter in learning:
-        parameter.requires_grad_(True)
+    adapters = adapter_tensors(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in adapters)
+    with_random_weights(model, device, frozen)
+    learning = [p for p in model.parameters() if p.requires_grad]
     return model, learning, lambda x, t, c: model(x, t, c)
 
 
@@ -59,15 +62,18 @@ def peer_unet(toy: bool = False) -> torch.nn.Module:
         )
 
 
-def peer(device: torch.device, checkpointing: bool, toy: bool = False) -> Made:
+def peer(device: torch.device, checkpointing: bool, toy: bool = False, frozen: torch.dtype = torch.float32) -> Made:
     from peft import LoraConfig
 
-    model = with_random_weights(peer_unet(toy), device).requires_grad_(False)
+    model = with_random_weights(peer_unet(toy).requires_grad_(False), device, frozen)
     model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
     if checkpointing:
         model.enable_gradient_checkpointing()
     model.to(device).train()
-    return model, [p for p in model.parameters() if p.requires_grad], lambda x, t, c: model(x, t, c).sample
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.data = parameter.data.float()  # whatever the base is, as diffusers' trainers do
+    return model, learning, lambda x, t, c: model(x, t, c).sample
 
 
 def step_of(
@@ -79,11 +85,15 @@ def step_of(
     device: torch.device | None = None,
     batch: int = 2,
     toy: bool = False,
+    frozen: torch.dtype = torch.float32,
     **options: Any,
 ) -> Callable[[], None]:
-    """A training step of what `make` makes, after each of `prepare` did something to its UNet."""
+    """A training step of what `make` makes, after each of `prepare` did something to its UNet.
+
+    `frozen`: the type of the weights that do not learn.
+    """
     device = best_device() if device is None else device
-    unet, learning, predict = make(device, checkpointing, toy)
+    unet, learning, predict = make(device, checkpointing, toy, frozen)
     for change in prepare:
         change(unet)
     optimizer = torch.optim.AdamW(learning, lr=1e-4, **options)
