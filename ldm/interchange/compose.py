@@ -12,15 +12,22 @@ from ldm.errors import InputError
 from ldm.interchange.custom_diffusion import COMPRESSED, Delta, whole
 
 
+RIDGE = 1e-6  # of the mean square of the rows: without it, rounding would decide where rows leave the weight open
+
+
 def solve(weight: Tensor, regular: Tensor, target: Tensor, values: Tensor) -> Tensor:
     """The weight [out, in] nearest to a given one that maps target rows [t, in] to values [t, out].
 
     Nearness is measured on the regularisation rows [n, in]: minimise |(W' - W) C^T| subject to W' c = v, by Lagrange
-    multipliers. Computed in float64 and returned in the dtype of `weight`.
+    multipliers. Computed in float64 and returned in the dtype of `weight`. Where there are fewer different rows than
+    inputs, many weights are equally near: of these the one that changes least (`RIDGE`).
     """
     w, k, c, v = (tensor.double() for tensor in (weight, regular, target, values))
+    square = k.T @ k
+    if torch.linalg.matrix_rank(square, hermitian=True, rtol=RIDGE**2) < len(square):
+        square.diagonal().add_(RIDGE * square.diagonal().mean())
     try:
-        d = torch.linalg.solve(k.T @ k, c.T).T  # [t, in], rows c C^-1
+        d = torch.linalg.solve(square, c.T).T  # [t, in], rows c C^-1
         change = (v.T - w @ c.T) @ torch.linalg.solve(d @ c.T, d)
     except torch.linalg.LinAlgError as error:
         raise InputError(

@@ -37,6 +37,9 @@ class ChannelsLast(pl.Callback):
         module.to(memory_format=torch.channels_last)
 
 
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that replay graphs, each into the memory of the last time
+
+
 class Compiled(ChannelsLast):
     """Compiles modules, named as in the model, and has their convolutions hold channels last.
 
@@ -52,6 +55,9 @@ class Compiled(ChannelsLast):
         # The adaptive weight of a discriminator differentiates one graph twice, so its buffers may not be given away.
         torch._functorch.config.donated_buffer = False
         super().setup(trainer, pl_module, stage)
+        if self.mode in CUDA_GRAPHS and trainer.accumulate_grad_batches > 1:
+            for name in self.modules:
+                own_gradients(pl_module.get_submodule(name))
 
     def change(self, module: nn.Module) -> None:
         compile_module(module, self.mode)
@@ -66,6 +72,14 @@ def compile_module(module: nn.Module, mode: str = "default") -> None:
             part.forward = partial(upsample, part)
     module.to(memory_format=torch.channels_last)
     module.compile(mode=mode)
+
+
+def own_gradients(module: nn.Module) -> None:
+    """Let gradients of what learns be copies: those that a CUDA graph gives are overwritten by its next replay, before
+    the gradients of several batches are summed."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(torch.clone)
 
 
 def upsample(module: nn.Module, x: Tensor) -> Tensor:

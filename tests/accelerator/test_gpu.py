@@ -14,7 +14,7 @@ from ldm.devices import cast_frozen
 from ldm.interchange.compose import compose
 from ldm.interchange.custom_diffusion import COMPRESSED, Delta
 from ldm.models.diffusion.samplers import SAMPLERS
-from ldm.train.compiled import compile_module
+from ldm.train.compiled import compile_module, own_gradients
 from tests import runs, tuned_models
 from tests.helpers import assert_close_to
 
@@ -102,6 +102,7 @@ def trained(mode=None, accumulated=1, steps=4):
     model = tuned_on(GPU)
     if mode:
         compile_module(model.model.diffusion_model, mode)
+        own_gradients(model.model.diffusion_model)
     optimizer, losses = model.configure_optimizers(), []
     for step in range(steps):
         for part in range(accumulated):

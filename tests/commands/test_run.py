@@ -335,8 +335,8 @@ def test_metadata_names_and_grid(tmp_path, trained):
     with Image.open(first[3]) as picture:
         assert picture.size == (32, 32)
         assert picture.text == {
-            "prompt": "photo of a sks dög", "negative": "", "seed": "10", "sampler": "dpm_solver", "steps": "3", "eta": "0.0",
-            "spacing": "uniform", "scale": "7.5", "config": str(TINY), "ckpt": "the config's", "embeddings": "",
+            "prompt": "photo of a sks dög", "negative": "", "seed": "10", "sampler": "dpm_solver", "steps": "3",
+            "eta": "0.0", "spacing": "uniform", "scale": "7.5", "config": str(TINY), "ckpt": "the config's", "embeddings": "",
             "adapter": str(trained.adapters), "adapter scale": "",
         }  # fmt: skip
     with Image.open(out / "grid-0000.png") as grid:

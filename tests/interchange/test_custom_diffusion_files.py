@@ -177,3 +177,14 @@ def test_refusals(delta_file, tmp_path):
         cd.extract({"a": torch.zeros(1)})
     with pytest.raises(InputError, match="2 deltas and 1 categories"):
         compose(None, {}, [delta, delta], ["cat"], ["a"])
+
+
+def test_rounding_decides_nothing_where_few_rows_leave_the_weight_open():
+    generator = torch.Generator().manual_seed(4)
+    weight, regular, target, values = (
+        torch.randn(*shape, generator=generator) for shape in ((6, 16), (5, 16), (2, 16), (2, 6))
+    )
+    exact = solve(weight, regular, target, values)
+    near = solve(weight, regular + 1e-6 * torch.randn(5, 16, generator=generator), target, values)
+    assert_close_to(target @ exact.T, values, 1e-4)
+    assert_close_to(near, exact, 1e-2)

@@ -103,3 +103,29 @@ def test_channels_last_changes_the_layout_and_nothing_else(tmp_path, monkeypatch
     assert kernels and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
     for name, value in last(plain)["state_dict"].items():
         torch.testing.assert_close(last(changed)["state_dict"][name], value)
+
+
+def test_gradients_of_accumulated_batches_are_copies_under_cuda_graphs():
+    """A graph's replay writes into the memory of the last one: stood for by a gradient that changes afterwards."""
+
+    class Replayed(torch.autograd.Function):
+        memory = torch.zeros(2)
+
+        @staticmethod
+        def forward(_ctx, weight):
+            return weight.sum()
+
+        @staticmethod
+        def backward(_ctx, _grad):
+            Replayed.memory += 1
+            return Replayed.memory.view(2)
+
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.weight = torch.nn.Parameter(torch.zeros(2))
+    trainer = SimpleNamespace(accumulate_grad_batches=2)
+    callback = Compiled(["part"], "reduce-overhead")
+    callback.change = lambda module: None
+    callback.setup(trainer, torch.nn.ModuleDict({"part": layer}), "fit")
+    for _ in range(2):
+        Replayed.apply(layer.weight).backward()
+    assert layer.weight.grad.tolist() == [3.0, 3.0]  # 1 + 2, not 2 + 2
