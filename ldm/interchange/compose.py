@@ -11,7 +11,6 @@ from torch import Tensor
 from ldm.errors import InputError
 from ldm.interchange.custom_diffusion import COMPRESSED, Delta, whole
 
-
 RIDGE = 1e-6  # of the mean square of the rows: without it, rounding would decide where rows leave the weight open
 
 

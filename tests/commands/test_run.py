@@ -336,8 +336,8 @@ def test_metadata_names_and_grid(tmp_path, trained):
         assert picture.size == (32, 32)
         assert picture.text == {
             "prompt": "photo of a sks dög", "negative": "", "seed": "10", "sampler": "dpm_solver", "steps": "3",
-            "eta": "0.0", "spacing": "uniform", "scale": "7.5", "config": str(TINY), "ckpt": "the config's", "embeddings": "",
-            "adapter": str(trained.adapters), "adapter scale": "",
+            "eta": "0.0", "spacing": "uniform", "scale": "7.5", "config": str(TINY), "ckpt": "the config's",
+            "embeddings": "", "adapter": str(trained.adapters), "adapter scale": "",
         }  # fmt: skip
     with Image.open(out / "grid-0000.png") as grid:
         assert grid.size == (3 * 36, 2 * 36) and grid.text["seed"] == "7"
