@@ -50,7 +50,7 @@ def with_random_weights(
 
 def can_compute(precision: str, device: torch.device) -> bool:
     """Whether a device has arithmetic of that precision; says so where it has not."""
-    from ldm.train.run import computes_on_cpu
+    from ldm.train.trainer_section import computes_on_cpu
 
     able = device.type != "cpu" or computes_on_cpu(precision)
     if not able:

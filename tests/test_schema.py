@@ -11,7 +11,7 @@ from ldm import schema
 from ldm.config import check, check_entries, load_config, override, plain
 from ldm.errors import InputError, did_you_mean
 from ldm.train.options import dreambooth_parser, parse
-from ldm.train.run import check_config
+from ldm.train.run_config import check_config
 from tests.conftest import ROOT
 from tests.runs import TINY
 

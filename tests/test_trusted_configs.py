@@ -29,7 +29,7 @@ PLACES = {
 FOREIGN = [
     "evil.Family", "venv.__main__.x", "unittest.__main__.x", "ctypes.cdll", "os.system", "builtins.eval",
     "ldm.checkpoints.shutil.rmtree", "ldm.util.get_obj_from_str", "ldm.train.run.pdb.set_trace", "ldm.tuning.lora.re",
-    "ldm.train.resume.SaveRun", "torch.load", "torch.hub.load", "torch.nn.modules.x.evil", "torch.optim.X.y",
+    "ldm.train.saving.SaveRun", "torch.load", "torch.hub.load", "torch.nn.modules.x.evil", "torch.optim.X.y",
     "torch.nn.Linear\n", "pytorch_lightning.callbacks.LambdaCallback", "ldm\uff0emodels.clip.CLIP", "", "evil",
 ]  # fmt: skip
 

@@ -19,7 +19,7 @@ def add_arguments(p: Parser) -> None:
 def run(options: argparse.Namespace) -> None:
     options, trainer_options, overrides = sorted_out(options)
     from ldm.train import from_config
-    from ldm.train.run import finished, outcome
+    from ldm.train.run_folder import finished, outcome
 
     run = from_config.plan(options, trainer_options, overrides)
     if not options.train:

@@ -23,7 +23,7 @@ def add_arguments(p: Parser) -> None:
 def run(options: argparse.Namespace) -> None:
     options, trainer_options, overrides = sorted_out(options)
     from ldm.train import dreambooth
-    from ldm.train.run import finished, outcome
+    from ldm.train.run_folder import finished, outcome
 
     run = dreambooth.plan(options, trainer_options, overrides)
     if not options.train:

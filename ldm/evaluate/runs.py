@@ -21,7 +21,7 @@ from ldm.evaluate.sources import Subject, is_pictures, opened, read_drawn, subje
 from ldm.generate import from_pil, save_png
 from ldm.models.bases import base_of
 from ldm.models.building import choose_checkpoint
-from ldm.train.run import Run
+from ldm.train.run_folder import Run
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from ldm.models.bases import DEFAULT
 from ldm.models.building import build_model, choose_checkpoint, untuned
 from ldm.modules.encoders.tokens import load_words
 from ldm.train import dreambooth
-from ldm.train import run as runs
-from ldm.train.run import Run
+from ldm.train.run_config import read_configs
+from ldm.train.run_folder import Run
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def opened(
 
 def read_run(folder: Path) -> Run:
     """The run in a folder, from its config. Raises `InputError` for one that tuned on no subject."""
-    config = runs.read_configs([], [], folder)
+    config = read_configs([], [], folder)
     if config.get("dreambooth") is None or OmegaConf.select(config, "data.params.train") is None:
         raise InputError(f"{folder} is no run of ldm train: its config lacks dreambooth or data.params.train")
     return dreambooth.as_run(config, folder)

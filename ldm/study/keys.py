@@ -19,7 +19,7 @@ from ldm.checkpoints import sha256_of
 from ldm.config import PACKAGE, find_file, plain
 from ldm.data.pictures import find_pictures
 from ldm.models.building import choose_checkpoint
-from ldm.train.run import Run
+from ldm.train.run_folder import Run
 
 # Where a run finds things and what it keeps in memory: nothing of it changes a number. Files count by their content.
 ELSEWHERE = ("data_root", "reg_data_root", "datapath", "reg_datapath", "keep_memory", "cache")

@@ -25,7 +25,7 @@ from ldm.study.keys import code_digest, digest, pictures_digest, pictures_of, re
 from ldm.study.worker import Task
 from ldm.train import dreambooth, many
 from ldm.train.options import dreambooth_parser, sorted_out
-from ldm.train.run import Run
+from ldm.train.run_folder import Run
 
 # A sweep draws and validates by itself.
 OWN = ["--no-test", "true", "--limit_val_batches", "0", "lightning.callbacks.image_logger.params.disabled=true"]

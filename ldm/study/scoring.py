@@ -21,7 +21,7 @@ from ldm.generate import save_png
 from ldm.models.bases import base_of
 from ldm.models.building import choose_checkpoint
 from ldm.study.keys import digest, folder_digest
-from ldm.train.run import Run
+from ldm.train.run_folder import Run
 
 CHOSEN = "protocol"  # names the one that the other keys change
 

@@ -24,10 +24,11 @@ from ldm.errors import InputError, first_line
 from ldm.evaluate.protocol import Protocol
 from ldm.study import scoring
 from ldm.study.keys import commit, versions
-from ldm.train import dreambooth, many
+from ldm.train import dreambooth, many, run_folder
 from ldm.train import run as runs
 from ldm.train.callbacks import EpochReport, peak_memory
-from ldm.train.run import Run
+from ldm.train.run_folder import Run
+from ldm.train.trainer_section import first_device
 from ldm.tuning import files, table
 
 log = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ class Worker:
         if run.resume is None:
             shutil.rmtree(run.folder, ignore_errors=True)
         start = time.perf_counter()
-        if runs.finished(run) is None:
+        if run_folder.finished(run) is None:
             dreambooth.train(run, argparse.Namespace(num_class_images=0, no_test=True))
         return time.perf_counter() - start
 
@@ -176,7 +177,7 @@ class Worker:
         folders = {int(path.name.split("-")[0]): path for path in run.checkpoints.glob("*-adapters")}
         if not folders:
             raise InputError(f"{run.checkpoints} holds nothing that was learnt")
-        device = runs.first_device(run)
+        device = first_device(run.config)
         about = next(trial["about"] for trial in task.trials if trial["key"] == key)
         count = sum(p.numel() for p in model.trainable_parameters().values())
         for step, folder in sorted(folders.items()):
@@ -234,10 +235,10 @@ class Worker:
                 count, parts = len(parts), parts[:1]
                 trainer = dreambooth.train(parts[0], argparse.Namespace(num_class_images=0, no_test=True))
             (report,) = (one for one in trainer.callbacks if isinstance(one, EpochReport))
-            model = runs.base_model(parts[0]).to(runs.first_device(parts[0])).eval()
+            model = runs.base_model(parts[0]).to(first_device(parts[0].config)).eval()
             start, run = time.perf_counter(), parts[0]
             self.scorer.scores(model, run, task.protocol, base_name(run), lambda: self._base(run))
-            memory = peak_memory(runs.first_device(parts[0])) * 2**30
+            memory = peak_memory(first_device(parts[0].config)) * 2**30
             return {
                 "step": count * report.seconds / report.steps,
                 "score": time.perf_counter() - start,

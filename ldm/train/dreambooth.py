@@ -15,9 +15,10 @@ from ldm.data.pictures import find_pictures
 from ldm.errors import InputError
 from ldm.modules.encoders.tokens import load_words
 from ldm.schema import DreamBooth
-from ldm.train import concepts
+from ldm.train import concepts, run_folder
 from ldm.train import run as runs
-from ldm.train.run import Run
+from ldm.train.run_config import opened, with_trainer
+from ldm.train.run_folder import Run
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ DEFAULTS = {key: value for key, value in DreamBooth().model_dump().items() if va
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:
     """The run that the options ask for: a new one, or one to go on with. Raises `InputError`."""
-    config, folder, checkpoint = runs.opened(options, overrides)
+    config, folder, checkpoint = opened(options, overrides)
     stored = config.get("dreambooth") or {}
     asked = {
         "base": options.actual_resume,
@@ -57,7 +58,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
     if mode := getattr(options, "compile", None):
         compiled = {"target": "ldm.train.compiled.Compiled", "params": {"modules": [UNET], "mode": mode}}
         config = OmegaConf.merge(config, {"lightning": {"callbacks": {"compiled": compiled}}})
-    config = runs.with_trainer(config, options.gpus, trainer_options)
+    config = with_trainer(config, options.gpus, trainer_options)
     return as_run(config, folder or new_folder(options), checkpoint, options.debug)
 
 
@@ -95,7 +96,7 @@ def new_folder(options: argparse.Namespace) -> Path:
     name = options.name or Path(options.base[0]).stem
     root = options.data_root or next(iter(options.datapath), None)
     data = Path(root).resolve().name if options.datadir_in_name and root else ""
-    return runs.new_folder(options.logdir, options.project, data, name, options.postfix)
+    return run_folder.new_folder(options.logdir, options.project, data, name, options.postfix)
 
 
 def fill_in_pictures(config: DictConfig, settings: DictConfig, num_class_images: int) -> None:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from ldm.devices import cast_frozen
 from ldm.models.building import skip_init, untuned_model
 from ldm.modules.cached_encoders import CachedPosteriors, CachedPrompts, each
-from ldm.train.run import PRECISIONS
+from ldm.train.trainer_section import PRECISIONS
 from ldm.tuning import UNET
 
 

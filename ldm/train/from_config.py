@@ -14,25 +14,27 @@ from ldm.errors import InputError
 from ldm.models.building import skip_init
 from ldm.schema import Training
 from ldm.train import run as runs
+from ldm.train import run_folder
 from ldm.train.concepts import takes
-from ldm.train.run import Run
+from ldm.train.run_config import opened, with_trainer
+from ldm.train.run_folder import Run
 
 DEFAULTS = Training().model_dump()
 
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:
     """The run that the options ask for: a new one, or one to go on with. Raises `InputError`."""
-    config, folder, checkpoint = runs.opened(options, overrides)
+    config, folder, checkpoint = opened(options, overrides)
     asked = {"seed": options.seed, "scale_lr": options.scale_lr, "keep_memory": options.keep_memory}
     given = {key: value for key, value in asked.items() if value is not None}
     config = OmegaConf.merge({"training": DEFAULTS}, config, {"training": given})
-    config = runs.with_trainer(config, options.gpus, trainer_options)
+    config = with_trainer(config, options.gpus, trainer_options)
     if takes(config.data.get("target"), "train") and OmegaConf.select(config, "data.params.train") is None:
         raise InputError("the config has no training set: name its class with data.params.train.target=<your dataset>")
     name = options.name or (Path(options.base[0]).stem if options.base else "")
     return Run(
         config=config,
-        folder=folder or runs.new_folder(options.logdir, options.project, "", name, options.postfix),
+        folder=folder or run_folder.new_folder(options.logdir, options.project, "", name, options.postfix),
         resume=checkpoint,
         seed=config.training.seed,
         scale_lr=config.training.scale_lr,

@@ -22,12 +22,13 @@ from ldm.config import instantiate_from_config, override, plain, stored_config
 from ldm.errors import InputError
 from ldm.models.building import untuned_model
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.train import dreambooth
+from ldm.train import dreambooth, run_folder
 from ldm.train import run as runs
 from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.options import TRAINER_OPTIONS, dreambooth_parser
-from ldm.train.resume import SaveRun
-from ldm.train.run import Run
+from ldm.train.run_config import check_config, with_trainer
+from ldm.train.run_folder import Run
+from ldm.train.saving import SaveRun
 from ldm.tuning import UNET, Tuning, freeze_rest
 from ldm.tuning.side_by_side import join, own_copies, view
 
@@ -140,8 +141,8 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
             raise InputError(f"-r goes on with trainings as they are stored; leave --{', --'.join(asked)} out")
         configs = [override(stored_config(path), overrides) for path in stored]
         for config in configs:
-            runs.check_config(config)
-        configs = [runs.with_trainer(config, options.gpus, trainer_options) for config in configs]
+            check_config(config)
+        configs = [with_trainer(config, options.gpus, trainer_options) for config in configs]
         return [
             dreambooth.as_run(config, path.parent.parent, debug=options.debug)
             for config, path in zip(configs, stored, strict=True)
@@ -151,7 +152,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
     subjects = list(
         zip(*(_for_each(options, name) for name in ("data_root", "reg_data_root", "class_word")), strict=True)
     )
-    folder = runs.new_folder(options.logdir, options.project, "", options.name or "many", options.postfix)
+    folder = run_folder.new_folder(options.logdir, options.project, "", options.name or "many", options.postfix)
     parts = []
     for config in options.base:
         for data, reg, word in subjects:
@@ -187,7 +188,7 @@ def class_folders(parts: list[Run]) -> list[tuple[Run, Path, str]]:
 def finished(parts: list[Run], folder: Path) -> str | None:
     """The line that says so, where trainings that are to go on have reached their end already."""
     last = folder / "checkpoints" / "last.ckpt"
-    return runs.finished(replace(parts[0], folder=folder, resume=last)) if last.is_file() else None
+    return run_folder.finished(replace(parts[0], folder=folder, resume=last)) if last.is_file() else None
 
 
 def train(

@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import plain
 from ldm.errors import InputError
-from ldm.train import run as runs
 from ldm.train.footprint import Footprint, measure
 from ldm.train.gpus import gpu, seconds
+from ldm.train.run_config import opened, with_trainer
 
 GIB = 2**30
 OVERHEAD = 0.6  # GiB: what a CUDA context, its libraries and a fragmented allocator take; it differs between machines
@@ -31,8 +31,8 @@ SWITCHES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def report(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> str:
     """What a training costs, in lines of text or as JSON. Raises `InputError`."""
-    config, *_ = runs.opened(options, overrides)
-    config = runs.with_trainer(config, options.gpus, trainer_options)
+    config, *_ = opened(options, overrides)
+    config = with_trainer(config, options.gpus, trainer_options)
     settings = {"cache": options.cache != "off", "base_precision": options.base_precision}
     found = footprint(config, settings)
     limit = options.memory or (gpu(options.gpu).memory if options.gpu else None)

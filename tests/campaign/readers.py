@@ -102,7 +102,7 @@ def picture(value: bytes) -> None:
 
 
 def gpus(value: Any) -> None:
-    from ldm.train.run import gpu_options
+    from ldm.train.trainer_section import gpu_options
 
     gpu_options(value)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ldm.errors import InputError
-from ldm.train.run import read_configs
+from ldm.train.run_config import read_configs
 from tests.conftest import ROOT
 
 CONFIG = str(ROOT / "configs/sd-mini/attn2o-ffni.yaml")

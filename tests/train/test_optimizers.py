@@ -12,7 +12,7 @@ from ldm.config import instantiate_from_config, plain
 from ldm.errors import InputError
 from ldm.lr_scheduler import NamedSchedule
 from ldm.train.optimizers import OPTIMIZERS
-from ldm.train.run import read_configs
+from ldm.train.run_config import read_configs
 from tests.conftest import ROOT
 from tests.runs import differences, last, resume, train
 from tests.tuned_models import ROUTE, family, model

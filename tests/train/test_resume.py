@@ -10,7 +10,7 @@ import torch
 
 from ldm.checkpoints import read_object
 from ldm.errors import InputError
-from ldm.train.resume import SaveRun
+from ldm.train.saving import SaveRun
 from tests.runs import arguments, command, differences, find_run, last, main_dream_booth, resume, start, train
 
 pytestmark = pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.train import run
+from ldm.train import trainer_section
 from tests.runs import events, last, train
 
 pytestmark = pytest.mark.slow
@@ -32,13 +32,13 @@ def test_fifty_steps_with_all_switches_on_and_off(tmp_path):
 )
 def test_which_gpus_are_meant(told, devices, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert run.gpu_options(told) == {"accelerator": "gpu", "devices": devices}
+    assert trainer_section.gpu_options(told) == {"accelerator": "gpu", "devices": devices}
 
 
 @pytest.mark.parametrize("precision, fits", [("bf16-mixed", True), ("bf16-mixed", False), ("16-mixed", True)])
 def test_precision_is_what_the_machine_can_do(precision, fits, monkeypatch, caplog):
-    monkeypatch.setattr(run, "computes_on_cpu", lambda kind: fits and kind == "bf16")
+    monkeypatch.setattr(trainer_section, "computes_on_cpu", lambda kind: fits and kind == "bf16")
     config = OmegaConf.create({"lightning": {"trainer": {"accelerator": "cpu", "precision": precision}}})
     kept = precision == "bf16-mixed" and fits
-    assert run.trainer_options(run.Run(config, None))["precision"] == (precision if kept else "32-true")
+    assert trainer_section.trainer_options(config)["precision"] == (precision if kept else "32-true")
     assert ("needs a GPU or another CPU" in caplog.text) is not kept

@@ -1,0 +1,79 @@
+"""The config of a run: read, merged with the command line, and checked."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm import schema
+from ldm.config import check, check_entries, find_file, load_config, merged, override, plain, stored_config
+from ldm.errors import InputError
+from ldm.train.optimizers import spell_out
+from ldm.train.run_folder import resumed_folder
+from ldm.writing import printable
+
+log = logging.getLogger(__name__)
+
+
+def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -> DictConfig:
+    """The config of a resumed run first, then those named on the command line, then overrides."""
+    stored = [stored_config(resumed / "configs" / "project.yaml")] if resumed else []
+    if not stored and not paths:
+        raise InputError("no config: name one with --base, e.g. --base configs/sd-mini/attn2o-ffni.yaml")
+    configs = [*stored, *(load_config(find_file(path)) for path in paths)]
+    config = override(merged(*configs), overrides)
+    spell_out(config)
+    check_config(config)
+    for section in ("model", "data"):
+        if config.get(section) is None:
+            raise InputError(f"the config has no {section!r} section; its keys are {list(config)}")
+    for section in ("lightning", "lightning.trainer", "lightning.callbacks", "lightning.modelcheckpoint"):
+        if OmegaConf.select(config, section) is None:
+            OmegaConf.update(config, section, {})  # left out, or `callbacks:` with nothing below it
+    return config
+
+
+def check_config(config: DictConfig) -> None:
+    """Refuse misspelt keys, wrong types and arguments that targets do not take; say what has no effect."""
+    content = plain(config)
+    check(content)
+    check_entries(content)
+    for dotted in schema.unused(content):
+        log.info("%s has no effect", dotted)
+
+
+def opened(options: argparse.Namespace, overrides: list[str]) -> tuple[DictConfig, Path | None, Path | None]:
+    """The config that the options name, and the folder and checkpoint of the run that they go on with, if they do."""
+    if options.resume and options.name:
+        raise InputError("-r goes on with a run that has its name; leave -n out")
+    folder, checkpoint = resumed_folder(options.resume) if options.resume else (None, None)
+    return read_configs(options.base, overrides, folder), folder, checkpoint
+
+
+def with_trainer(config: DictConfig, gpus: str | None, options: dict[str, Any]) -> DictConfig:
+    """The config with Trainer options of the command line; devices there replace those that it names in another way."""
+    if gpus is not None:
+        options = options | {"gpus": gpus}
+    elif {"accelerator", "devices"} & options.keys() and OmegaConf.select(config, "lightning.trainer.gpus") is not None:
+        options = options | {"gpus": None}
+    refuse_no_text(plain(config))
+    return OmegaConf.merge(config, {"lightning": {"trainer": options}}) if options else config
+
+
+def refuse_no_text(config: Any) -> None:
+    """Raises `InputError` for values that are no text, such as names of files in another encoding than UTF-8.
+
+    A run keeps its config as YAML, which has no place for them.
+    """
+    if isinstance(config, (Mapping, list, tuple)):
+        for value in config.values() if isinstance(config, Mapping) else config:
+            refuse_no_text(value)
+    elif isinstance(config, str) and (shown := printable(config)) != config:
+        raise InputError(
+            f"{shown!r} is not UTF-8, so that the config of the run could not be kept: rename it, or name it by a link"
+        )

@@ -1,0 +1,150 @@
+"""A run and the folder that it owns: how the folder is named, claimed and filled, and what it tells of a run."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+
+from ldm.checkpoints import read_object, save_text
+from ldm.errors import InputError, explain
+from ldm.files import read_text
+from ldm.train.trainer_section import trainer_options
+
+
+@dataclass
+class Run:
+    """What a run needs to know beside its config."""
+
+    config: DictConfig
+    folder: Path
+    base: str | None = None  # checkpoint of the base model; None: the one that the config names
+    resume: Path | None = None  # a last.ckpt to go on from
+    seed: int = 23
+    scale_lr: bool = False
+    debug: bool = False
+    base_precision: str = "fp32"  # of the UNet's frozen weights: fp32, bf16 or fp16
+    cache: str = "off"  # where encodings of pictures and captions are kept: memory, off, or a folder
+    keep_memory: bool = True  # on a CPU: what one step frees stays with the process for the next
+    notes: dict[str, Any] = field(default_factory=dict)  # go into adapter folders: class word, identifier
+    parts: Sequence[Run] = ()  # trainings side by side, with folders of their own
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def resumed_folder(path: str) -> tuple[Path, Path]:
+    """The folder and the checkpoint of a run that is named by its folder or by a checkpoint in it."""
+    given = Path(path)
+    checkpoint = given if given.is_file() else given / "checkpoints" / "last.ckpt"
+    folder = checkpoint.parent.parent
+    if not checkpoint.is_file() or not (folder / "configs" / "project.yaml").is_file():
+        raise InputError(
+            f"cannot resume {path}: expected the folder of a run with checkpoints/last.ckpt and configs/project.yaml"
+        )
+    return folder, checkpoint
+
+
+def new_folder(logdir: str, project: str, data: str, name: str, postfix: str) -> Path:
+    """`<logdir>/<project>/<data><timestamp>_<name><postfix>`, with a number where another run of this second has it."""
+    now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    names = (f"{data}{now}_{name}{postfix}" + (f"-{n}" if n else "") for n in itertools.count())
+    return next(path for path in (Path(logdir) / project / name for name in names) if not path.exists())
+
+
+@rank_zero_only
+def claim_folder(run: Run) -> None:
+    """Make the folder of a new run, or one with the next number where another run has made it in the meantime."""
+    planned = run.folder
+    with explain(f"the folder {planned} cannot be written to", OSError):
+        for number in itertools.count():
+            run.folder = planned.with_name(f"{planned.name}-{number}") if number else planned
+            try:
+                return run.folder.mkdir(parents=True)
+            except FileExistsError:
+                continue
+
+
+class KeepConfigs(pl.Callback):
+    """Writes the configs of a run when its training begins; what is refused before that has changed nothing."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_train_start(self, *_: Any) -> None:
+        for run in [self.run, *self.run.parts]:
+            write_configs(run)
+
+
+@rank_zero_only
+def write_configs(run: Run) -> None:
+    """Keep what is needed to repeat or resume the run: its resolved config and its command."""
+    with explain(f"the folder {run.folder} cannot be written to", OSError):
+        for name in ("checkpoints", "configs", "images"):
+            (run.folder / name).mkdir(parents=True, exist_ok=True)
+        lines = [*commands(run.folder), OmegaConf.to_yaml(run.config, resolve=True)]
+        save_text(run.folder / "configs" / "project.yaml", "\n".join(lines))
+
+
+def commands(folder: Path) -> list[str]:
+    """The comments that tell which commands a run came from: those that its config tells of already, and this one."""
+    stored = folder / "configs" / "project.yaml"
+    lines = read_text(stored).splitlines() if stored.is_file() else []
+    header = list(itertools.takewhile(lambda line: line.startswith("# "), lines))
+    return [*header, "# " + shlex.join(sys.argv).replace("\n", " ")]
+
+
+def last_good(run: Run) -> str:
+    """What is still intact after a failure."""
+    last = run.checkpoints / "last.ckpt"
+    return f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint had been written"
+
+
+def finished(run: Run) -> str | None:
+    """The line that says so, where a run that is to go on has reached its end already."""
+    if run.resume is None:
+        return None
+    options, content = trainer_options(run.config), read_object(run.resume)
+    step = content.get("global_step") if isinstance(content, dict) else None
+    if not isinstance(step, int):
+        return None  # `SafeCheckpointIO` says what is wrong with it
+    steps, epochs = options.get("max_steps"), options.get("max_epochs")
+    if isinstance(steps, int) and 0 <= steps <= step:
+        return f"nothing to do: {run.folder} is at step {step} of {steps}; go on with a higher --max_steps"
+    done = epochs_done(content)
+    if isinstance(epochs, int) and 0 <= epochs <= done:
+        return f"nothing to do: {run.folder} is at epoch {done} of {epochs}; go on with a higher --max_epochs"
+    return None
+
+
+def epochs_done(content: Mapping[str, Any]) -> int:
+    """The whole epochs that a checkpoint has behind it. It was written before Lightning counted the one that ended."""
+    try:
+        loops = content["loops"]["fit_loop"]
+        ended = loops["epoch_loop.batch_progress"]["is_last_batch"]
+        return int(loops["epoch_progress"]["current"]["processed"]) + bool(ended)
+    except (KeyError, TypeError, ValueError):
+        return 0
+
+
+def outcome(run: Run) -> str:
+    """What a run has left, by what is there."""
+    kinds = {
+        "adapters": any(run.checkpoints.glob("*-adapters")),
+        "checkpoints": (run.checkpoints / "last.ckpt").is_file(),
+    }
+    there = " and ".join(kind for kind, is_there in kinds.items() if is_there)
+    images = run.folder / "images"
+    parts = [f"{there} are in {run.checkpoints}"] if there else [f"nothing was saved in {run.folder}: no step was done"]
+    parts += [f"sample pictures in {images}"] if images.is_dir() and any(images.iterdir()) else []
+    return ", ".join(parts)

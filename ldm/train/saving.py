@@ -1,0 +1,211 @@
+"""When a run is saved: every so many steps, on a signal, and whatever ends it. A guard on the loss goes first."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+
+from ldm.errors import InputError
+from ldm.train.resume import LastStep
+from ldm.train.workers import is_of_lost_peer
+from ldm.tuning import files
+
+log = logging.getLogger(__name__)
+
+
+class SaveRun(Checkpoint):
+    """Writes `<step>-adapters/` and `last.ckpt` every so many steps, on SIGUSR1, and whatever ends the run.
+
+    A loss or a weight that is not finite stops the run before anything is saved. `notes` go into the adapter folders;
+    `places` are the folder and the notes of each of several trainings.
+    As a `Checkpoint` it comes after all other callbacks.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every_n_train_steps: int,
+        notes: dict[str, Any] | None = None,
+        places: Sequence[tuple[Path, dict[str, Any]]] | None = None,
+    ) -> None:
+        if not isinstance(every_n_train_steps, int) or every_n_train_steps < 1:
+            raise InputError(
+                f"modelcheckpoint.params.every_n_train_steps must be at least 1, got {every_n_train_steps!r}"
+            )
+        self.folder, self.every = folder, every_n_train_steps
+        self.notes, self.places = notes or {}, places
+        self.done = LastStep()
+        self.step = 0  # the latest one that is done
+        self.saved = 0  # the latest one that is saved, by this session or an earlier one
+        self.saving = False
+        self.is_bad = False  # something is not finite
+        self.interrupted = False  # by Ctrl-C, twice
+        self.asked: int | None = None  # the signal that came last
+        self.unchecked: torch.Tensor | None = None  # the sum of the losses since the last look
+        self.handlers: dict[int, Any] = {}
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.ckpt"
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self.folder = trainer.strategy.broadcast(self.folder)  # the first process has made it, under its own name
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.step = self.saved = trainer.global_step
+        if trainer.is_global_zero:
+            for left in self.folder.glob(".*.tmp-*"):  # of a process that was killed while it saved
+                shutil.rmtree(left, ignore_errors=True)
+        self.listen()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self._ask)
+
+    def listen(self) -> None:
+        """Take SIGUSR1, which would end the process: one that comes before the first step is answered after it.
+
+        Where a cluster's requeueing has it, it stays there.
+        """
+        if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+            self.handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._ask)
+
+    def _ask(self, number: int, _frame: Any) -> None:
+        if self.asked == signal.SIGINT == number:  # a second Ctrl-C does not wait for the batch to end
+            raise KeyboardInterrupt
+        self.asked = number
+        if number == signal.SIGUSR1 and not self.step:
+            log.info("SIGUSR1 before the first step: there is nothing new to save; what that step learns will be saved")
+
+    def release_signals(self) -> None:
+        for number, handler in self.handlers.items():
+            if signal.getsignal(number) == self._ask:  # after an error Lightning has put back what was there first
+                signal.signal(number, handler)
+        self.handlers = {}
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self.release_signals()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = (outputs or {}).get("loss")  # none where the model steps its optimizers itself
+        if loss is not None:
+            self.unchecked = loss if self.unchecked is None else self.unchecked + loss
+        if trainer.global_step == self.step:
+            return  # in the midst of accumulated batches, whose gradients no checkpoint holds
+        self.done.take(trainer, module)  # callbacks may have drawn random numbers
+        self.step = trainer.global_step
+        due = self.step % self.every == 0 or self._ends(trainer)
+        if not due and module.device.type == "cuda" and self.step % max(1, trainer.log_every_n_steps):
+            return  # to look at the loss is to wait for the device, which works ahead
+        self._check(trainer, module)
+        asked = self._asked_anywhere(trainer)
+        if asked or due:
+            self.save(trainer, module)
+        if asked in (signal.SIGTERM, signal.SIGINT):
+            name, folder = signal.Signals(asked).name, self.folder.parent
+            log.info("stopped by %s at step %d; go on with -r %s", name, self.step, folder)
+            trainer.should_stop = True
+
+    def _ends(self, trainer: pl.Trainer) -> bool:
+        """Whether this is the last batch, as far as one can know."""
+        last_of_all = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        return trainer.should_stop or last_of_all or 0 <= trainer.max_steps <= trainer.global_step
+
+    def _asked_anywhere(self, trainer: pl.Trainer) -> int | None:
+        """The signal that any of the processes has received since the last batch."""
+        asked, self.asked = self.asked, None
+        if trainer.world_size > 1:
+            everywhere = trainer.strategy.reduce(
+                torch.tensor(asked or 0, device=trainer.strategy.root_device), reduce_op="max"
+            )
+            asked = int(everywhere) or None
+        return asked
+
+    def _check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Raises `InputError`, in all processes, where the losses of any since the last look are not finite.
+
+        A model that steps its optimizers itself gives no losses: there it is the weights that are looked at.
+        """
+        summed, self.unchecked = self.unchecked, None
+        seen = [p for p in module.parameters() if p.requires_grad] if summed is None else [summed]
+        bad = [value.detach() for value in seen if not torch.isfinite(value).all()]
+        worst = torch.tensor(float(bool(bad)), device=trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            worst = trainer.strategy.reduce(worst, reduce_op="max")
+        if worst:
+            reason = "a loss or a weight is not finite"
+            if bad and summed is not None:
+                reason = f"the loss is {float(summed)}"
+            self._refuse(trainer, reason)
+
+    def _refuse(self, trainer: pl.Trainer, what: str) -> NoReturn:
+        """End a run in which something is not finite."""
+        self.is_bad = True
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        kept = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint had been written"
+        raise InputError(
+            f"{what} near step {trainer.global_step} (learning rate {rate:g}); {kept}; "
+            "go on with --precision 32, or start again with a lower model.base_learning_rate"
+        )
+
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write what was tuned, if anything was, and everything that a resume needs.
+
+        Raises `InputError` where a weight is not finite; what was there stays then.
+        """
+        self.saving = True
+        bad = [name for name, p in module.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        if bad:
+            self._refuse(trainer, f"the weight {bad[0]} is not finite" + f" and {len(bad) - 1} more" * bool(bad[1:]))
+        if trainer.is_global_zero:
+            self.save_folders(module)
+        if self.done.alone:
+            content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            trainer.strategy.checkpoint_io.save_checkpoint(content, self.last)
+        else:
+            trainer.save_checkpoint(self.last)
+        self.saved, self.saving = self.step, False
+
+    def save_folders(self, module: pl.LightningModule) -> None:
+        """Write what was tuned as folders to sample with."""
+        places = self.places or [(self.folder, self.notes)]
+        for one, (folder, notes) in zip(getattr(module, "trainings", [module]), places, strict=True):
+            if getattr(one, "is_tuned", False):
+                files.save(one, folder / f"{self.step}-adapters", {"step": self.step, **notes})
+
+    # --- ends that no batch announces: early stopping, errors, a second Ctrl-C
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.step != self.saved:
+            self._check(trainer, module)
+            self.save(trainer, module)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Save what was learnt up to the last finished step, unless it is saved or cannot be; say which."""
+        self.interrupted = isinstance(exception, KeyboardInterrupt)
+        if not trainer.is_global_zero:
+            return
+        self.done.alone = trainer.world_size > 1  # the others may be anywhere
+        finished = self.done.step
+        if finished is not None and finished != self.saved and not (self.saving or self.is_bad or self.done.stepping):
+            self.step = finished
+            if self.unchecked is None or torch.isfinite(self.unchecked).all():
+                self.save(trainer, module)
+        if not is_of_lost_peer(exception):
+            log.info("%s: %s", type(exception).__name__, self.kept())
+
+    def kept(self) -> str:
+        """What a run that has ended leaves."""
+        if self.done.step is not None and self.done.step == self.saved:
+            return f"what was learnt up to step {self.saved} is saved; go on with -r {self.folder.parent}"
+        if self.last.exists():
+            return f"what was learnt after step {self.saved} is not saved; go on with -r {self.folder.parent}"
+        return "nothing was learnt that could be saved"
