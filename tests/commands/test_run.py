@@ -181,7 +181,7 @@ def test_the_whole_unet_learns(tmp_path):
 
 def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     logs = tmp_path / "logs"
-    monkeypatch.setattr("ldm.train.run_folder.new_folder", lambda *_: logs / "same")  # neither has written when both are named
+    monkeypatch.setattr("ldm.train.run_folder.new_folder", lambda *_: logs / "same")  # as if in the same second
     for _ in range(2):
         main_dream_booth(*arguments(tmp_path, "--accelerator", "cpu", "--max_steps", 1))
     assert {path.parents[1] for path in logs.glob("*/checkpoints/last.ckpt")} == {logs / "same", logs / "same-1"}

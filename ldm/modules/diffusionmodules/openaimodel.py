@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ldm.modules.adapters import attach_adapters, tapped_blocks
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.convolution import Conv2d
 from ldm.modules.diffusionmodules.labels import check_labels, label_embedding
+from ldm.modules.diffusionmodules.levels import Level, levels_of, one_width
 from ldm.modules.diffusionmodules.util import normalization, timestep_embedding
 from ldm.modules.parts import checkpoint, zero_module
 from ldm.modules.taps import TappedBlock
@@ -160,6 +162,80 @@ class TimestepEmbedSequential(nn.Sequential):
         return x
 
 
+@dataclass(frozen=True)
+class Layers:
+    """Makes the layers of a UNet out of the settings that they share."""
+
+    residual: Mapping[str, Any]  # arguments of every `ResBlock`
+    attention: Mapping[str, Any]  # arguments of every `SpatialTransformer`, or `AttentionBlock` without context
+    has_context: bool
+    num_heads: int
+    num_head_channels: int
+    resize_by_residual: bool
+    resize_by_convolution: bool
+
+    def res_block(self, channels: int, out: int) -> ResBlock:
+        return ResBlock(channels, out_channels=out, **self.residual)
+
+    def attend(self, level: Level) -> nn.Module:
+        channels, heads = level.width, self.num_heads
+        if not self.has_context:
+            return AttentionBlock(channels, heads, **self.attention)
+        heads = heads if self.num_head_channels == -1 else channels // self.num_head_channels
+        return SpatialTransformer(
+            channels, heads, channels // heads, level.depth, disable_self_attn=level.without_self, **self.attention
+        )
+
+    def down(self, channels: int) -> nn.Module:
+        if self.resize_by_residual:
+            return ResBlock(channels, out_channels=channels, down=True, **self.residual)
+        return Downsample(channels, self.resize_by_convolution)
+
+    def up(self, channels: int) -> nn.Module:
+        if self.resize_by_residual:
+            return ResBlock(channels, out_channels=channels, up=True, **self.residual)
+        return Upsample(channels, self.resize_by_convolution)
+
+
+def input_blocks(
+    stem: nn.Module, channels: int, levels: Sequence[Level], layers: Layers
+) -> tuple[nn.ModuleList, list[int]]:
+    """The way down, `stem` first, and the channels of what each block gives."""
+    blocks, widths = nn.ModuleList([TimestepEmbedSequential(stem)]), [channels]
+    for number, level in enumerate(levels):
+        if number:
+            blocks.append(TimestepEmbedSequential(layers.down(widths[-1])))
+            widths.append(widths[-1])
+        for i in range(level.res_blocks):
+            block = [layers.res_block(widths[-1], level.width)]
+            if i < level.attention_blocks:
+                block.append(layers.attend(level))
+            blocks.append(TimestepEmbedSequential(*block))
+            widths.append(level.width)
+    return blocks, widths
+
+
+def middle_block(level: Level, layers: Layers) -> TimestepEmbedSequential:
+    first = layers.res_block(level.width, level.width)
+    attention = [layers.attend(level)] if level.attention_blocks else []
+    return TimestepEmbedSequential(first, *attention, layers.res_block(level.width, level.width))
+
+
+def output_blocks(skips: Sequence[int], levels: Sequence[Level], layers: Layers) -> nn.ModuleList:
+    """The way up. Each block sees one of `skips`, the channels of the way down, from the last to the first."""
+    blocks, skips, channels = nn.ModuleList(), list(skips), levels[-1].width
+    for number, level in reversed(list(enumerate(levels))):
+        for i in range(level.res_blocks + 1):
+            block = [layers.res_block(channels + skips.pop(), level.width)]
+            channels = level.width
+            if i < level.attention_blocks:
+                block.append(layers.attend(level))
+            if number and i == level.res_blocks:
+                block.append(layers.up(channels))
+            blocks.append(TimestepEmbedSequential(*block))
+    return blocks
+
+
 class UNetModel(nn.Module):
     """Epsilon-prediction eps(x_t, t, context) with LDM's constructor arguments and state-dict names.
 
@@ -215,9 +291,9 @@ class UNetModel(nn.Module):
         super().__init__()
         if dims != 2 or n_embed is not None or offload_to_cpu:
             raise InputError("UNetModel: only dims=2, n_embed=null and offload_to_cpu=false are supported")
-        if use_spatial_transformer not in (None, context_dim is not None):
+        has_context = context_dim is not None
+        if use_spatial_transformer not in (None, has_context):
             raise InputError("UNetModel: use_spatial_transformer and context_dim go together; give both or neither")
-        use_spatial_transformer = context_dim is not None
         if num_heads == -1 and num_head_channels == -1:
             raise InputError("UNetModel: give num_heads or num_head_channels")
         if spatial_transformer_attn_type not in ("softmax", "softmax-xformers"):  # two ways to compute the same
@@ -225,93 +301,49 @@ class UNetModel(nn.Module):
                 "UNetModel: spatial_transformer_attn_type must be softmax or softmax-xformers, got "
                 f"{spatial_transformer_attn_type!r}"
             )
-        context_dim = one_width(context_dim)
-        levels = len(channel_mult)
-        res_blocks = per_level("num_res_blocks", num_res_blocks, levels)
-        depths = per_level("transformer_depth", transformer_depth, levels)
-        without_self = per_level("disable_self_attentions", disable_self_attentions or False, levels)
-        attention_blocks = per_level("num_attention_blocks", num_attention_blocks or max(res_blocks) + 1, levels)
-        depth_middle = depths[-1] if transformer_depth_middle is None else transformer_depth_middle
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
-        self.model_channels, self.num_classes, self.context_dim = model_channels, num_classes, context_dim
+        self.model_channels, self.num_classes, self.context_dim = model_channels, num_classes, one_width(context_dim)
         self.adm_in_channels = adm_in_channels
         emb_channels = model_channels * 4
-
-        def res_block(channels: int, out: int, up: bool = False, down: bool = False) -> ResBlock:
-            return ResBlock(
-                channels, emb_channels, dropout, out, use_scale_shift_norm, use_checkpoint, up, down, norm_num_groups
-            )
-
-        def attention(channels: int, heads: int, depth: int, without_self: bool) -> nn.Module:
-            if not use_spatial_transformer:
-                return AttentionBlock(
-                    channels, heads, num_head_channels, use_checkpoint, use_new_attention_order, norm_num_groups
-                )
-            heads = heads if num_head_channels == -1 else channels // num_head_channels
-            return SpatialTransformer(
-                channels,
-                heads,
-                channels // heads,
-                depth,
-                context_dim=context_dim,
-                use_checkpoint=use_checkpoint,
-                norm_num_groups=norm_num_groups,
-                use_linear=use_linear_in_transformer,
-                disable_self_attn=without_self,
-            )
-
-        def down(channels: int) -> nn.Module:
-            return res_block(channels, channels, down=True) if resblock_updown else Downsample(channels, conv_resample)
-
-        def up(channels: int) -> nn.Module:
-            return res_block(channels, channels, up=True) if resblock_updown else Upsample(channels, conv_resample)
+        levels = levels_of(
+            model_channels, channel_mult, attention_resolutions, num_res_blocks, num_attention_blocks,
+            transformer_depth, disable_self_attentions,
+        )  # fmt: skip
+        middle = replace(
+            levels[-1],
+            attention_blocks=not disable_middle_transformer,
+            depth=levels[-1].depth if transformer_depth_middle is None else transformer_depth_middle,
+            without_self=disable_middle_self_attn,
+        )
+        layers = Layers(
+            residual={
+                "emb_channels": emb_channels, "dropout": dropout, "use_scale_shift_norm": use_scale_shift_norm,
+                "use_checkpoint": use_checkpoint, "norm_num_groups": norm_num_groups,
+            },
+            attention={"use_checkpoint": use_checkpoint, "norm_num_groups": norm_num_groups} | (
+                {"context_dim": self.context_dim, "use_linear": use_linear_in_transformer} if has_context
+                else {"num_head_channels": num_head_channels, "use_new_attention_order": use_new_attention_order}
+            ),
+            has_context=has_context, num_heads=num_heads, num_head_channels=num_head_channels,
+            resize_by_residual=resblock_updown, resize_by_convolution=conv_resample,
+        )  # fmt: skip
+        heads_up = num_heads if num_heads_upsample == -1 or has_context else num_heads_upsample
 
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
         if num_classes is not None:
             self.label_emb = label_embedding(num_classes, adm_in_channels, model_channels, emb_channels)
-
-        ch, rate = model_channels, 1
-        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(Conv2d(in_channels, ch, 3, padding=1))])
-        skips = [ch]
-        for level, mult in enumerate(channel_mult):
-            for i in range(res_blocks[level]):
-                layers = [res_block(ch, mult * model_channels)]
-                ch = mult * model_channels
-                if rate in attention_resolutions and i < attention_blocks[level]:
-                    layers.append(attention(ch, num_heads, depths[level], without_self[level]))
-                self.input_blocks.append(TimestepEmbedSequential(*layers))
-                skips.append(ch)
-            if level != len(channel_mult) - 1:
-                self.input_blocks.append(TimestepEmbedSequential(down(ch)))
-                skips.append(ch)
-                rate *= 2
-
-        middle = [res_block(ch, ch)]
-        if not disable_middle_transformer:
-            middle.append(attention(ch, num_heads, depth_middle, disable_middle_self_attn))
-        self.middle_block = TimestepEmbedSequential(*middle, res_block(ch, ch))
-
-        heads_up = num_heads if num_heads_upsample == -1 or use_spatial_transformer else num_heads_upsample
-        self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            for i in range(res_blocks[level] + 1):
-                layers = [res_block(ch + skips.pop(), mult * model_channels)]
-                ch = mult * model_channels
-                if rate in attention_resolutions and i < attention_blocks[level]:
-                    layers.append(attention(ch, heads_up, depths[level], without_self[level]))
-                if level and i == res_blocks[level]:
-                    layers.append(up(ch))
-                    rate //= 2
-                self.output_blocks.append(TimestepEmbedSequential(*layers))
-
+        stem = Conv2d(in_channels, model_channels, 3, padding=1)
+        self.input_blocks, skips = input_blocks(stem, model_channels, levels, layers)
+        self.middle_block = middle_block(middle, layers)
+        self.output_blocks = output_blocks(skips, levels, replace(layers, num_heads=heads_up))
         self.out = nn.Sequential(
-            normalization(ch, norm_num_groups),
+            normalization(levels[0].width, norm_num_groups),
             nn.SiLU(),
             zero_module(Conv2d(model_channels, out_channels, 3, padding=1)),
         )
-        self.downsampling_factor = 2 ** (len(channel_mult) - 1)  # height and width must be multiples of it
+        self.downsampling_factor = 2 ** (len(levels) - 1)  # height and width must be multiples of it
         attach_adapters(self, adapter_config)
 
     @property
@@ -370,20 +402,3 @@ class UNetModel(nn.Module):
         has some must have the same, unless `add`, which attaches those of the folder beside them.
         """
         adapter_files.load(self, path, scale, add)
-
-
-def per_level(name: str, value: Any, levels: int) -> list:
-    """One value for each level. Raises `InputError` for a list of another length."""
-    if not isinstance(value, Sequence):
-        return [value] * levels
-    if len(value) != levels:
-        raise InputError(f"UNetModel: {name} has {len(value)} entries, channel_mult has {levels}: give one per level")
-    return list(value)
-
-
-def one_width(context_dim: int | Sequence[int] | None) -> int | None:
-    """The width of the context. Raises `InputError` for a list of several: all blocks here see the same context."""
-    widths = set(context_dim) if isinstance(context_dim, Sequence) else {context_dim}
-    if len(widths) != 1:
-        raise InputError(f"UNetModel: context_dim must be one width, got {list(context_dim)}")
-    return widths.pop()
