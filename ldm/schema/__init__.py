@@ -1,0 +1,32 @@
+"""Floor 0: what a config may hold, one typed description per section.
+
+The refusals of misspelt keys and wrong types, the texts of `--help` and `docs/configuration.md` come from here.
+`python -m ldm.schema docs/configuration.md` writes that page.
+"""
+
+from ldm.schema.checking import check, check_part, fits, select, unused
+from ldm.schema.documentation import page
+from ldm.schema.kinds import phrase
+from ldm.schema.sections import (
+    Adapter,
+    CheckpointParams,
+    Config,
+    DreamBooth,
+    Embedder,
+    Entry,
+    Loss,
+    Model,
+    Optimizer,
+    Schedule,
+    Section,
+    Trainer,
+    Training,
+    Tuning,
+    says,
+)
+
+__all__ = [
+    "Adapter", "CheckpointParams", "Config", "DreamBooth", "Embedder", "Entry", "Loss", "Model", "Optimizer",
+    "Schedule", "Section", "Trainer", "Training", "Tuning", "check", "check_part", "fits", "page", "phrase", "says",
+    "select", "unused",
+]  # fmt: skip
