@@ -65,29 +65,34 @@ def read_safetensors(path: str | Path | Opened) -> Published:
     path, tensors, metadata = file.path, dict(file.content), file.metadata
     refuse_not_finite(tensors, str(path))
     tokens = {name: tensors.pop(name) for name, kind in metadata.items() if kind == EMBEDDED and name in tensors}
-    factors: dict[str, list[Factors]] = {}
     try:
-        for part in PARTS:
-            count = len({name.split(":")[1] for name in tensors if name.startswith(part + ":")})
-            if count:
-                factors[part] = [
-                    Factors(tensors.pop(f"{part}:{i}:down"), tensors.pop(f"{part}:{i}:up")) for i in range(count)
-                ]
+        numbered = {part: _take_factors(tensors, part) for part in PARTS}
+        factors = {part: held for part, held in numbered.items() if held}
         classes = {part: sorted(parse_json(metadata[part], f"{path}: {part}", CLASSES_LENGTH)) for part in factors}
     except InputError:
         raise
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise InputError(f"{path} is not a cloneofsimo LoRA: {error} is missing or malformed") from None
     for part, held in factors.items():
-        for number, (down, up, _) in enumerate(held):
-            if min(down.dim(), up.dim()) < 2 or not len(down) or up.flatten(1).shape[1] != len(down):
-                shapes = f"{list(down.shape)} and {list(up.shape)}"
-                raise InputError(f"{path} is not a cloneofsimo LoRA: {part}:{number} has factors of {shapes}")
+        _check_shapes(held, f"{path} is not a cloneofsimo LoRA: {part}")
     if tensors or not (factors or tokens):
         raise InputError(
             f"{path} is not a cloneofsimo LoRA: unknown tensors {', '.join(list(tensors)[:3]) or '(none)'}"
         )
     return Published(factors, classes, grouped(tokens), metadata.get("order"))
+
+
+def _take_factors(tensors: dict[str, Tensor], part: str) -> list[Factors]:
+    """The factors of a part, in the order of their numbers, which are then gone from `tensors`."""
+    count = len({name.split(":")[1] for name in tensors if name.startswith(part + ":")})
+    return [Factors(tensors.pop(f"{part}:{i}:down"), tensors.pop(f"{part}:{i}:up")) for i in range(count)]
+
+
+def _check_shapes(factors: Sequence[Factors], place: str) -> None:
+    """Raises `InputError` for factors that cannot be multiplied."""
+    for number, (down, up, _) in enumerate(factors):
+        if min(down.dim(), up.dim()) < 2 or not len(down) or up.flatten(1).shape[1] != len(down):
+            raise InputError(f"{place}:{number} has factors of {list(down.shape)} and {list(up.shape)}")
 
 
 def write_safetensors(path: str | Path, content: Published) -> None:

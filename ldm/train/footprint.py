@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -112,7 +113,6 @@ def measure(
     cache: pictures and captions are encoded before, so that frozen encoders are not on the device.
     Raises `InputError` for a config that does not build.
     """
-    result = Footprint()
     with skip_init():  # memory that nobody writes to is not taken from the machine
         model = untuned_model(config)
         model.tune()
@@ -125,31 +125,39 @@ def measure(
         if cache:
             samples = [_cached(model, batch, trained) for batch in samples]
         count = Count()
-        parameters = dict(model.named_parameters())
-        for value in (*parameters.values(), *model.buffers()):
+        for value in (*model.parameters(), *model.buffers()):
             count.track(value)
-        frozen = {name: value for name, value in parameters.items() if name not in trained}
-        result.trainable, result.parameters = bytes_of(trained.values()), sum(v.numel() for v in trained.values())
-        result.unet = bytes_of(value for name, value in frozen.items() if name.startswith(UNET))
-        result.encoders = bytes_of(value for name, value in frozen.items() if not name.startswith(UNET))
+        frozen = {name: value for name, value in model.named_parameters() if name not in trained}
         optimizer = model.configure_optimizers()
         optimizer = optimizer[0][0] if isinstance(optimizer, tuple) else optimizer
         model.train()
         with count:
-            for is_measured in (False, True):  # the optimizer's state comes with the first step
-                if is_measured:
-                    count.calls.clear()
-                with _autocast(precision):
-                    loss = sum(loss for loss, _ in model.losses(samples))
-                loss.backward()
-                result.gradients = bytes_of(v.grad for v in trained.values() if v.grad is not None)
-                del loss
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        state = [value for entry in optimizer.state.values() for value in tree_leaves(entry)]
-        result.optimizer = bytes_of(value for value in state if isinstance(value, Tensor))
-    result.peak, result.calls, result.flops = count.peak, count.calls, sum(flops for flops, _ in count.calls)
-    return result
+            _step(model, samples, optimizer, precision)  # the optimizer's state comes with the first step
+            count.calls.clear()
+            gradients = _step(model, samples, optimizer, precision)
+        return Footprint(
+            unet=bytes_of(value for name, value in frozen.items() if name.startswith(UNET)),
+            encoders=bytes_of(value for name, value in frozen.items() if not name.startswith(UNET)),
+            trainable=bytes_of(trained.values()),
+            gradients=gradients,
+            optimizer=bytes_of(v for v in tree_leaves(list(optimizer.state.values())) if isinstance(v, Tensor)),
+            peak=count.peak,
+            parameters=sum(value.numel() for value in trained.values()),
+            flops=sum(flops for flops, _ in count.calls),
+            calls=count.calls,
+        )
+
+
+def _step(model: nn.Module, samples: list[dict[str, Any]], optimizer: Optimizer, precision: str) -> int:
+    """One training step; the bytes of its gradients."""
+    with _autocast(precision):
+        loss = sum(loss for loss, _ in model.losses(samples))
+    loss.backward()
+    size = bytes_of(value.grad for value in model.parameters() if value.grad is not None)
+    del loss
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return size
 
 
 def _without_values(model: nn.Module, fake: FakeTensorMode) -> None:

@@ -111,30 +111,38 @@ def choose(entry: Any) -> Chosen:
             f"tuning: expected entries with family or target, params, learning_rate, steps, got {short(entry)}"
         )
     target = table.named(entry["family"]) if "family" in entry else entry["target"]
-    params = entry.get("params") or {}
     schema.check_part(schema.Tuning, entry, "tuning")
     kind = get_obj_from_str(target)
     if not (hasattr(kind, "install") and hasattr(kind, "trainable")):
         raise InputError(f"tuning: {short(target)} is not a family: it needs install(model) and trainable(model)")
-    rate, steps = entry.get("learning_rate"), tuple(entry.get("steps") or (0, None))
-    if rate is not None and not (isinstance(rate, (int, float)) and rate > 0):
-        raise InputError(f"tuning: learning_rate of {target} must be a positive number, got {rate!r}")
-    match steps:
-        case (int(first), None) if first >= 0:
-            pass
-        case (int(first), int(end)) if 0 <= first < end:
-            pass
-        case _:
-            raise InputError(f"tuning: steps of {target} must be [first, end] or [first, null], got {short(steps)}")
-    later = entry.get("rate_from")
-    if later is not None and (rate is None or len(later) != 2 or min(later) <= 0 or int(later[0]) != later[0]):
-        raise InputError(
-            f"tuning: rate_from of {target} must be [step, learning rate], beside learning_rate, got {short(later)}"
-        )
+    params = entry.get("params") or {}
     return Chosen(
-        instantiate_from_config({"target": target, "params": params}), target, dict(params), rate, steps,
-        weight_decay=entry.get("weight_decay"), rate_from=later and (int(later[0]), float(later[1])),
+        instantiate_from_config({"target": target, "params": params}), target, dict(params),
+        entry.get("learning_rate"), _steps(entry, target),
+        weight_decay=entry.get("weight_decay"), rate_from=_rate_from(entry, target),
     )  # fmt: skip
+
+
+def _steps(entry: Mapping[str, Any], target: str) -> tuple[int, int | None]:
+    match tuple(entry.get("steps") or (0, None)):
+        case (int(first), None):
+            return first, None
+        case (int(first), int(end)) if first < end:
+            return first, end
+        case steps:
+            raise InputError(f"tuning: steps of {target} must be [first, end] or [first, null], got {short(steps)}")
+
+
+def _rate_from(entry: Mapping[str, Any], target: str) -> tuple[int, float] | None:
+    match entry.get("rate_from"):
+        case None:
+            return None
+        case [step, rate] if step == int(step) > 0 < rate and entry.get("learning_rate") is not None:
+            return int(step), float(rate)
+        case later:
+            raise InputError(
+                f"tuning: rate_from of {target} must be [step, learning rate], beside learning_rate, got {short(later)}"
+            )
 
 
 class Tuning:

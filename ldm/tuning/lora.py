@@ -78,18 +78,7 @@ class LoRA:
     ) -> None:
         if kind not in KINDS:
             raise InputError(f"LoRA: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        targets = [targets] if isinstance(targets, str) else targets
-        own = targets if isinstance(targets, Mapping) else dict.fromkeys(targets)
-        if unknown := {key for chosen in own.values() for key in chosen or {}} - {"rank", "alpha"}:
-            raise InputError(f"LoRA: targets know rank and alpha, not {', '.join(sorted(unknown))}")
-        given = {"rank": rank} | ({} if alpha is None else {"alpha": alpha})
-        self.targets = {pattern: given | dict(chosen or {}) for pattern, chosen in own.items()}
-        for pattern, size in self.targets.items():
-            if not isinstance(size["rank"], int) or isinstance(size["rank"], bool) or size["rank"] < 1:
-                raise InputError(f"LoRA: rank of {pattern!r} must be at least 1, got {size['rank']!r}")
-            alpha_of = size.get("alpha", 1)
-            if isinstance(alpha_of, bool) or not isinstance(alpha_of, (int, float)) or not math.isfinite(alpha_of):
-                raise InputError(f"LoRA: alpha of {pattern!r} must be a finite number, got {alpha_of!r}")
+        self.targets = _sizes(targets, {"rank": rank} | ({} if alpha is None else {"alpha": alpha}))
         if not 0 <= dropout < 1:
             raise InputError(f"LoRA: dropout must be at least 0 and below 1, got {dropout!r}")
         if foreign := [name for name in options or {} if name not in OPTIONS]:
@@ -190,6 +179,24 @@ class LoRA:
             raise InputError(f"LoRA ({self.kind}, rank {rank}): peft refuses: {' '.join(str(error).split())}") from None
         finally:
             vars(model).pop("peft_config", None)  # the layers know what they need
+
+
+def _sizes(
+    targets: str | Sequence[str] | Mapping[str, Mapping | None], given: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """`{rank, alpha}` of each pattern: its own, or those that are given for all. Raises `InputError`."""
+    targets = [targets] if isinstance(targets, str) else targets
+    own = targets if isinstance(targets, Mapping) else dict.fromkeys(targets)
+    if unknown := {key for chosen in own.values() for key in chosen or {}} - {"rank", "alpha"}:
+        raise InputError(f"LoRA: targets know rank and alpha, not {', '.join(sorted(unknown))}")
+    sizes = {pattern: {**given, **(chosen or {})} for pattern, chosen in own.items()}
+    for pattern, size in sizes.items():
+        rank, alpha = size["rank"], size.get("alpha", 1)
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise InputError(f"LoRA: rank of {pattern!r} must be at least 1, got {rank!r}")
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise InputError(f"LoRA: alpha of {pattern!r} must be a finite number, got {alpha!r}")
+    return sizes
 
 
 def wrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

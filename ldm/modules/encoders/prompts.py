@@ -7,6 +7,7 @@ the prompt stays as it was, as A1111's web UI has it.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ldm.errors import InputError
 
-MORE, LESS = 1.1, 1 / 1.1  # what (word) and [word] weigh
+WEIGHTS = {"(": 1.1, "[": 1 / 1.1}  # of (word) and [word]
 NESTED = 50  # brackets in each other that are read
 PIECES = re.compile(r"\\[()\[\]\\]|\(|\)|\[|\]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|[^\\()\[\]:]+|.", re.DOTALL)
 
@@ -34,34 +35,34 @@ def weighted_parts(prompt: str) -> list[Part]:
     Brackets that are not closed hold to the end of the prompt. Raises `InputError` for more than `NESTED` of them.
     """
     parts: list[list[Any]] = []
-    open_brackets: list[tuple[str, int]] = []
+    open_brackets: list[tuple[str, int]] = []  # and the number of the first part within
 
     def weigh(start: int, factor: float) -> None:
         for part in parts[start:]:
             part[1] *= factor
 
     for piece in PIECES.findall(prompt):
-        if piece in ("(", "["):
+        closed, factor = _closes(piece)
+        if piece in WEIGHTS:
             open_brackets.append((piece, len(parts)))
             if len(open_brackets) > NESTED:
                 raise InputError(f"a prompt has more than {NESTED} brackets in each other")
-        elif piece.startswith(":") and piece.endswith(")") and open_brackets and open_brackets[-1][0] == "(":
-            weigh(open_brackets.pop()[1], float(piece[1:-1]))
-        elif piece == ")" and open_brackets and open_brackets[-1][0] == "(":
-            weigh(open_brackets.pop()[1], MORE)
-        elif piece == "]" and open_brackets and open_brackets[-1][0] == "[":
-            weigh(open_brackets.pop()[1], LESS)
+        elif open_brackets and open_brackets[-1][0] == closed:
+            weigh(open_brackets.pop()[1], factor)
         else:
             parts.append([piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece, 1.0])
     for bracket, start in open_brackets:
-        weigh(start, MORE if bracket == "(" else LESS)
-    joined: list[Part] = []
-    for text, weight in parts:
-        if joined and joined[-1].weight == weight:
-            joined[-1] = Part(joined[-1].text + text, weight)
-        else:
-            joined.append(Part(text, weight))
-    return joined or [Part("", 1.0)]
+        weigh(start, WEIGHTS[bracket])
+    same_weight = itertools.groupby(parts, key=lambda part: part[1])
+    return [Part("".join(text for text, _ in run), weight) for weight, run in same_weight] or [Part("", 1.0)]
+
+
+def _closes(piece: str) -> tuple[str | None, float]:
+    """The bracket that a piece closes, if it is an end of one, and the weight of what is within."""
+    if piece.startswith(":") and piece.endswith(")"):
+        return "(", float(piece[1:-1])
+    bracket = {")": "(", "]": "["}.get(piece)
+    return bracket, WEIGHTS.get(bracket, 1.0)
 
 
 class Tokens(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from scripts.sd_mini.build.drawings import Drawing
@@ -70,34 +70,47 @@ def split_drawings(
     unseen: so many things are held out in every style. Things of a subject's class take no part in either.
     A subject's pose in a further finish of its family belongs to no split and is left out.
     """
-    drawings = list(drawings)
-    subjects = list(subjects)
-    family_of = {d.style: d.family for d in drawings}
-    splits, families = {}, defaultdict(set)
-    for index, drawing in enumerate(drawings):
+    drawings, subjects = list(drawings), list(subjects)
+    family_of = {drawing.style: drawing.family for drawing in drawings}
+    never, elsewhere = held_out(drawings, subjects, known, unseen)
+    result = []
+    for drawing in drawings:
         owner = next((s for s in subjects if family_of.get(s.style) == drawing.family and s.shows(drawing)), None)
+        name = drawing.emoji.name
+        if owner is not None and drawing.style != owner.style:
+            continue
         if owner is not None:
-            splits[index] = f"subject:{owner.name}" if drawing.style == owner.style else None
-        families[drawing.emoji.name].add(drawing.family)
+            split = f"subject:{owner.name}"
+        elif name in never:
+            split = "val_unseen"
+        else:
+            split = "val_known" if elsewhere.get(name) == drawing.family else "train"
+        result.append((drawing, split))
+    return result
 
+
+def held_out(
+    drawings: Sequence[Drawing], subjects: Sequence[Subject], known: int, unseen: int
+) -> tuple[set[str], dict[str, str]]:
+    """The things of `val_unseen`, and those of `val_known` with the family whose drawings of them are held out.
+
+    At least three families draw each of them, without skin tones; none is a flag or a sign. The choice depends on the
+    names alone.
+    """
+    families: dict[str, set[str]] = defaultdict(set)
+    for drawing in drawings:
+        families[drawing.emoji.name].add(drawing.family)
     toned = {d.emoji.name for d in drawings if d.emoji.tone}
     posed = {d.emoji.name for d in drawings if any(subject.shows(d) for subject in subjects)}
-    # Drawn by at least three families, without skin tones, no flag or sign; in an order that depends on the name alone.
     groups = {d.emoji.name: d.emoji.group for d in drawings}
-    taken = toned | posed
     things = [n for n, g in groups.items() if "flag" not in g and re.fullmatch(SYMBOLS, g) is None]
-    free = [n for n in things if len(families[n]) > 2 and n not in taken]
+    free = [n for n in things if len(families[n]) > 2 and n not in toned | posed]
     free.sort(key=_shuffled)
-    never, elsewhere = set(free[:unseen]), {}
-    for name in free[unseen : unseen + known]:
-        elsewhere[name] = min(families[name], key=lambda family: _shuffled(f"{name} by {family}"))
-    result = []
-    for index, drawing in enumerate(drawings):
-        name = drawing.emoji.name
-        split = "val_unseen" if name in never else "val_known" if elsewhere.get(name) == drawing.family else "train"
-        if (split := splits.get(index, split)) is not None:
-            result.append((drawing, split))
-    return result
+    elsewhere = {
+        name: min(families[name], key=lambda family: _shuffled(f"{name} by {family}"))
+        for name in free[unseen : unseen + known]
+    }
+    return set(free[:unseen]), elsewhere
 
 
 def _shuffled(text: str) -> str:
