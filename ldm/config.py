@@ -167,6 +167,12 @@ def parameters_of(target: Callable) -> tuple[list[str], list[str] | None]:
     return [], None
 
 
+def unet_params(config: Mapping) -> str:
+    """Where a config has the parameters of its UNet: sgm's models call it the network."""
+    params = (config.get("model") or {}).get("params") or {}
+    return f"model.params.{'network_config' if 'network_config' in params else 'unet_config'}.params"
+
+
 def plain(config: Any) -> Any:
     """OmegaConf containers as dicts and lists, everything else unchanged."""
     from omegaconf import OmegaConf

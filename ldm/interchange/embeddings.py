@@ -29,7 +29,10 @@ def looks_like(content: Any) -> bool:
 
 
 def read(path: str | Path | Opened) -> dict[str, Vectors]:
-    """Words with their vectors [v, d], or those for each text encoder (SDXL). A word called `*` or `emb_params` inside takes the file's own name, `<name>`."""
+    """Words with their vectors [v, d], or those for each text encoder (SDXL).
+
+    A word called `*` or `emb_params` inside takes the file's own name, `<name>`.
+    """
     file = open_file(path)
     found, content = embeddings_in(file.content, file.metadata, file.path), file.content
     name = content.get("name") if isinstance(content.get("name"), str) else file.path.stem

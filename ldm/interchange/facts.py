@@ -42,7 +42,8 @@ def _norms(norms: Mapping[str, float]) -> dict[str, Any]:
 
 def of_words(words: Mapping[str, Vectors]) -> dict[str, Any]:
     """Vectors, widths and norms."""
-    lines = {w: " and ".join(_of_vectors(one) for one in (v if isinstance(v, tuple) else [v])) for w, v in words.items()}
+    parts = {word: v if isinstance(v, tuple) else (v,) for word, v in words.items()}
+    lines = {word: " and ".join(map(_of_vectors, own)) for word, own in parts.items()}
     return {"words": lines} if lines else {}
 
 
