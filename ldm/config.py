@@ -151,26 +151,24 @@ def parameters_of(target: Callable) -> tuple[list[str], list[str] | None]:
     it names them as `GIVEN`.
     """
     required, known, given = [], [], set()
-    for cls in inspect.getmro(target) if inspect.isclass(target) else (target,):
-        if inspect.isclass(cls) and "__init__" not in vars(cls):
-            continue
+    for cls in _with_own_init(target) if inspect.isclass(target) else (target,):
         try:
             parameters = inspect.signature(cls).parameters.values()
         except ValueError:  # a builtin without a signature
             return [], None
-        by_name = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in given]
-        required += [p.name for p in by_name if p.default is p.empty and p.name not in known]
-        known += [p.name for p in by_name if p.name not in known]
-        given.update(vars(cls).get("GIVEN", ()) if inspect.isclass(cls) else ())
+        by_name = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        new = [p for p in by_name if p.name not in given and p.name not in known]
+        required += [p.name for p in new if p.default is p.empty]
+        known += [p.name for p in new]
+        given.update(getattr(cls, "__dict__", {}).get("GIVEN", ()))
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return required, known
     return [], None
 
 
-def unet_params(config: Mapping) -> str:
-    """Where a config has the parameters of its UNet: sgm's models call it the network."""
-    params = (config.get("model") or {}).get("params") or {}
-    return f"model.params.{'network_config' if 'network_config' in params else 'unet_config'}.params"
+def _with_own_init(cls: type) -> list[type]:
+    """The class and its parents in the order of Python's search, but for those that inherit `__init__`."""
+    return [one for one in inspect.getmro(cls) if "__init__" in vars(one)]
 
 
 def plain(config: Any) -> Any:

@@ -94,6 +94,10 @@ class Start:
     strength: float = 0.75
     mask: Tensor | None = None
 
+    def with_known(self, pictures: Tensor) -> Tensor:
+        """Pictures [b, 3, H, W] in [0, 1] with what the mask keeps of the start."""
+        return pictures if self.mask is None else self.mask * pictures + (1 - self.mask) * self.picture
+
 
 @torch.inference_mode()
 def generate(
@@ -134,24 +138,33 @@ def generate(
         if start is not None:
             steps, x, blend = _from_picture(model, start, steps, x, draw_noise)
         denoise = guided(model.predict_noise, condition, empty, settings.scale)
-        progress = partial(tqdm, desc=row.title, disable=not verbose)
-        finite: list[Tensor] = []  # of each step, on the device: to look at them is to wait for it
-
-        def on_step(i: int, total: int, x: Tensor, pred_x0: Tensor) -> None:
-            finite.append(torch.isfinite(pred_x0).all())
-
-        latents = row.function(denoise, x, steps, draw_noise, blend=blend, on_step=on_step, progress=progress)
+        finite = FiniteSteps()
+        latents = row.function(
+            denoise, x, steps, draw_noise, blend=blend, on_step=finite,
+            progress=partial(tqdm, desc=row.title, disable=not verbose),
+        )  # fmt: skip
         if not torch.isfinite(latents).all():
-            seen = torch.stack(finite).tolist() if finite else []
-            where = f" at step {seen.index(False) + 1} of {len(seen)}" if False in seen else ""
-            raise NotFinite(f"the UNet{where}", model, half)
+            raise NotFinite(f"the UNet{finite.first_bad()}", model, half)
         pictures = decoded(model, latents, settings.decoded_pixels)
         if not torch.isfinite(pictures).all():
             raise NotFinite("the first stage", model, half)
     pictures = ((pictures.float() + 1) / 2).clamp(0, 1).cpu()
-    if start is not None and start.mask is not None:
-        pictures = start.mask * pictures + (1 - start.mask) * start.picture
-    return pictures
+    return pictures if start is None else start.with_known(pictures)
+
+
+class FiniteSteps:
+    """Whether the estimates of x_0 were finite, step by step."""
+
+    def __init__(self) -> None:
+        self.flags: list[Tensor] = []  # on the device: to look at them is to wait for it
+
+    def __call__(self, i: int, total: int, x: Tensor, pred_x0: Tensor) -> None:
+        self.flags.append(torch.isfinite(pred_x0).all())
+
+    def first_bad(self) -> str:
+        """` at step i of n`; empty where all were finite."""
+        seen = torch.stack(self.flags).tolist() if self.flags else []
+        return f" at step {seen.index(False) + 1} of {len(seen)}" if False in seen else ""
 
 
 def _conditions(

@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,7 +29,7 @@ from ldm.errors import InputError
 from ldm.evaluate.distances import distances
 from ldm.evaluate.features import FeatureCache, Files, vectors_of
 from ldm.evaluate.intervals import Interval, mean_interval
-from ldm.evaluate.metrics import METRICS, column
+from ldm.evaluate.metrics import METRICS, Metric, column
 from ldm.evaluate.networks import Network, default_networks, load_network
 from ldm.evaluate.prompts import choose_templates, filled
 from ldm.evaluate.protocol import Protocol
@@ -165,29 +166,36 @@ def compare(
         {"prompt": prompt, "seed": seed} for prompt, seed in zip(drawn.prompts, drawn.seeds, strict=True)
     ]
     notes: list[str] = []
+    without_subject = {"tuned": tuned.pictures, "prior": prior.pictures} if tuned and prior else {}
     for label, network in networks.items():
-        seen = {"drawn": drawn.pictures, "references": references}
-        seen |= {"tuned": tuned.pictures, "prior": prior.pictures} if tuned and prior else {}
+        seen = {"drawn": drawn.pictures, "references": references} | without_subject
         vectors = {name: vectors_of(network, some, cache, verbose=verbose) for name, some in seen.items() if some}
         for name, metric in METRICS.items():
-            sides = SIDES[metric.against](vectors, drawn, network)
-            if isinstance(sides, str):
-                notes.append(f"{column(label, name)}: {sides}")
+            groups = tuned.prompts if tuned and metric.against == "base" else drawn.prompts
+            measured = _measured(metric, SIDES[metric.against](vectors, drawn, network), groups, protocol)
+            if isinstance(measured, str):
+                notes.append(f"{column(label, name)}: {measured}")
                 continue
-            found = metric.function(*sides).double().numpy()
-            groups = tuned.prompts if metric.against == "base" else drawn.prompts
-            try:
-                interval = mean_interval(found, groups, protocol.level, protocol.draws)
-            except ValueError as error:
-                notes.append(f"{column(label, name)}: {error}")
-                continue
-            values[column(label, name)] = interval
+            found, values[column(label, name)] = measured
             if metric.against in ("subject", "captions") and found.ndim == 1:
                 for picture, value in zip(pictures, found.tolist(), strict=True):
                     picture[column(label, name)] = value
     told = {label: {"name": network.name, "digest": network.digest} for label, network in networks.items()}
     return Scores(values, pictures, told, asdict(protocol), class_word, time.perf_counter() - started, notes=notes,
                   drawn=drawn)  # fmt: skip
+
+
+def _measured(
+    metric: Metric, sides: tuple[Tensor, Tensor] | str, groups: Sequence[str], protocol: Protocol
+) -> tuple[np.ndarray, Interval] | str:
+    """The values of a metric and the interval of their mean, or why there are none."""
+    if isinstance(sides, str):
+        return sides
+    found = metric.function(*sides).double().numpy()
+    try:
+        return found, mean_interval(found, groups, protocol.level, protocol.draws)
+    except ValueError as error:
+        return str(error)
 
 
 def _with_photographs(vectors: Mapping[str, Tensor], _drawn: Drawn, _network: Network) -> tuple[Tensor, Tensor] | str:

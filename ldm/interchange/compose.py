@@ -70,9 +70,7 @@ def compose(
             f"{len(deltas)} deltas and {len(categories)} categories: expected one for each, and at least two"
         )
     deltas = [whole(delta, pretrained) for delta in deltas]
-    layers = [name for name in deltas[0].weights if COMPRESSED.search(name)]
-    if any(set(layers) != {name for name in delta.weights if COMPRESSED.search(name)} for delta in deltas):
-        raise InputError("the deltas change different layers: they were made for different base models")
+    layers = _layers(deltas)
     tokens: dict[str, Tensor] = {}
     features = []
     for delta, category, own in zip(deltas, categories, prompts or [None] * len(deltas), strict=True):
@@ -91,6 +89,14 @@ def compose(
         values = [c.float() @ delta.weights[name].float().T for c, delta in zip(features, deltas, strict=True)]
         weights[name] = solve(pretrained[name].float(), regular, target, torch.cat(values)[first])
     return Delta(weights, tokens)
+
+
+def _layers(deltas: Sequence[Delta]) -> list[str]:
+    """The layers that the deltas have in common. Raises `InputError` where one has other layers than the first."""
+    first, *others = ([name for name in delta.weights if COMPRESSED.search(name)] for delta in deltas)
+    if any(set(other) != set(first) for other in others):
+        raise InputError("the deltas change different layers: they were made for different base models")
+    return first
 
 
 def _first_of_each(rows: Tensor) -> tuple[Tensor, Tensor]:

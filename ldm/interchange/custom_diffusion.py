@@ -30,7 +30,7 @@ from ldm.interchange.names import (
 )
 
 EMBEDDINGS = TEXT + "text_model.embeddings.token_embedding.weight"
-NEW_TOKENS = ".new_tokens.vectors."  # behind the name of a text encoder
+NEW_TOKENS = "cond_stage_model.new_tokens.vectors."
 # What is saved of a checkpoint, by what was trained. The published code always saves keys and values only.
 SAVED = {"crossattn-kv": r"\.attn2\.to_[kv]\.weight$", "crossattn": r"\.attn2\."}
 COMPRESSED = re.compile(SAVED["crossattn-kv"])
@@ -81,20 +81,28 @@ def read(path: str | Path | Opened, words: Sequence[str] = ()) -> Delta:
         state = dict(content.get("state_dict", content))
         tokens = _named(state.pop("embed", None), words, path)
     else:
-        state = {_plain(name): value for name, value in dict(content.get("unet", content)).items()}
-        table = inverse(unet_table(layout_of_diffusers_attention(state)))
-        names = translate_all(state, table, str(path))
-        state = {UNET + names[name]: value for name, value in state.items()}
-        found = content.get("modifier_token") or {}
-        vectors = found.values() if isinstance(found, Mapping) else [found]
-        if not all(isinstance(one, Tensor) and one.dim() in (1, 2) for one in vectors):
-            raise InputError(f"{path}: modifier_token must map words to vectors, got {short(found)}")
-        tokens = {word: vector.float().reshape(-1, vector.shape[-1]) for word, vector in found.items()}
+        state = _in_ldm_names(content.get("unet", content), path)
+        tokens = _vectors(content.get("modifier_token") or {}, path)
     entries = {name: _entry(value, name, path) for name, value in state.items()}
     flat = {name: [one] if isinstance(one, Tensor) else [one.u, one.v] for name, one in entries.items()}
     parts = {f"{name} [{place}]": part for name, held in flat.items() for place, part in enumerate(held)}
     refuse_not_finite(parts | tokens, str(path))
     return Delta(entries, tokens)
+
+
+def _in_ldm_names(weights: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """The weights of a diffusers file by LDM's full parameter names."""
+    state = {_plain(name): value for name, value in weights.items()}
+    names = translate_all(state, inverse(unet_table(layout_of_diffusers_attention(state))), str(path))
+    return {UNET + names[name]: value for name, value in state.items()}
+
+
+def _vectors(found: Any, path: str | Path) -> dict[str, Tensor]:
+    """`modifier_token` of a diffusers file: words and their vectors [v, d]."""
+    vectors = found.values() if isinstance(found, Mapping) else [found]
+    if not all(isinstance(one, Tensor) and one.dim() in (1, 2) for one in vectors):
+        raise InputError(f"{path}: modifier_token must map words to vectors, got {short(found)}")
+    return {word: vector.float().reshape(-1, vector.shape[-1]) for word, vector in found.items()}
 
 
 def _plain(name: str) -> str:
@@ -165,7 +173,7 @@ def extract(
     tuned = {n: value.clone() for n, value in weights.items() if n.startswith(UNET) and wanted.search(n)}
     if not tuned:
         raise InputError(f"{source} has no cross-attention weights (attn2): nothing to extract")
-    beside = [value for name, value in weights.items() if NEW_TOKENS in name]
+    beside = [value for name, value in weights.items() if name.startswith(NEW_TOKENS)]
     if newtoken and not beside and EMBEDDINGS not in weights:
         raise InputError(f"{source} has no text embeddings to take {newtoken} new words from; use --newtoken 0")
     rows = torch.cat(beside) if beside else weights.get(EMBEDDINGS)

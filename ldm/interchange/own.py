@@ -19,7 +19,6 @@ from ldm.errors import InputError
 from ldm.interchange.custom_diffusion import NEW_TOKENS, SAVED, Delta
 from ldm.interchange.formats import Codec, Opened
 from ldm.interchange.lora import Factors, Lora, weighted_sum
-from ldm.modules.encoders.tokens import Vectors
 from ldm.modules.folders import names_adapter, read_config, read_folder
 from ldm.tuning import choose, table
 from ldm.tuning.lora import LoRA
@@ -57,18 +56,25 @@ def lora(path: str | Path) -> Lora:
         family = LoRA(**params)
         if family.kind not in ("lora", "rslora"):
             raise InputError(f"{path}: {family.kind} is no low-rank sum, which is all that LoRA files can hold")
-        for name in dict.fromkeys(name.split(".lora_")[0] for name in tensors):
-            own = {role: _only(tensors, f"{name}.lora_{role}.") for role in "AB"}
-            pattern = [pattern for pattern in family.targets if fnmatchcase(name, pattern)][-1]
-            rank, alpha = own["A"].shape[0], family.targets[pattern].get("alpha")
-            size = rank if family.kind == "lora" else rank**0.5
-            factors = Factors(own["A"], own["B"], (rank if alpha is None else alpha) / size)
+        for name, factors in _factors(family, tensors).items():
             if name in layers:  # two families on one layer act side by side
                 factors = weighted_sum([Lora({name: one}) for one in (layers[name], factors)], [1, 1]).layers[name]
             layers[name] = factors
     found = Lora(layers, words(path))
     if not layers and not found.tokens:
         raise InputError(f"{path} holds no LoRA")
+    return found
+
+
+def _factors(family: LoRA, tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """The factors of a LoRA by layer, each with its scale: alpha / rank, for rsLoRA alpha / sqrt(rank)."""
+    found = {}
+    for name in dict.fromkeys(name.split(".lora_")[0] for name in tensors):
+        down, up = (_only(tensors, f"{name}.lora_{role}.") for role in "AB")
+        pattern = [pattern for pattern in family.targets if fnmatchcase(name, pattern)][-1]
+        rank, alpha = down.shape[0], family.targets[pattern].get("alpha")
+        size = rank if family.kind == "lora" else rank**0.5
+        found[name] = Factors(down, up, (rank if alpha is None else alpha) / size)
     return found
 
 
@@ -88,7 +94,7 @@ def folded(path: str | Path, model: nn.Module, strength: float = 1.0) -> dict[st
     _without_adapters(path, "cannot be folded into weights")
     files.load(model, path, strength)
     merge(model)
-    return {name: value for name, value in model.state_dict().items() if NEW_TOKENS not in name}
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(NEW_TOKENS)}
 
 
 def _without_adapters(path: str | Path, why: str) -> None:
@@ -98,25 +104,15 @@ def _without_adapters(path: str | Path, why: str) -> None:
         )
 
 
-def words(path: str | Path) -> dict[str, Vectors]:
-    """The words that a folder holds, with their vectors [v, d], or those for each text encoder of its base."""
-    found: dict[str, Vectors] = {}
+def words(path: str | Path) -> dict[str, Tensor]:
+    """The words that a folder holds, with their vectors [v, d]."""
+    found: dict[str, Tensor] = {}
     for entry in families(path):
         if family := _inversion(*entry):
-            number = sum(how["vectors"] for how in family.words.values())
-            rows = [_rows(part, number, path) for part in _by_encoder(entry[2])]
+            rows = _rows(entry[2], sum(how["vectors"] for how in family.words.values()), path)
             for word, how in family.words.items():
-                parts = [torch.cat([next(one) for _ in range(how["vectors"])]) for one in rows]
-                found[word] = parts[0] if len(parts) == 1 else tuple(parts)
+                found[word] = torch.cat([next(rows) for _ in range(how["vectors"])])
     return found
-
-
-def _by_encoder(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The vectors of words, those of each text encoder by themselves, in the order of the encoders."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        parts.setdefault(name.partition(NEW_TOKENS)[0], {})[name] = value
-    return [parts[encoder] for encoder in sorted(parts)]
 
 
 def _rows(tensors: Mapping[str, Tensor], number: int, path: str | Path) -> Iterator[Tensor]:
@@ -129,7 +125,7 @@ def _rows(tensors: Mapping[str, Tensor], number: int, path: str | Path) -> Itera
 
 def _inversion(target: str, params: dict[str, Any], tensors: Mapping[str, Tensor]) -> TextualInversion | None:
     """The family of an entry if it is one of learnt words, such as Custom Diffusion's; no other one is built."""
-    if not all(NEW_TOKENS in name for name in tensors):
+    if not all(name.startswith(NEW_TOKENS) for name in tensors):
         return None
     family = choose({"target": target, "params": params}).family
     return family if isinstance(family, TextualInversion) else None

@@ -77,29 +77,33 @@ def summed(folders: Sequence[Folder], weights: Sequence[float]) -> Folder:
     Exact. Raises `InputError` where the routes or the activations differ, and for residual-block adapters whose norms
     do (one form has one norm): those can be stacked.
     """
-    columns = list(zip(*(config["adapters"] for config, _ in folders), strict=False))
-    first = folders[0][0]["adapters"]
-    for config, _ in folders[1:]:
-        if [[e.get(k) for k in SAME] for e in config["adapters"]] != [[e.get(k) for k in SAME] for e in first]:
-            raise InputError(
-                f"the adapters have different routes or forms ({_told(first)}; {_told(config['adapters'])}): "
-                "a sum needs the same, stacking does not"
-            )
-    if other := next((entry["form"] for entry in first if entry.get("form")), None):
-        raise InputError(f"adapters of the form {other} cannot be summed, only stacked")
+    _check_summable([config["adapters"] for config, _ in folders])
     entries, tensors = [], {}
-    for column in columns:
-        shares = [weight * entry["scale"] for weight, entry in zip(weights, column, strict=True)]
+    for column in zip(*(config["adapters"] for config, _ in folders), strict=True):
+        factors = [weight * entry["scale"] for weight, entry in zip(weights, column, strict=True)]
         entries.append({**column[0], "scale": 1.0, "mid_dim": sum(entry["mid_dim"] for entry in column)})
         for block in column[0]["blocks"]:
             parts = [_below(own, f"{block}.{e['name']}.") for (_, own), e in zip(folders, column, strict=True)]
-            joined = _side_by_side(parts, shares, column[0]["kind"], block)
+            joined = _side_by_side(parts, factors, column[0]["kind"], block)
             tensors |= {f"{block}.{column[0]['name']}.{name}": value for name, value in joined.items()}
     return _described(folders, entries), tensors
 
 
+def _check_summable(listed: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """Raises `InputError` unless all folders list the same routes and forms, and forms that a sum can be taken of."""
+    first, *others = listed
+    for other in others:
+        if [[e.get(k) for k in SAME] for e in other] != [[e.get(k) for k in SAME] for e in first]:
+            raise InputError(
+                f"the adapters have different routes or forms ({_told(first)}; {_told(other)}): "
+                "a sum needs the same, stacking does not"
+            )
+    if form := next((entry["form"] for entry in first if entry.get("form")), None):
+        raise InputError(f"adapters of the form {form} cannot be summed, only stacked")
+
+
 def _side_by_side(
-    parts: Sequence[Mapping[str, Tensor]], shares: Sequence[float], kind: str, block: str
+    parts: Sequence[Mapping[str, Tensor]], factors: Sequence[float], kind: str, block: str
 ) -> dict[str, Tensor]:
     down, up = FORMS[KINDS[kind].form].layers
     joined = {name: value for name, value in parts[0].items() if not name.startswith((f"{down}.", f"{up}."))}
@@ -108,8 +112,9 @@ def _side_by_side(
             raise InputError(f"the adapters in {block} begin with different norms: they cannot be summed, only stacked")
     for name in (f"{down}.weight", f"{down}.bias"):
         joined[name] = torch.cat([part[name] for part in parts])
-    joined[f"{up}.weight"] = torch.cat([s * part[f"{up}.weight"] for part, s in zip(parts, shares, strict=True)], dim=1)
-    joined[f"{up}.bias"] = sum(s * part[f"{up}.bias"] for part, s in zip(parts, shares, strict=True))
+    pairs = list(zip(factors, parts, strict=True))
+    joined[f"{up}.weight"] = torch.cat([factor * part[f"{up}.weight"] for factor, part in pairs], dim=1)
+    joined[f"{up}.bias"] = sum(factor * part[f"{up}.bias"] for factor, part in pairs)
     return joined
 
 

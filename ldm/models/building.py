@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,30 @@ def filled(
     """
     parameters = dict(model.named_parameters())
     dtypes = {name: value.dtype for name, value in (*parameters.items(), *model.named_buffers())}
-    try:
+    with _shapes_explained(source):
         result = model.load_state_dict(weights, strict=False, assign=True)
+    unknown = [name for name in result.unexpected_keys if not is_ignored(name)]
+    if lacking := [name for name in result.missing_keys if name in parameters and not may_lack(name)]:
+        also = f" and holds {len(unknown)} that it has no place for ({', '.join(unknown[:3])})" if unknown else ""
+        raise InputError(
+            f"{source} does not fit this config: it lacks {len(lacking)} of {len(parameters)} weights "
+            f"({', '.join(lacking[:3])}){also}; use the config that the checkpoint was made with"
+        )
+    used = {name: value for name, value in weights.items() if not is_ignored(name)}
+    refuse_not_finite(used, source, "get an undamaged copy of the checkpoint")
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.dtype != dtypes[name]:
+            value.data = value.data.to(dtypes[name])
+    if hasattr(model, "weights_loaded"):
+        model.weights_loaded(set(result.missing_keys))
+    return {name: weights.get(name) for name in unknown}
+
+
+@contextmanager
+def _shapes_explained(source: str) -> Iterator[None]:
+    """Errors of `load_state_dict` about shapes, which list all of them, as one line about the first."""
+    try:
+        yield
     except RuntimeError as error:
         wrong = re.findall(
             r"size mismatch for ([^:]+): .*?shape (?:torch\.Size\()?(\[.*?\]).*?model is (?:torch\.Size\()?(\[.*?\])",
@@ -80,22 +103,6 @@ def filled(
             f"{source} does not fit this config: {name} has shape {theirs}, the model wants {ours} "
             f"({len(wrong)} such); use the config that the checkpoint was made with"
         ) from None
-    lacking = [name for name in result.missing_keys if name in parameters]
-    if unexpected := [name for name in lacking if not may_lack(name)]:
-        unknown = [name for name in result.unexpected_keys if not is_ignored(name)]
-        also = f" and holds {len(unknown)} that it has no place for ({', '.join(unknown[:3])})" if unknown else ""
-        raise InputError(
-            f"{source} does not fit this config: it lacks {len(unexpected)} of {len(parameters)} weights "
-            f"({', '.join(unexpected[:3])}){also}; use the config that the checkpoint was made with"
-        )
-    used = {name: value for name, value in weights.items() if not is_ignored(name)}
-    refuse_not_finite(used, source, "get an undamaged copy of the checkpoint")
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if value.dtype != dtypes[name]:
-            value.data = value.data.to(dtypes[name])
-    if hasattr(model, "weights_loaded"):
-        model.weights_loaded(set(result.missing_keys))
-    return {name: weights.get(name) for name in result.unexpected_keys if not is_ignored(name)}
 
 
 def refuse_unknown(names: Iterable[str], source: str) -> None:

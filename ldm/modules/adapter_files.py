@@ -150,48 +150,55 @@ def _attach_and_fill(
 ) -> None:
     blocks = dict(tapped_blocks(model))
     attached: list[tuple[TappedBlock, str]] = []
+    renamed: dict[str, Tensor] = {}
+    seen: set[str] = set()
     try:
-        renamed: dict[str, Tensor] = {}
-        seen: set[tuple[str, str]] = set()
         for entry in entries:
-            kind = entry["kind"]
-            if kind not in KINDS:
-                raise InputError(f"{source} holds an adapter of the unknown kind {kind!r}: expected {', '.join(KINDS)}")
-            checked = check_entry(kind, {key: entry[key] for key in ENTRY if key in entry})
+            checked = _checked(entry, source)
             for prefix in entry["blocks"]:
                 if prefix not in blocks:
                     raise InputError(
                         f"{source} does not fit this model: it wants an adapter in {prefix}, which this model has not"
                     )
-                block = blocks[prefix]
-                name = block.next_adapter_name()
-                reads, writes = checked["din"], checked["dout"]
-                block.check_route(reads, writes)
-                width = block.width(reads), block.width(writes)
-                old, new = f"{prefix}.{entry['name']}.", f"{prefix}.{name}."
-                own = {new + key.removeprefix(old): value for key, value in tensors.items() if key.startswith(old)}
-                if not own or (prefix, entry["name"]) in seen:
+                old = f"{prefix}.{entry['name']}."
+                own = {key.removeprefix(old): value for key, value in tensors.items() if key.startswith(old)}
+                if not own or old in seen:
                     raise InputError(f"{source} is damaged: no tensors of its own for an adapter in {short(prefix)}")
-                with torch.device("meta"):  # what it claims, without the memory
-                    claimed = new_form(checked, *width)
-                there = sum(value.numel() for value in own.values())
-                if sum(value.numel() for value in claimed.parameters()) > max(there, SMALL):
-                    raise InputError(
-                        f"{source} does not fit this model: an adapter with mid_dim {checked['mid_dim']} in "
-                        f"{short(prefix)} has more numbers than its tensors, whose shapes are "
-                        f"{short([list(value.shape) for value in own.values()])}"
-                    )
-                form = new_form(checked, *width)
-                like = next(model.parameters())
-                block.attach(name, form.to(like.device, like.dtype), reads, writes, checked["scale"] * scale)
-                attached.append((block, name))
-                renamed |= own
-                seen.add((prefix, entry["name"]))
+                seen.add(old)
+                form = _form_of(checked, blocks[prefix], own, f"{source} does not fit this model: an adapter", prefix)
+                like, name = next(model.parameters()), blocks[prefix].next_adapter_name()
+                form = form.to(like.device, like.dtype)
+                blocks[prefix].attach(name, form, checked["din"], checked["dout"], checked["scale"] * scale)
+                attached.append((blocks[prefix], name))
+                renamed |= {f"{prefix}.{name}.{key}": value for key, value in own.items()}
         _fill(model, renamed, source, only={name for _, name in attached})
     except Exception:
         for block, name in attached:
             block.detach(name)
         raise
+
+
+def _checked(entry: dict, source: str) -> dict:
+    """The entry of `adapter_config` that an entry of a folder stands for. Raises `InputError`."""
+    kind = entry["kind"]
+    if kind not in KINDS:
+        raise InputError(f"{source} holds an adapter of the unknown kind {kind!r}: expected {', '.join(KINDS)}")
+    return check_entry(kind, {key: entry[key] for key in ENTRY if key in entry})
+
+
+def _form_of(entry: dict, block: TappedBlock, own: Mapping[str, Tensor], what: str, prefix: str) -> nn.Module:
+    """A form for a block. Raises `InputError` if it would have more numbers than `own`, its tensors in the folder."""
+    reads, writes = entry["din"], entry["dout"]
+    block.check_route(reads, writes)
+    width = block.width(reads), block.width(writes)
+    with torch.device("meta"):  # what it claims, without the memory
+        claimed = sum(value.numel() for value in new_form(entry, *width).parameters())
+    if claimed > max(sum(value.numel() for value in own.values()), SMALL):
+        raise InputError(
+            f"{what} with mid_dim {entry['mid_dim']} in {short(prefix)} has more numbers than its tensors, whose "
+            f"shapes are {short([list(value.shape) for value in own.values()])}"
+        )
+    return new_form(entry, *width)
 
 
 @torch.no_grad()

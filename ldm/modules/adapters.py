@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -186,21 +186,31 @@ def check_entry(kind: str, entry: Any) -> dict:
     for key in ("din", "dout", "mid_dim"):
         if entry[key] is None:
             raise InputError(f"{kind} lacks the key {key!r}")
-    for key in ("din", "dout", "method", "init"):
-        if not isinstance(entry[key], str):
-            raise InputError(f"{kind}: {key} must be a name, got {entry[key]!r}")
-    if entry["type"] != "inout":
-        raise InputError(f"{kind}: type must be 'inout', got {entry['type']!r}")
-    if entry["method"] not in ACTIVATIONS:
-        raise InputError(f"{kind}: method must be one of {', '.join(ACTIVATIONS)}, got {entry['method']!r}")
-    if entry["init"] not in STARTS:
-        raise InputError(f"{kind}: init must be one of {', '.join(STARTS)}, got {entry['init']!r}")
-    if not _is_number(entry["mid_dim"], int) or entry["mid_dim"] < 1:
-        raise InputError(f"{kind}: mid_dim must be a whole number of at least 1, got {entry['mid_dim']!r}")
-    if not _is_number(entry["scale"], (int, float)) or not math.isfinite(entry["scale"]):
-        raise InputError(f"{kind}: scale must be a finite number, got {entry['scale']!r}")
+    for key, (fits, expected) in RULES.items():
+        if not fits(entry[key]):
+            raise InputError(f"{kind}: {key} must be {expected}, got {entry[key]!r}")
     return {**entry, "scale": float(entry["scale"])}
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _is_number(value: Any, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _one_of(names: Collection[str]) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}"
+
+
+# What the values of an entry must be, and how a refusal says so.
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "din": (_is_name, "a name"),
+    "dout": (_is_name, "a name"),
+    "type": (lambda value: value == "inout", "'inout'"),
+    "method": _one_of(ACTIVATIONS),
+    "init": _one_of(STARTS),
+    "mid_dim": (lambda value: _is_number(value, int) and value >= 1, "a whole number of at least 1"),
+    "scale": (lambda value: _is_number(value, (int, float)) and math.isfinite(value), "a finite number"),
+}

@@ -123,22 +123,20 @@ def asked(
     if not find_file(base).is_file():
         raise InputError(f"--base {base} does not exist; the shipped configs are under configs/")
     vary: dict[str, Any] = {**(file.vary or {}), **factors}
-    lists = {name: values if space.is_distribution(values) else _as_list(values) for name, values in vary.items()}
-    lists = {name: _as_numbers(values) for name, values in lists.items()}
     for name in (*vary, *(name for trial in file.trials or [] for name in trial)):
         words.check_word(name)
-    values = {
-        name: given if space.is_distribution(given) else words.spread(name, given, base)
-        for name, given in lists.items()
-    }
-    settings = _settings(file, values)
+    settings = _settings(file, {name: _values(name, given, base) for name, given in vary.items()})
     how = {**(file.evaluate or {}), **evaluate}
     scoring.check(how)
     return Asked(base, settings, [*_options(file.options or {}), *train], out, how)
 
 
-def _as_list(values: Any) -> list[Any]:
-    return list(values) if isinstance(values, (list, tuple)) else [values]
+def _values(name: str, given: Any, base: str) -> Any:
+    """What a word is varied over: a distribution as it is, or the list of all values."""
+    if space.is_distribution(given):
+        return _as_numbers(given)
+    listed = list(given) if isinstance(given, (list, tuple)) else [given]
+    return words.spread(name, _as_numbers(listed), base)
 
 
 def _as_numbers(values: Any) -> Any:
@@ -158,16 +156,16 @@ def _is_number(value: Any) -> bool:
 
 
 def _settings(file: SweepFile, values: Mapping[str, Any]) -> list[space.Settings]:
-    """The trials, by the way of searching."""
-    drawn_from = [name for name, given in values.items() if space.is_distribution(given)]
-    if file.search != "random" and (drawn_from or file.samples is not None):
-        raise InputError(f"{', '.join(drawn_from) or 'samples'} needs search: random, got {file.search}")
+    """The trials, by the way of searching. Raises `InputError` for a way that contradicts the rest of the file."""
     if (file.search == "list") != (file.trials is not None):
         raise InputError("search: list goes with trials: [{word: value, ...}, ...], the other ways without them")
     if file.search == "random":
         if not file.samples or file.samples < 1:
             raise InputError("search: random needs samples: how many trials to draw")
         return space.drawn(values, file.samples, file.seed)
+    drawn_from = [name for name, given in values.items() if space.is_distribution(given)]
+    if drawn_from or file.samples is not None:
+        raise InputError(f"{', '.join(drawn_from) or 'samples'} needs search: random, got {file.search}")
     crossed = space.grid(values)
     listed = [{name: _as_numbers(value) for name, value in one.items()} for one in file.trials or [{}]]
     return [{**one, **more} for one in listed for more in crossed]

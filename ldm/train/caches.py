@@ -70,23 +70,20 @@ def refuse_cut_captions(models: Sequence[Any], data: DataModuleFromConfig) -> No
     sets = [one for one in data.datasets.values() if hasattr(one, "all_captions")]
     if encoder is None or not sets:
         return
-    words = {getattr(one, "identifier", None) or getattr(one, "placeholder_token", None) for one in sets} - {None}
+    words = {getattr(one, "identifier", None) or getattr(one, "placeholder_token", None) for one in sets}
     words |= set(getattr(encoder.new_tokens, "words", ()))
     captions = sorted({caption for one in sets for caption in one.all_captions()})
     cut = {caption: lost for caption in captions if (lost := cut_words(encoder, caption))}
     for caption, lost in cut.items():
-        if unseen := [word for word in words if word in lost.split() and word not in _seen(caption, lost)]:
+        seen = caption.removesuffix(lost).split()
+        if unseen := words & set(lost.split()) - set(seen):
             raise InputError(
-                f"the caption {caption[:60]!r}... is too long: the text encoder does not see {unseen[0]!r} in it; put "
-                "the word nearer to the beginning"
+                f"the caption {caption[:60]!r}... is too long: the text encoder does not see {min(unseen)!r} in it; "
+                "put the word nearer to the beginning"
             )
     if cut:
         lost = next(iter(cut.values()))
         log.warning("%d captions are too long for the text encoder, which does not see their end: %s", len(cut), lost)
-
-
-def _seen(caption: str, lost: str) -> list[str]:
-    return caption.removesuffix(lost).split()
 
 
 def _encode_pictures(

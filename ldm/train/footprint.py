@@ -6,7 +6,7 @@ fake tensors in a few seconds whatever its size; a dispatch mode sees every oper
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,7 +127,6 @@ def measure(
         count = Count()
         for value in (*model.parameters(), *model.buffers()):
             count.track(value)
-        frozen = {name: value for name, value in model.named_parameters() if name not in trained}
         optimizer = model.configure_optimizers()
         optimizer = optimizer[0][0] if isinstance(optimizer, tuple) else optimizer
         model.train()
@@ -136,8 +135,8 @@ def measure(
             count.calls.clear()
             gradients = _step(model, samples, optimizer, precision)
         return Footprint(
-            unet=bytes_of(value for name, value in frozen.items() if name.startswith(UNET)),
-            encoders=bytes_of(value for name, value in frozen.items() if not name.startswith(UNET)),
+            unet=_frozen_bytes(model, trained, of_unet=True),
+            encoders=_frozen_bytes(model, trained, of_unet=False),
             trainable=bytes_of(trained.values()),
             gradients=gradients,
             optimizer=bytes_of(v for v in tree_leaves(list(optimizer.state.values())) if isinstance(v, Tensor)),
@@ -146,6 +145,11 @@ def measure(
             flops=sum(flops for flops, _ in count.calls),
             calls=count.calls,
         )
+
+
+def _frozen_bytes(model: nn.Module, trained: Container[str], of_unet: bool) -> int:
+    named = model.named_parameters()
+    return bytes_of(v for name, v in named if name not in trained and name.startswith(UNET) == of_unet)
 
 
 def _step(model: nn.Module, samples: list[dict[str, Any]], optimizer: Optimizer, precision: str) -> int:

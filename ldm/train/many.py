@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.config import instantiate_from_config, override, plain, stored_config, unet_params
+from ldm.config import instantiate_from_config, override, plain, stored_config
 from ldm.errors import InputError
 from ldm.models.building import untuned_model
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -119,7 +120,7 @@ def without(config: DictConfig) -> dict[str, Any]:
     params = common["model"]["params"]
     for name in TUNING:
         params.pop(name, None)
-    params[unet_params(common).split(".")[2]]["params"].pop("adapter_config", None)
+    params["unet_config"]["params"].pop("adapter_config", None)
     if isinstance(params.get("cond_stage_config"), dict):
         (params["cond_stage_config"].get("params") or {}).pop("modifier_token", None)
     common["model"].pop("base_learning_rate", None)
@@ -131,36 +132,42 @@ def without(config: DictConfig) -> dict[str, Any]:
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> tuple[list[Run], Path]:
     """Every config on every subject, and the folder that they lie in. Raises `InputError`."""
-    if options.resume:
-        folder = Path(options.resume)
-        stored = sorted(folder.glob("*/configs/project.yaml"))
-        if not stored or not (folder / "checkpoints" / "last.ckpt").is_file():
-            raise InputError(f"cannot resume {folder}: expected a folder of train_many.py with checkpoints/last.ckpt")
-        usual = dreambooth_parser("", several=True).get_default
-        if asked := [name for name, value in vars(options).items() if name not in RESUMES and value != usual(name)]:
-            raise InputError(f"-r goes on with trainings as they are stored; leave --{', --'.join(asked)} out")
-        configs = [override(stored_config(path), overrides) for path in stored]
-        for config in configs:
-            check_config(config)
-        configs = [with_trainer(config, options.gpus, trainer_options) for config in configs]
-        return [
-            dreambooth.as_run(config, path.parent.parent, debug=options.debug)
-            for config, path in zip(configs, stored, strict=True)
-        ], folder
+    planned = _resumed if options.resume else _new
+    return planned(options, trainer_options, overrides)
+
+
+def _resumed(
+    options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]
+) -> tuple[list[Run], Path]:
+    folder = Path(options.resume)
+    stored = sorted(folder.glob("*/configs/project.yaml"))
+    if not stored or not (folder / "checkpoints" / "last.ckpt").is_file():
+        raise InputError(f"cannot resume {folder}: expected a folder of train_many.py with checkpoints/last.ckpt")
+    usual = dreambooth_parser("", several=True).get_default
+    if asked := [name for name, value in vars(options).items() if name not in RESUMES and value != usual(name)]:
+        raise InputError(f"-r goes on with trainings as they are stored; leave --{', --'.join(asked)} out")
+    configs = [override(stored_config(path), overrides) for path in stored]
+    for config in configs:
+        check_config(config)
+    configs = [with_trainer(config, options.gpus, trainer_options) for config in configs]
+    return [
+        dreambooth.as_run(config, path.parent.parent, debug=options.debug)
+        for config, path in zip(configs, stored, strict=True)
+    ], folder
+
+
+def _new(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> tuple[list[Run], Path]:
     if not options.base or not options.data_root:
         raise InputError("nothing to train: name configs with --base and folders of photographs with --data_root")
-    subjects = list(
-        zip(*(_for_each(options, name) for name in ("data_root", "reg_data_root", "class_word")), strict=True)
-    )
+    columns = [_for_each(options, name) for name in ("data_root", "reg_data_root", "class_word")]
     folder = run_folder.new_folder(options.logdir, options.project, "", options.name or "many", options.postfix)
     parts = []
-    for config in options.base:
-        for data, reg, word in subjects:
-            own = argparse.Namespace(**vars(options))
-            own.base, own.data_root, own.reg_data_root, own.class_word = [config], data, reg, word
-            part = dreambooth.plan(own, trainer_options, overrides)
-            part.folder = folder / f"{len(parts):03}_{Path(config).stem}_{Path(data).resolve().name}"
-            parts.append(part)
+    for config, (data, reg, word) in itertools.product(options.base, zip(*columns, strict=True)):
+        own = argparse.Namespace(**vars(options))
+        own.base, own.data_root, own.reg_data_root, own.class_word = [config], data, reg, word
+        part = dreambooth.plan(own, trainer_options, overrides)
+        part.folder = folder / f"{len(parts):03}_{Path(config).stem}_{Path(data).resolve().name}"
+        parts.append(part)
     return parts, folder
 
 

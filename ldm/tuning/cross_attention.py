@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from ldm.errors import InputError
-from ldm.modules.encoders.tokens import readers
 from ldm.tuning.full import ByName
 from ldm.tuning.textual_inversion import TextualInversion, word_ids
 
@@ -42,7 +41,6 @@ class ModifierTokens(TextualInversion):
 
     def install(self, model: nn.Module) -> None:
         for how, rare in zip(list(self.words.values())[::-1], RARE_WORDS, strict=False):
-            known = all(len(word_ids(encoder, rare)) == 1 for encoder in readers(model).values())
-            if how["init_word"] is None and known:
+            if how["init_word"] is None and len(word_ids(model.cond_stage_model, rare)) == 1:
                 how["init_word"] = rare
         super().install(model)

@@ -191,12 +191,15 @@ def _sizes(
         raise InputError(f"LoRA: targets know rank and alpha, not {', '.join(sorted(unknown))}")
     sizes = {pattern: {**given, **(chosen or {})} for pattern, chosen in own.items()}
     for pattern, size in sizes.items():
-        rank, alpha = size["rank"], size.get("alpha", 1)
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise InputError(f"LoRA: rank of {pattern!r} must be at least 1, got {rank!r}")
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise InputError(f"LoRA: alpha of {pattern!r} must be a finite number, got {alpha!r}")
+        _check_size(pattern, **size)
     return sizes
+
+
+def _check_size(pattern: str, rank: Any, alpha: Any = 1) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise InputError(f"LoRA: rank of {pattern!r} must be at least 1, got {rank!r}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise InputError(f"LoRA: alpha of {pattern!r} must be a finite number, got {alpha!r}")
 
 
 def wrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

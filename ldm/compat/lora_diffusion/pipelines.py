@@ -152,13 +152,7 @@ def save_all(
     path, suffix = Path(save_path), ".safetensors" if safe_form else ".pt"
     if path.suffix != suffix:
         raise InputError(f"save_path: expected a name that ends in {suffix} with safe_form={safe_form}, got {path}")
-    words: dict[str, Tensor] = {}
-    if save_ti:
-        tokens, ids = list(placeholder_tokens or ()), list(placeholder_token_ids or ())
-        if len(tokens) != len(ids):
-            raise InputError(f"{len(tokens)} placeholder_tokens and {len(ids)} placeholder_token_ids; expected as many")
-        table = text_encoder.get_input_embeddings().weight.detach().cpu()
-        words = {token: table[number].clone() for token, number in zip(tokens, ids, strict=True)}
+    words = _vectors_of(text_encoder, placeholder_tokens or (), placeholder_token_ids or ()) if save_ti else {}
     found = {
         "unet": (unet, target_replace_module_unet),
         "text_encoder": (text_encoder, target_replace_module_text),
@@ -173,6 +167,14 @@ def save_all(
         save_lora_weight(model, path if part == "unet" else cs.text_beside(path), classes)
     if words:
         save_torch(_words_beside(path), words)
+
+
+def _vectors_of(text_encoder: nn.Module, words: Sequence[str], ids: Sequence[int]) -> dict[str, Tensor]:
+    """The vectors [d] of words by their ids. Raises `InputError` for fewer or more of those."""
+    if len(words) != len(ids):
+        raise InputError(f"{len(words)} placeholder_tokens and {len(ids)} placeholder_token_ids; expected as many")
+    table = text_encoder.get_input_embeddings().weight.detach().cpu()
+    return {word: table[number].clone() for word, number in zip(words, ids, strict=True)}
 
 
 class LoRAManager:

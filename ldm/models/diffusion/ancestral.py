@@ -7,6 +7,7 @@ offer it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,34 +150,46 @@ class AncestralSampling:
         count, shape = len(latents), tuple(latents.shape)
         shown = {"inputs": self.get_input(batch, self.first_stage_key), "reconstruction": self._shown(latents)}
         ddim = ddim_steps is not None
-        more = {"eta": ddim_eta} if ddim else {"verbose": False}
+        options = {"eta": ddim_eta} if ddim else {"verbose": False}
+        drawn = partial(self.sample_log, cond, count, ddim, ddim_steps, **options)
         if plot_diffusion_rows:
-            times = [t for t in range(self.num_timesteps) if t % self.log_every_t == 0 or t == self.num_timesteps - 1]
-            rows = [self.q_sample(latents[:n_row], torch.full((min(n_row, count),), t, device=latents.device))
-                    for t in times]  # fmt: skip
-            shown["diffusion_row"] = self._shown(torch.cat(rows))
+            shown["diffusion_row"] = self._shown(self._noised(latents[:n_row]))
         if sample:
-            drawn, way = self.sample_log(cond, count, ddim, ddim_steps, **more)
-            shown["samples"] = self._shown(drawn)
+            samples, way = drawn()
+            shown["samples"] = self._shown(samples)
             if plot_denoise_rows:
                 shown["denoise_row"] = self._shown(torch.cat(way["x_inter"] if ddim else way))
-            if inpaint:
-                hole = torch.ones(count, 1, *shape[2:], device=latents.device)
-                top, left = (side // 4 for side in shape[2:])
-                hole[:, :, top : 3 * top, left : 3 * left] = 0
-                for name, mask in (("samples_inpainting", hole), ("samples_outpainting", 1 - hole)):
-                    drawn, _ = self.sample_log(cond, count, ddim, ddim_steps, x0=latents, mask=mask, **more)
-                    shown[name] = self._shown(drawn)
+        if sample and inpaint:
+            hole = _around_the_centre(latents)
+            for name, mask in (("samples_inpainting", hole), ("samples_outpainting", 1 - hole)):
+                samples, _ = drawn(x0=latents, mask=mask)
+                shown[name] = self._shown(samples)
         if plot_progressive_rows:
             _, estimates = self.progressive_denoising(cond, shape, verbose=False)
             shown["progressive_row"] = self._shown(torch.cat(estimates))
         wanted = set(return_keys or shown)
         return {name: value for name, value in shown.items() if name in wanted} or shown
 
+    def _noised(self, latents: Tensor) -> Tensor:
+        """Latents at every `log_every_t`-th step and at the last one, one step after the other."""
+        last = self.num_timesteps - 1
+        steps = [t for t in range(self.num_timesteps) if t % self.log_every_t == 0 or t == last]
+        return torch.cat([
+            self.q_sample(latents, torch.full((len(latents),), t, device=latents.device)) for t in steps
+        ])  # fmt: skip
+
     def _shown(self, x: Tensor) -> Tensor:
         """What the diffusion works on, as pictures."""
         decode = getattr(self, "decode_first_stage", None)
         return x if decode is None else decode(x)
+
+
+def _around_the_centre(latents: Tensor) -> Tensor:
+    """A mask [b, 1, h, w] for latents [b, c, h, w]: 0 in the square in the middle, half as high and wide, else 1."""
+    mask = torch.ones_like(latents[:, :1])
+    top, left = (side // 4 for side in latents.shape[2:])
+    mask[:, :, top : 3 * top, left : 3 * left] = 0
+    return mask
 
 
 def _first(cond: Any, count: int) -> Any:

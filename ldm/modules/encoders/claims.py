@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,30 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 PARAMETERS = 2**31
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: Any, most: int) -> bool:
+    return _is_int(value) and 1 <= value <= most
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or _is_int(value) and abs(value) < 2**63 or isinstance(value, float) and math.isfinite(value)
+
+
+def _is_id(value: Any) -> bool:
+    return value is None or _is_int(value) and 0 <= value < 2**31
+
+
+# The keys of a tower that are read: what they must be, and how a refusal says so.
+KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **{key: (partial(_is_size, most=most), f"a whole number from 1 to {most}") for key, most in LARGEST.items()},
+    **dict.fromkeys(NUMBERS, (_is_number, "a finite number")),
+    **dict.fromkeys(IDS, (_is_id, "a whole number of at least 0")),
+}
+
+
 def read_clip(folder: Path) -> dict[str, Any]:
     """The `config.json` of a CLIP folder, or of its text encoder alone: sizes, numbers and activations, nothing else.
 
@@ -61,22 +86,21 @@ def _tower(part: Any, file: Path) -> dict[str, Any]:
     for key in ATTENTION:
         if "/" in str(part.get(key)):
             raise InputError(f"{file} refused: its {key} {short(part[key])} asks for code, and a folder is data")
-    for key, most in LARGEST.items():
-        if key in part and not _is_size(part[key], most):
-            raise InputError(f"{file}: {key} must be a whole number from 1 to {most}, got {short(part[key])}")
-    for key in NUMBERS:
-        if part.get(key) is not None and not _is_number(part[key]):
-            raise InputError(f"{file}: {key} must be a finite number, got {short(part[key])}")
-    for key in IDS:
-        if part.get(key) is not None and not (_is_int(part[key]) and 0 <= part[key] < 2**31):
-            raise InputError(f"{file}: {key} must be a whole number of at least 0, got {short(part[key])}")
+    for key, (fits, expected) in KEYS.items():
+        if key in part and not fits(part[key]):
+            raise InputError(f"{file}: {key} must be {expected}, got {short(part[key])}")
     if "hidden_act" in part:
         _check_activation(part["hidden_act"], file)
+    if _parameters(part) > PARAMETERS:
+        raise InputError(f"{file} asks for more than {PARAMETERS} parameters")
+    return {key: part[key] for key in (*KEYS, "hidden_act") if part.get(key) is not None}
+
+
+def _parameters(part: Mapping[str, Any]) -> int:
+    """About how many parameters a tower has, of which all sizes are known to be numbers."""
     width, inner = part.get("hidden_size", 0), part.get("intermediate_size", 0)
     layers = part.get("num_hidden_layers", 0) * (4 * width**2 + 2 * width * inner)
-    if layers + (part.get("vocab_size", 0) + part.get("max_position_embeddings", 0)) * width > PARAMETERS:
-        raise InputError(f"{file} asks for more than {PARAMETERS} parameters")
-    return {key: part[key] for key in (*LARGEST, *NUMBERS, *IDS, "hidden_act") if part.get(key) is not None}
+    return layers + (part.get("vocab_size", 0) + part.get("max_position_embeddings", 0)) * width
 
 
 def _check_activation(name: Any, file: Path) -> None:
@@ -106,15 +130,3 @@ def check_tokenizer(folder: Path) -> None:
     merges = folder / "merges.txt"
     if merges.is_file() and merges.stat().st_size > TEXT_BYTES:
         raise InputError(f"{merges} refused: it has more than {TEXT_BYTES} bytes")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_size(value: Any, most: int) -> bool:
-    return _is_int(value) and 1 <= value <= most
-
-
-def _is_number(value: Any) -> bool:
-    return _is_int(value) and abs(value) < 2**63 or isinstance(value, float) and math.isfinite(value)
