@@ -19,7 +19,10 @@ def main(argv: list[str] | None = None) -> int | None:
         print(overview())
         return None
     if words[0] in verbs():
-        return Program(words[0], f"ldm {words[0]}")(words[1:])
+        program = Program(words[0], f"ldm {words[0]}")
+        if argv is None:
+            program.has_process()
+        return program(words[1:])
     raise InputError(f"{words[0]!r} is no verb{did_you_mean(words[0], verbs())}; see ldm --help")
 
 

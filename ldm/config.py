@@ -166,6 +166,12 @@ def parameters_of(target: Callable) -> tuple[list[str], list[str] | None]:
     return [], None
 
 
+def unet_params(config: Mapping) -> str:
+    """Where a config has the parameters of its UNet: sgm's models call it the network."""
+    params = (config.get("model") or {}).get("params") or {}
+    return f"model.params.{'network_config' if 'network_config' in params else 'unet_config'}.params"
+
+
 def _with_own_init(cls: type) -> list[type]:
     """The class and its parents in the order of Python's search, but for those that inherit `__init__`."""
     return [one for one in inspect.getmro(cls) if "__init__" in vars(one)]

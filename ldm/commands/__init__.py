@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+from ldm import lightning
 from ldm.cli import Parser, complete
 
 VERBS = {
@@ -24,6 +25,7 @@ VERBS = {
         "inspect", "convert", "merge", "lora-add", "distill", "deltas", "compress", "compose",
     ),
 }  # fmt: skip
+TRAINS = {"train", "train-many", "fit", "lora-pti", "sweep", "demo"}  # the others do without Lightning
 
 
 def verbs() -> list[str]:
@@ -49,6 +51,11 @@ class Program:
     verb: str
     prog: str | None = None
 
+    def has_process(self) -> None:
+        """The process runs this verb and nothing else: what it does not need need not be imported."""
+        if self.verb not in TRAINS:
+            lightning.leave_out()
+
     @property
     def module(self) -> ModuleType:
         return importlib.import_module(f"{__name__}.{module_name(self.verb)}")
@@ -63,6 +70,8 @@ class Program:
         return parser
 
     def __call__(self, argv: list[str] | None = None) -> int | None:
+        if argv is None:
+            self.has_process()
         parser = self.parser()
         complete(parser)
         return self.module.run(parser.parse_args(argv))

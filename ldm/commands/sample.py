@@ -327,7 +327,7 @@ def add_adapters(model, options: argparse.Namespace) -> None:
 
     names = assign_tokens(split_words(options.modifier_token), options.adapter_path)
     if options.embedding_path:  # words as they are called in the file, `*` too, as in LDM
-        load_words(model.cond_stage_model, options.embedding_path, "--embedding_path")
+        load_words(model, options.embedding_path, "--embedding_path")
     scales = options.adapter_scale or [1.0]
     scales = scales[:1] if len(options.adapter_path) == 1 else scales
     scales = scales * len(options.adapter_path) if len(scales) == 1 else scales

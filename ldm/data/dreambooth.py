@@ -13,7 +13,7 @@ from kornia.geometry.transform import hflip
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.pictures import INTERPOLATIONS, find_pictures, fit_square, normalize, read_picture
+from ldm.data.pictures import INTERPOLATIONS, find_pictures, fit_square, normalize, picture_size, read_picture
 from ldm.errors import InputError, short
 
 Item = dict[str, Any]
@@ -37,7 +37,9 @@ class PersonalizedBase(Dataset):
     `dataset[k]` is sample k, counted over the run: k may exceed `len()`, and epoch `k // len()` has its own order.
     No global random state is read, so workers, epoch boundaries and restarts do not change what sample k is.
 
-    An item is `{"image": float32 [size, size, 3] (h w c) in [-1, 1], "caption": str}`.
+    An item is `{"image": float32 [size, size, 3] (h w c) in [-1, 1], "caption": str}`, and with `sizes` what SDXL is
+    conditioned on (arXiv 2307.01952, section 2.2): `original_size_as_tuple`, `crop_coords_top_left` and
+    `target_size_as_tuple`, float32 [2] each, (height, width) or (top, left) in pixels.
 
     Args:
         data_root: folder with the pictures, see `find_pictures`.
@@ -59,6 +61,7 @@ class PersonalizedBase(Dataset):
         identifier: the rare token that names the subject; wins over `placeholder_token`.
         seed: of the order, the flips and the choice of templates.
         cache: keep decoded pictures in memory, up to `CACHE_BYTES`.
+        sizes: items say how large the picture is in its file, where the square was cut out of it, and how large it is.
 
     Raises `InputError`, naming the argument, for values that cannot be used, and for what `find_pictures` and
     `read_picture` refuse.
@@ -83,6 +86,7 @@ class PersonalizedBase(Dataset):
         identifier: str | None = None,
         seed: int = 0,
         cache: bool = True,
+        sizes: bool = False,
     ) -> None:
         _check("data_root", data_root, isinstance(data_root, (str, Path)), "the path of a folder with pictures")
         _check("size", size, _is_count(size), "a number of pixels such as 512")
@@ -94,6 +98,7 @@ class PersonalizedBase(Dataset):
         _check("set", set, set in SETS, f"one of {', '.join(SETS)}")
         _check("seed", seed, seed == 0 or _is_count(seed), "a whole number that is not negative")
         flags = {"per_image_tokens": per_image_tokens, "center_crop": center_crop, "reg": reg, "cache": cache}
+        flags["sizes"] = sizes
         for name, value in flags.items():
             _check(name, value, isinstance(value, bool), "true or false")
         identifier = placeholder_token if identifier is None else identifier
@@ -106,7 +111,7 @@ class PersonalizedBase(Dataset):
         self.shuffle = set == "train"
         self.flip_p = flip_p if self.shuffle else 0.0
         self.mixing_prob = mixing_prob if per_image_tokens else 0.0
-        self.reg, self.seed = reg, seed
+        self.reg, self.seed, self.sizes = reg, seed, sizes
         self.identifier, self.class_word, self.coarse_class_text = identifier, class_word, coarse
         self.templates = _read_templates(templates, self._parts(identifier))
         self.paths = find_pictures(data_root)
@@ -128,7 +133,22 @@ class PersonalizedBase(Dataset):
     def sample(self, k: int) -> Item:
         """Item number k of the run, k >= 0; the shapes are given above. Raises `IndexError` for a negative k."""
         chosen = self.choose(k)
-        return {"image": self.picture(chosen.number, chosen.flipped), "caption": chosen.caption}
+        image = self.picture(chosen.number, chosen.flipped)
+        return {"image": image, "caption": chosen.caption, **self.sizes_of(chosen.number)}
+
+    def sizes_of(self, number: int) -> dict[str, Tensor]:
+        """What an item says of the size of picture `number`; nothing without `sizes`."""
+        if not self.sizes:
+            return {}
+        height, width = picture_size(self.paths[number])
+        side = min(height, width)
+        corner = [(length - side) * self.size // (2 * side) * self.center_crop for length in (height, width)]
+        pairs = {
+            "original_size_as_tuple": (height, width),
+            "crop_coords_top_left": corner,
+            "target_size_as_tuple": (self.size, self.size),
+        }
+        return {name: torch.tensor(pair, dtype=torch.float32) for name, pair in pairs.items()}
 
     def choose(self, k: int) -> Choice:
         """What sample k shows. Raises `IndexError` for a negative k."""
@@ -162,7 +182,7 @@ class PersonalizedBase(Dataset):
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         """A generator of its own for every draw and every epoch; the two sets of a pair have different ones."""
-        key = (self.seed, self.reg, ("sample", "order").index(purpose), number)
+        key = (self.seed, self.reg, ("sample", "order", "mask").index(purpose), number)
         state = np.random.SeedSequence([int(part) for part in key]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]) >> 1)
 

@@ -28,4 +28,4 @@ class EncodedSamples(Dataset):
     def sample(self, k: int) -> dict[str, Any]:
         chosen = self.dataset.choose(k)
         image = self.moments[chosen.number, int(chosen.flipped)].permute(1, 2, 0)
-        return {"image": image, "caption": chosen.caption}
+        return {"image": image, "caption": chosen.caption, **self.dataset.sizes_of(chosen.number)}

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from ldm.errors import InputError, first_line, short
+from ldm.errors import InputError, explain, first_line, short
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,16 @@ def read_picture(path: str | Path) -> Image.Image:
             return _rgb(ImageOps.exif_transpose(picture))
     except Exception as error:  # Pillow's decoders raise a dozen different kinds for a damaged file
         raise InputError(f"cannot read the picture {path}: {first_line(error)}; replace or remove it") from error
+
+
+@cache
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of an upright picture, from its file's header. Raises `InputError` as `read_picture` does."""
+    with explain(f"cannot read the picture {path}; replace or remove it", OSError, SyntaxError, ValueError):
+        with Image.open(path, formats=_formats()) as picture:
+            width, height = picture.size
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (width, height) if turned else (height, width)
 
 
 @cache

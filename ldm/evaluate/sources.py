@@ -134,7 +134,7 @@ def _base(run: Run | None, config: str | None, ckpt: str | None) -> Callable[[],
         source = untuned(source.copy())
         model = build_model(source, *choose_checkpoint(source, ckpt or (run.base if run else None))).eval()
         if words:
-            load_words(model.cond_stage_model, words, "--embedding_manager_ckpt")
+            load_words(model, words, "--embedding_manager_ckpt")
         model.model.diffusion_model.adapters_enable(False)
         return model
 

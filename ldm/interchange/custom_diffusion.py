@@ -30,7 +30,7 @@ from ldm.interchange.names import (
 )
 
 EMBEDDINGS = TEXT + "text_model.embeddings.token_embedding.weight"
-NEW_TOKENS = "cond_stage_model.new_tokens.vectors."
+NEW_TOKENS = ".new_tokens.vectors."  # behind the name of a text encoder
 # What is saved of a checkpoint, by what was trained. The published code always saves keys and values only.
 SAVED = {"crossattn-kv": r"\.attn2\.to_[kv]\.weight$", "crossattn": r"\.attn2\."}
 COMPRESSED = re.compile(SAVED["crossattn-kv"])
@@ -173,7 +173,7 @@ def extract(
     tuned = {n: value.clone() for n, value in weights.items() if n.startswith(UNET) and wanted.search(n)}
     if not tuned:
         raise InputError(f"{source} has no cross-attention weights (attn2): nothing to extract")
-    beside = [value for name, value in weights.items() if name.startswith(NEW_TOKENS)]
+    beside = [value for name, value in weights.items() if NEW_TOKENS in name]
     if newtoken and not beside and EMBEDDINGS not in weights:
         raise InputError(f"{source} has no text embeddings to take {newtoken} new words from; use --newtoken 0")
     rows = torch.cat(beside) if beside else weights.get(EMBEDDINGS)

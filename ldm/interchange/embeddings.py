@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.checkpoints import save_safetensors, save_torch, write_all
 from ldm.errors import InputError
 from ldm.interchange.formats import Codec, Context, Opened, open_file
-from ldm.modules.encoders.tokens import embeddings_in
+from ldm.modules.encoders.tokens import TOWERS, Vectors, embeddings_in
 
 WEB_UI = "*"  # what LDM's files and web UIs call the word inside; the word itself is then the name of the file
 
@@ -28,8 +28,11 @@ def looks_like(content: Any) -> bool:
     return len(shapes) == len(content) and len(set(shapes)) == 1 and not any("." in str(name) for name in content)
 
 
-def read(path: str | Path | Opened) -> dict[str, Tensor]:
-    """Words with their vectors [v, d]. A word called `*` or `emb_params` inside takes the file's own name, `<name>`."""
+def read(path: str | Path | Opened) -> dict[str, Vectors]:
+    """Words with their vectors [v, d], or those for each text encoder (SDXL).
+
+    A word called `*` or `emb_params` inside takes the file's own name, `<name>`.
+    """
     file = open_file(path)
     found, content = embeddings_in(file.content, file.metadata, file.path), file.content
     name = content.get("name") if isinstance(content.get("name"), str) else file.path.stem
@@ -37,14 +40,14 @@ def read(path: str | Path | Opened) -> dict[str, Tensor]:
     return {own if word in (WEB_UI, "emb_params") else word: vectors for word, vectors in found.items()}
 
 
-def write_diffusers(path: str | Path, words: Mapping[str, Tensor]) -> list[Path]:
+def write_diffusers(path: str | Path, words: Mapping[str, Vectors]) -> list[Path]:
     """Write what diffusers' `load_textual_inversion` reads, see `diffusers_files`. Returns the files."""
     files = diffusers_files(path, words)
     write_all(files)
     return list(files)
 
 
-def diffusers_files(path: str | Path, words: Mapping[str, Tensor]) -> dict[Path, Callable[[Path], None]]:
+def diffusers_files(path: str | Path, words: Mapping[str, Vectors]) -> dict[Path, Callable[[Path], None]]:
     """One file for each word, and what writes it; several words go into a folder, `path`."""
     path = Path(path)
     names = [re.sub(r"[^\w-]+", "_", word.strip("<>")) for word in words]  # a word may be no name for a file: `<a/b>`
@@ -55,14 +58,20 @@ def diffusers_files(path: str | Path, words: Mapping[str, Tensor]) -> dict[Path,
     return {file: partial(_save_words, words=content) for file, content in files.items()}
 
 
-def _save_words(path: Path, words: Mapping[str, Tensor]) -> None:
-    save_safetensors(path, {word: v[0] if len(v) == 1 else v for word, v in words.items()}, {"format": "pt"})
+def _save_words(path: Path, words: Mapping[str, Vectors]) -> None:
+    """One word of SDXL as `clip_l` and `clip_g`, else words by their names."""
+    named: dict[str, Tensor] = {}
+    for word, vectors in words.items():
+        named |= dict(zip(TOWERS, vectors, strict=True)) if isinstance(vectors, tuple) else {word: vectors}
+    save_safetensors(path, {word: v[0] if len(v) == 1 else v for word, v in named.items()}, {"format": "pt"})
 
 
-def write_ldm(path: str | Path, words: Mapping[str, Tensor]) -> None:
+def write_ldm(path: str | Path, words: Mapping[str, Vectors]) -> None:
     """Write LDM's layout, which web UIs read too: {"string_to_token": ..., "string_to_param": {word: [v, d]}}."""
     if not words:
         raise InputError("there are no words to write")
+    if any(isinstance(vectors, tuple) for vectors in words.values()):
+        raise InputError("LDM's files of words are for one text encoder; write these with --to words")
     only = len(words) == 1
     inside = {WEB_UI if only else word: vectors for word, vectors in words.items()}
     extra = {"name": next(iter(words))} if only else {}
@@ -73,7 +82,7 @@ def write_ldm(path: str | Path, words: Mapping[str, Tensor]) -> None:
 # --- the rows
 
 
-def _read(file: Opened, context: Context) -> dict[str, Tensor]:
+def _read(file: Opened, context: Context) -> dict[str, Vectors]:
     return read(file)
 
 

@@ -14,6 +14,7 @@ from ldm.interchange.custom_diffusion import Delta, LowRank
 from ldm.interchange.lora import Factors, Lora, norm
 from ldm.interchange.names import UNET
 from ldm.models.bases import recognise
+from ldm.modules.encoders.tokens import Vectors
 from ldm.modules.folders import names_adapter, read_folder
 
 
@@ -39,10 +40,15 @@ def _norms(norms: Mapping[str, float]) -> dict[str, Any]:
     return {"norm of the change": round(total, 6), "largest": f"{largest} ({norms[largest]:.4g})"}
 
 
-def of_words(words: Mapping[str, Tensor]) -> dict[str, Any]:
+def of_words(words: Mapping[str, Vectors]) -> dict[str, Any]:
     """Vectors, widths and norms."""
-    lines = {w: f"{len(v)} x {v.shape[-1]}, norm {v.norm(dim=-1).mean():.4g}" for w, v in words.items()}
+    parts = {word: v if isinstance(v, tuple) else (v,) for word, v in words.items()}
+    lines = {word: " and ".join(map(_of_vectors, own)) for word, own in parts.items()}
     return {"words": lines} if lines else {}
+
+
+def _of_vectors(vectors: Tensor) -> str:
+    return f"{len(vectors)} x {vectors.shape[-1]}, norm {vectors.norm(dim=-1).mean():.4g}"
 
 
 def of_delta(delta: Delta) -> dict[str, Any]:

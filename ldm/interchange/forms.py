@@ -18,6 +18,7 @@ from ldm.interchange import apply, custom_diffusion, facts, own
 from ldm.interchange import lora as loras
 from ldm.interchange.custom_diffusion import Delta
 from ldm.interchange.lora import Lora
+from ldm.modules.encoders.tokens import Vectors, readers, teach
 from ldm.tuning import files
 
 
@@ -53,13 +54,14 @@ class Form:
     renames_words: bool = False
 
 
-def add_tokens(model: nn.Module, tokens: Mapping[str, Tensor], words: Sequence[str] = ()) -> None:
-    """Add learnt words to a model's text encoder, under other names if some are given."""
+def add_tokens(model: nn.Module, tokens: Mapping[str, Vectors], words: Sequence[str] = ()) -> None:
+    """Add learnt words to a model's text encoders, under other names if some are given."""
     if words and len(words) != len(tokens):
         held = "+".join(tokens) or "none"
         raise InputError(f"{len(words)} words are named ({'+'.join(words)}), the file holds {len(tokens)}: {held}")
+    encoders = readers(model)
     for word, vectors in zip(words or tokens, tokens.values(), strict=True):
-        model.cond_stage_model.add_token(word, vectors)
+        teach(encoders, word, vectors)
 
 
 def _load_lora(model: nn.Module, lora: Lora, how: Loading) -> None:
@@ -75,7 +77,7 @@ def _load_delta(model: nn.Module, delta: Delta, how: Loading) -> None:
     apply.add(model, changes, how.scale)
 
 
-def _load_words(model: nn.Module, words: Mapping[str, Tensor], how: Loading) -> None:
+def _load_words(model: nn.Module, words: Mapping[str, Vectors], how: Loading) -> None:
     add_tokens(model, words, how.words)
 
 

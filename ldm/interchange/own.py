@@ -19,6 +19,7 @@ from ldm.errors import InputError
 from ldm.interchange.custom_diffusion import NEW_TOKENS, SAVED, Delta
 from ldm.interchange.formats import Codec, Opened
 from ldm.interchange.lora import Factors, Lora, weighted_sum
+from ldm.modules.encoders.tokens import Vectors
 from ldm.modules.folders import names_adapter, read_config, read_folder
 from ldm.tuning import choose, table
 from ldm.tuning.lora import LoRA
@@ -94,7 +95,7 @@ def folded(path: str | Path, model: nn.Module, strength: float = 1.0) -> dict[st
     _without_adapters(path, "cannot be folded into weights")
     files.load(model, path, strength)
     merge(model)
-    return {name: value for name, value in model.state_dict().items() if not name.startswith(NEW_TOKENS)}
+    return {name: value for name, value in model.state_dict().items() if NEW_TOKENS not in name}
 
 
 def _without_adapters(path: str | Path, why: str) -> None:
@@ -104,15 +105,25 @@ def _without_adapters(path: str | Path, why: str) -> None:
         )
 
 
-def words(path: str | Path) -> dict[str, Tensor]:
-    """The words that a folder holds, with their vectors [v, d]."""
-    found: dict[str, Tensor] = {}
+def words(path: str | Path) -> dict[str, Vectors]:
+    """The words that a folder holds, with their vectors [v, d], or those for each text encoder of its base."""
+    found: dict[str, Vectors] = {}
     for entry in families(path):
         if family := _inversion(*entry):
-            rows = _rows(entry[2], sum(how["vectors"] for how in family.words.values()), path)
+            number = sum(how["vectors"] for how in family.words.values())
+            rows = [_rows(part, number, path) for part in _by_encoder(entry[2])]
             for word, how in family.words.items():
-                found[word] = torch.cat([next(rows) for _ in range(how["vectors"])])
+                parts = [torch.cat([next(one) for _ in range(how["vectors"])]) for one in rows]
+                found[word] = parts[0] if len(parts) == 1 else tuple(parts)
     return found
+
+
+def _by_encoder(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The vectors of words, those of each text encoder by themselves, in the order of the encoders."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        parts.setdefault(name.partition(NEW_TOKENS)[0], {})[name] = value
+    return [parts[encoder] for encoder in sorted(parts)]
 
 
 def _rows(tensors: Mapping[str, Tensor], number: int, path: str | Path) -> Iterator[Tensor]:
@@ -125,7 +136,7 @@ def _rows(tensors: Mapping[str, Tensor], number: int, path: str | Path) -> Itera
 
 def _inversion(target: str, params: dict[str, Any], tensors: Mapping[str, Tensor]) -> TextualInversion | None:
     """The family of an entry if it is one of learnt words, such as Custom Diffusion's; no other one is built."""
-    if not all(name.startswith(NEW_TOKENS) for name in tensors):
+    if not all(NEW_TOKENS in name for name in tensors):
         return None
     family = choose({"target": target, "params": params}).family
     return family if isinstance(family, TextualInversion) else None

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from ldm.checkpoints import read_weights
 from ldm.config import instantiate_from_config
 from ldm.errors import InputError, explain
+from ldm.lightning import module_class
 from ldm.models.building import load_weights
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -26,7 +26,7 @@ from ldm.modules.ema import LitEma
 from ldm.modules.losses.adversarial import from_taming
 
 
-class FirstStage(pl.LightningModule):
+class FirstStage(module_class()):
     """Encoder, decoder and the training that all first stages share: an autoencoder against a discriminator.
 
     Two optimizers take turns in every batch; both see the same reconstruction. A subclass has `quant_conv` and

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,12 +13,13 @@ from torch.nn import functional as F
 from ldm.checkpoints import atomic_write, read_weights
 from ldm.config import find_file, instantiate_from_config
 from ldm.errors import InputError
+from ldm.lightning import module_class
 from ldm.models.building import load_weights
 from ldm.modules.encoders.claims import building, read_clip
 from ldm.modules.encoders.tokenizers import read_tokenizer, refuse_code
 
 
-class CLIP(pl.LightningModule):
+class CLIP(module_class()):
     """The two towers of a CLIP folder (`config.json`, tokenizer, and weights if it has them), and their training.
 
     Pictures are [b, 3, h, w] in -1 .. 1, as everywhere here. `learning_rate` is set by the training run.

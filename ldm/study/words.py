@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config import find_file, load_config, parse_overrides, plain
+from ldm.config import find_file, load_config, parse_overrides, plain, unet_params
 from ldm.errors import InputError, did_you_mean, short
 from ldm.models.building import untuned_model
 from ldm.modules.adapters import KINDS
 from ldm.tuning.search import chosen_routes
 
-ADAPTERS = "model.params.unet_config.params.adapter_config"
+ADAPTERS = "adapter_config"  # among the parameters of the UNet
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ def arguments_of(settings: Mapping[str, Any], base: str) -> list[str]:
         elif row.arguments is not None:
             words += row.arguments(value)
     if of_adapters := {name: settings[name] for name in OF_ADAPTERS if name in settings}:
-        words.append(f"{ADAPTERS}={json.dumps(adapter_config(of_adapters, base))}")
+        place = f"{unet_params(base_config(base))}.{ADAPTERS}"
+        words.append(f"{place}={json.dumps(adapter_config(of_adapters, base))}")
     return words
 
 
@@ -159,6 +160,7 @@ def adapter_config(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
 
 def adapters_in(config: DictConfig | Mapping) -> list[tuple[str, dict[str, Any]]]:
     """The position adapters of a config: the kind of block and the entry of each."""
-    found = plain(OmegaConf.select(OmegaConf.create(plain(config)), ADAPTERS)) or {}
+    whole = OmegaConf.create(plain(config))
+    found = plain(OmegaConf.select(whole, f"{unet_params(whole)}.{ADAPTERS}")) or {}
     entries = {kind: own if isinstance(own, list) else [own] for kind, own in found.items() if own}
     return [(kind, entry) for kind, own in entries.items() for entry in own]

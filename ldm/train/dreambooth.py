@@ -136,7 +136,7 @@ def train(run: Run, options: argparse.Namespace) -> pl.Trainer:
     with runs.before_the_first_step():
         model = runs.base_model(run)
         if file := run.config.dreambooth.get("words"):
-            words = load_words(model.cond_stage_model, file, "--embedding_manager_ckpt")
+            words = load_words(model, file, "--embedding_manager_ckpt")
             log.info("learnt words %s added to the text encoder", ", ".join(words))
         if options.num_class_images:
             for folder, caption in class_folders(run.config):

@@ -19,7 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.config import instantiate_from_config, override, plain, stored_config
+from ldm.config import instantiate_from_config, override, plain, stored_config, unet_params
 from ldm.errors import InputError
 from ldm.models.building import untuned_model
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -120,7 +120,7 @@ def without(config: DictConfig) -> dict[str, Any]:
     params = common["model"]["params"]
     for name in TUNING:
         params.pop(name, None)
-    params["unet_config"]["params"].pop("adapter_config", None)
+    params[unet_params(common).split(".")[2]]["params"].pop("adapter_config", None)
     if isinstance(params.get("cond_stage_config"), dict):
         (params["cond_stage_config"].get("params") or {}).pop("modifier_token", None)
     common["model"].pop("base_learning_rate", None)

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config import plain
+from ldm.config import plain, unet_params
 from ldm.errors import InputError
 from ldm.train.footprint import Footprint, measure
 from ldm.train.gpus import gpu, seconds
@@ -23,7 +23,7 @@ REACHED = 0.4  # share of a GPU's peak that training of diffusion models usually
 SWITCHES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--cache memory", {"cache": True}),
     ("--base_precision bf16", {"base_precision": "bf16"}),
-    ("model.params.unet_config.params.use_checkpoint=true", {"use_checkpoint": True}),
+    ("{unet}.use_checkpoint=true", {"use_checkpoint": True}),
     ("data.params.batch_size=1", {"batch_size": 1}),
     ("data.params.reg=null (no class pictures)", {"reg": False}),
 )
@@ -51,7 +51,7 @@ def footprint(config: DictConfig, settings: Mapping[str, Any]) -> Footprint:
     """The footprint of a step of a config, with some of the settings of `SWITCHES`."""
     config = OmegaConf.create(plain(config))
     if settings.get("use_checkpoint"):
-        OmegaConf.update(config, "model.params.unet_config.params.use_checkpoint", True, force_add=True)
+        OmegaConf.update(config, f"{unet_params(config)}.use_checkpoint", True, force_add=True)
     precision = OmegaConf.select(config, "lightning.trainer.precision")
     return measure(
         config,
@@ -111,6 +111,7 @@ def fitting(config: DictConfig, settings: dict[str, Any], found: Footprint, limi
     lines, settings = [f"does not fit into {limit:g} GiB: it needs {needed:.1f}. What helps:"], dict(settings)
     batch = config.data.params.get("batch_size")
     for words, change in SWITCHES:
+        words = words.format(unet=unet_params(config))
         if all(settings.get(key) == value for key, value in change.items()) or change == {"batch_size": batch}:
             continue
         settings |= change

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ldm.errors import InputError
+from ldm.modules.encoders.tokens import readers
 from ldm.tuning.full import ByName
 from ldm.tuning.textual_inversion import TextualInversion, word_ids
 
@@ -41,6 +42,7 @@ class ModifierTokens(TextualInversion):
 
     def install(self, model: nn.Module) -> None:
         for how, rare in zip(list(self.words.values())[::-1], RARE_WORDS, strict=False):
-            if how["init_word"] is None and len(word_ids(model.cond_stage_model, rare)) == 1:
+            known = all(len(word_ids(encoder, rare)) == 1 for encoder in readers(model).values())
+            if how["init_word"] is None and known:
                 how["init_word"] = rare
         super().install(model)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import InputError, short
+from ldm.modules.encoders.tokens import readers, teach
 
 
 class TextualInversion:
-    """New words of the text encoder; nothing else moves.
+    """New words of the text encoder, or of each of them where a model has two; nothing else moves.
 
     Args:
         words: one, several, or a mapping from words to `{init_word, vectors}` of their own.
@@ -51,28 +52,38 @@ class TextualInversion:
         self.norm_weight, self.seed = norm_weight, seed
 
     def install(self, model: nn.Module) -> None:
-        encoder = model.cond_stage_model
-        if not hasattr(encoder, "add_token"):
-            raise InputError(f"{type(encoder).__name__} reads no words, so it can learn none; use FrozenCLIPEmbedder")
+        encoders = readers(model)
+        if not encoders:
+            kind = type(model.cond_stage_model).__name__
+            raise InputError(f"{kind} reads no words, so it can learn none; use FrozenCLIPEmbedder")
         for number, (word, how) in enumerate(self.words.items()):
-            if len(word_ids(encoder, word)) == 1:
+            if any(len(word_ids(encoder, word)) == 1 for encoder in encoders.values()):
                 raise InputError(f"the text encoder knows {word!r} already; name the new word otherwise, e.g. <{word}>")
-            encoder.add_token(word, self._start(encoder, word, number, **how))
+            starts = [self._start(encoder, word, number, **how) for encoder in encoders.values()]
+            teach(encoders, word, tuple(starts))
 
     def adds(self, model: nn.Module, _source: str) -> int:
-        return sum(how["vectors"] for how in self.words.values()) * released_table(model.cond_stage_model).shape[1]
+        widths = sum(released_table(encoder).shape[1] for encoder in readers(model).values())
+        return sum(how["vectors"] for how in self.words.values()) * widths
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        tokens = getattr(model.cond_stage_model, "new_tokens", None)
-        names = [name for word in self.words if tokens and word in tokens.words for name in tokens.words[word].split()]
-        return {f"cond_stage_model.new_tokens.vectors.{name}": tokens.vectors[name] for name in names}
+        found: dict[str, nn.Parameter] = {}
+        for name, encoder in readers(model).items():
+            found |= {f"{name}.new_tokens.vectors.{key}": value for key, value in self._vectors(encoder).items()}
+        return found
+
+    def _vectors(self, encoder: nn.Module) -> dict[str, nn.Parameter]:
+        """The vectors of the words in one text encoder, by the names of their tokens."""
+        tokens = encoder.new_tokens
+        keys = [key for word in self.words if word in tokens.words for key in tokens.words[word].split()]
+        return {key: tokens.vectors[key] for key in keys}
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, rate: float) -> None:
-        if self.norm_weight:
-            target = released_table(model.cond_stage_model).norm(dim=1).mean()
-            share = min(1.0, self.norm_weight * rate)
-            for vector in self.trainable(model).values():
+        share = min(1.0, self.norm_weight * rate)
+        for encoder in readers(model).values() if share else ():
+            target = released_table(encoder).norm(dim=1).mean()
+            for vector in self._vectors(encoder).values():
                 vector.mul_(1 + share * (target / vector.norm() - 1))
 
     def _start(self, encoder: nn.Module, word: str, number: int, init_word: Any, vectors: int) -> Tensor:

@@ -18,7 +18,7 @@ from ldm.config import load_config
 from ldm.errors import InputError
 from ldm.interchange.layers import ORDERS
 from tests.conftest import ROOT
-from tests.runs import ENVIRONMENT
+from tests.runs import ENVIRONMENT, TINY, command
 
 # The published programs, and the verb of which each is another name.
 PUBLISHED = {
@@ -232,3 +232,19 @@ def test_a_new_verb_is_a_module_and_a_row(tmp_path, monkeypatch, capsys):
         main(["count-words", "--more"])
     main(["--help"])
     assert re.search(r"count-words +Count the words of a line\.\n", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_a_process_that_samples_imports_nothing_for_training(tmp_path):
+    program = (
+        "import atexit, sys; from ldm.__main__ import command\n"
+        "atexit.register(lambda: print(*sorted(name for name in sys.modules if '.' not in name), file=sys.stderr))\n"
+        "command()"
+    )
+    words = ["sample", "--config", TINY, "--prompt", "a dog", "--ddim_steps", 1, "--n_samples", 1, "--n_iter", 1]
+    done = command("-c", program, *words, "--outdir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stderr.splitlines()[-1].split())
+    assert "torch" in imported and "ldm" in imported
+    assert not imported & {"pytorch_lightning", "lightning_fabric", "torchmetrics", "tensorboard", "peft", "kornia"}
+    assert len(list((tmp_path / "out" / "samples").glob("*.png"))) == 1

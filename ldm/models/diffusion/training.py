@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from ldm.config import instantiate_from_config
 from ldm.devices import forked_rng
 from ldm.errors import InputError
+from ldm.lightning import module_class
 from ldm.models.diffusion.draws import Draws, SharedDraws, Stream, rows_of_step
 from ldm.models.diffusion.losses import dreambooth_loss
 from ldm.tuning import UNET
 from ldm.tuning.side_by_side import Shares
 
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
-class DiffusionTraining(pl.LightningModule):
+
+class DiffusionTraining(module_class()):
     """The training of a diffusion model, as Lightning calls it.
 
     `trainings` are the models that learn: the model itself, or `views` of one base that it answers for in one call

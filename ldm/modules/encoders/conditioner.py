@@ -63,7 +63,8 @@ class GeneralConditioner(nn.Module):
         parts: dict[str, list[Tensor]] = {}
         for embedder in self.embedders:
             inputs = [_dropped(embedder, _entry(batch, key)) for key in embedder.input_keys]
-            with nullcontext() if embedder.is_trainable else torch.no_grad():
+            learns = embedder.is_trainable or any(p.requires_grad for p in embedder.parameters())
+            with nullcontext() if learns else torch.no_grad():
                 answers = embedder(*inputs)
             for answer in answers if isinstance(answers, (list, tuple)) else [answers]:
                 if answer.dim() not in KINDS:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ldm.checkpoints import read_metadata, read_object, refuse_not_finite
 from ldm.errors import InputError, short
 
+Vectors = Tensor | tuple[Tensor, ...]  # [v, d] of a word; for a model with several text encoders those of each
+TOWERS = ("clip_l", "clip_g")  # how files of SDXL's words call the vectors of its two text encoders, in their order
 EMBEDDED = "<embed>"  # how the metadata of cloneofsimo's files mark the tensors that are words
 
 
@@ -85,27 +87,50 @@ class LearnsWords(nn.Module):
         """Add the words of a textual-inversion file; the words. Raises `InputError`."""
         embeddings = read_embeddings(path)
         for word, vectors in embeddings.items():
-            self.add_token(word, vectors)
+            teach({"": self}, word, vectors)
         return list(embeddings)
 
 
-def load_words(encoder: nn.Module, path: str | Path, option: str) -> list[str]:
-    """Teach a text encoder the words of a file that `option` named; the words. Raises `InputError`."""
-    if not hasattr(encoder, "load_embeddings"):
+def readers(model: nn.Module) -> dict[str, nn.Module]:
+    """The text encoders of a model that can learn words, by their names in its state dict."""
+    encoders = getattr(model, "text_encoders", dict)()
+    return {name: encoder for name, encoder in encoders.items() if isinstance(encoder, LearnsWords)}
+
+
+def teach(encoders: Mapping[str, nn.Module], word: str, vectors: Vectors) -> None:
+    """Teach a word to all text encoders of a model. Raises `InputError` for vectors of another number of encoders."""
+    parts = vectors if isinstance(vectors, tuple) else (vectors,)
+    if len(parts) != len(encoders):
+        raise InputError(
+            f"token {word!r} has vectors for {len(parts)} text encoder(s), this model has {len(encoders)}: "
+            "it was learnt on a model of another kind"
+        )
+    for encoder, own in zip(encoders.values(), parts, strict=True):
+        encoder.add_token(word, own)
+
+
+def load_words(model: nn.Module, path: str | Path, option: str) -> list[str]:
+    """Teach a model the words of a file that `option` named; the words. Raises `InputError`."""
+    encoders = readers(model)
+    if not encoders:
         raise InputError(f"{option}: this model has no text encoder that could learn words")
-    return encoder.load_embeddings(path)
+    embeddings = read_embeddings(path)
+    for word, vectors in embeddings.items():
+        teach(encoders, word, vectors)
+    return list(embeddings)
 
 
-def read_embeddings(path: str | Path) -> dict[str, Tensor]:
+def read_embeddings(path: str | Path) -> dict[str, Vectors]:
     """Words and their vectors [v, d] from a textual-inversion file.
 
-    Knows the LDM layout (`string_to_param`, arXiv 2208.01618), a plain mapping from words to vectors (diffusers), and
-    the words in a file of cloneofsimo's lora. Raises `InputError`.
+    Knows the LDM layout (`string_to_param`, arXiv 2208.01618), a plain mapping from words to vectors (diffusers), the
+    two tensors `clip_l` and `clip_g` of one word of SDXL, which is then called by the file's name (`<name>`), and the
+    words in a file of cloneofsimo's lora. Raises `InputError`.
     """
     return embeddings_in(read_object(path), read_metadata(path), path)
 
 
-def embeddings_in(content: Any, metadata: Mapping[str, str], path: str | Path) -> dict[str, Tensor]:
+def embeddings_in(content: Any, metadata: Mapping[str, str], path: str | Path) -> dict[str, Vectors]:
     """The same for what a file holds and its metadata."""
     if EMBEDDED in metadata.values():
         held = {name: content[name] for name, kind in metadata.items() if kind == EMBEDDED and name in content}
@@ -120,7 +145,18 @@ def embeddings_in(content: Any, metadata: Mapping[str, str], path: str | Path) -
     ):
         raise InputError(f"{path} holds no token embeddings: expected words with vectors, got {short(content)}")
     refuse_not_finite(found, str(path))
-    return {word: value.detach().float().reshape(-1, value.shape[-1]) for word, value in found.items()}
+    rows = {word: value.detach().float().reshape(-1, value.shape[-1]) for word, value in found.items()}
+    return {f"<{Path(path).stem}>": towers(rows, path)} if set(rows) & set(TOWERS) else rows
+
+
+def towers(rows: Mapping[str, Tensor], path: str | Path) -> tuple[Tensor, ...]:
+    """The vectors of one word for the text encoders of SDXL. Raises `InputError` where one is missing or differs."""
+    if set(rows) != set(TOWERS) or len({len(vectors) for vectors in rows.values()}) != 1:
+        raise InputError(
+            f"{path}: expected one word of SDXL, {' and '.join(TOWERS)} with equally many vectors, "
+            f"got {', '.join(f'{name} {list(v.shape)}' for name, v in rows.items())}"
+        )
+    return tuple(rows[name] for name in TOWERS)
 
 
 def grouped(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
