@@ -123,7 +123,7 @@ def run(options: argparse.Namespace) -> int | None:
     if options.every:
         train += [f"lightning.modelcheckpoint.params.every_n_train_steps={options.every}"]
     asked = plan.asked(file, options.base, factors, train, out, evaluation(options))
-    threads, workers, gpus = shares(options)
+    threads, workers, gpus = resources(options)
     how = sweep.How(
         together=options.together, retry=options.retry, any_code=options.any_code, keep=options.keep,
         asha=(options.grace, options.factor) if options.scheduler else None,
@@ -152,7 +152,7 @@ def evaluation(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def shares(options: argparse.Namespace) -> tuple[int, int, float]:
+def resources(options: argparse.Namespace) -> tuple[int, int, float]:
     """Threads of a worker, workers, and the share of a GPU that each has."""
     import torch
 

@@ -14,7 +14,7 @@ from ldm.interchange.names import TEXT, UNET, layout_of, translate, unet_table
 from ldm.models.building import untuned_model
 from ldm.modules.adapters import tapped_blocks
 
-KINDS = (nn.Linear, nn.Conv2d)
+LAYER_TYPES = (nn.Linear, nn.Conv2d)
 # Classes here whose counterpart in diffusers, which published files name, is called otherwise.
 COUNTERPART = {
     "CrossAttention": "Attention",
@@ -23,7 +23,9 @@ COUNTERPART = {
 }
 
 
-def find_layers(root: nn.Module, classes: Collection[str], kinds: tuple[type, ...] = KINDS) -> dict[str, nn.Module]:
+def find_layers(
+    root: nn.Module, classes: Collection[str], kinds: tuple[type, ...] = LAYER_TYPES
+) -> dict[str, nn.Module]:
     """The linear and convolution layers inside modules of the named classes, each once, in the order of the modules.
 
     This is the search of the published LoRA code, whose files say nothing but the classes and the order.

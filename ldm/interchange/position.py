@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.modules.adapter_files import told_families
-from ldm.modules.adapters import FORMS, KINDS
+from ldm.modules.adapters import BLOCK_KINDS, FORMS
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from ldm.modules.folders import read_folder, write_folder
@@ -57,12 +57,12 @@ def stacked(folders: Sequence[Folder], strengths: Sequence[float]) -> Folder:
     """All adapters of several folders side by side in each block: the sum of what each adds, whatever the routes."""
     entries: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    count = dict.fromkeys(KINDS, 0)
+    count = dict.fromkeys(BLOCK_KINDS, 0)
     for folder, strength in zip(folders, strengths, strict=True):
         config, own = scaled(folder, strength)
         for entry in config["adapters"]:
             number = count[entry["kind"]]
-            name = BLOCKS[KINDS[entry["kind"]].block].adapter_name(number)
+            name = BLOCKS[BLOCK_KINDS[entry["kind"]].block].adapter_name(number)
             count[entry["kind"]] += 1
             entries.append({**entry, "name": name})
             for block in entry["blocks"]:
@@ -105,7 +105,7 @@ def _check_summable(listed: Sequence[Sequence[Mapping[str, Any]]]) -> None:
 def _side_by_side(
     parts: Sequence[Mapping[str, Tensor]], factors: Sequence[float], kind: str, block: str
 ) -> dict[str, Tensor]:
-    down, up = FORMS[KINDS[kind].form].layers
+    down, up = FORMS[BLOCK_KINDS[kind].form].layers
     joined = {name: value for name, value in parts[0].items() if not name.startswith((f"{down}.", f"{up}."))}
     for name, value in joined.items():  # the norm of a residual-block adapter
         if any(not torch.equal(value, other[name]) for other in parts[1:]):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import fingerprint
 from ldm.errors import InputError, short
-from ldm.modules.adapters import ENTRY, KINDS, check_entry, new_form, tapped_blocks
+from ldm.modules.adapters import BLOCK_KINDS, ENTRY, check_entry, new_form, tapped_blocks
 from ldm.modules.folders import Folder, read_folder, write_folder
 from ldm.modules.taps import Route, TappedBlock
 
@@ -33,7 +33,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 def describe(model: nn.Module) -> list[dict[str, Any]]:
     """The adapters of a model: one entry for each name and scale, with route, form and blocks."""
     entries: dict[tuple[str, float], dict] = {}
-    for kind in KINDS:
+    for kind in BLOCK_KINDS:
         for prefix, block in tapped_blocks(model, kind):
             for route in block.routes:
                 entry = {
@@ -181,8 +181,8 @@ def _attach_and_fill(
 def _checked(entry: dict, source: str) -> dict:
     """The entry of `adapter_config` that an entry of a folder stands for. Raises `InputError`."""
     kind = entry["kind"]
-    if kind not in KINDS:
-        raise InputError(f"{source} holds an adapter of the unknown kind {kind!r}: expected {', '.join(KINDS)}")
+    if kind not in BLOCK_KINDS:
+        raise InputError(f"{source} holds an adapter of the unknown kind {kind!r}: expected {', '.join(BLOCK_KINDS)}")
     return check_entry(kind, {key: entry[key] for key in ENTRY if key in entry})
 
 

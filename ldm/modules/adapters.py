@@ -103,7 +103,7 @@ class Kind(NamedTuple):
     dims: int
 
 
-KINDS = {
+BLOCK_KINDS = {
     "transformer_adp_config": Kind("BasicTransformerBlock", form="mlp", dims=3),
     "resblock_adp_config": Kind("ResBlock", form="conv", dims=4),
 }
@@ -120,9 +120,9 @@ def new_form(entry: Mapping, dim_in: int, dim_out: int) -> nn.Module:
 
 
 def tapped_blocks(model: nn.Module, kind: str | None = None) -> Iterator[tuple[str, TappedBlock]]:
-    """The blocks of a model that adapters can be attached to, by name; of one kind (a key of `KINDS`) if given."""
+    """The blocks of a model that adapters can be attached to, by name; of one of `BLOCK_KINDS` if given."""
     for name, module in model.named_modules():
-        if isinstance(module, TappedBlock) and (kind is None or type(module).__name__ == KINDS[kind].block):
+        if isinstance(module, TappedBlock) and (kind is None or type(module).__name__ == BLOCK_KINDS[kind].block):
             yield name, module
 
 
@@ -153,7 +153,7 @@ def attach_one(model: nn.Module, kind: str, entry: Mapping) -> list[str]:
         block.attach(name, form, entry["din"], entry["dout"], entry["scale"])
         names.append(f"{prefix}.{name}")
     if not names:
-        raise InputError(f"{kind}: this model has no {KINDS[kind].block} to attach an adapter to")
+        raise InputError(f"{kind}: this model has no {BLOCK_KINDS[kind].block} to attach an adapter to")
     return names
 
 
@@ -161,10 +161,10 @@ def read_adapter_config(config: Mapping | None) -> dict[str, list[dict]]:
     """A checked, completed copy of an `adapter_config`: a list of full entries for each kind that it names."""
     config = plain(config) or {}
     if not isinstance(config, Mapping):
-        raise InputError(f"adapter_config must be a mapping with {' and/or '.join(KINDS)}, got {short(config)}")
+        raise InputError(f"adapter_config must be a mapping with {' and/or '.join(BLOCK_KINDS)}, got {short(config)}")
     for kind in config:
-        if kind not in KINDS:
-            raise InputError(f"adapter_config has the unknown key {kind!r}{did_you_mean(kind, KINDS)}")
+        if kind not in BLOCK_KINDS:
+            raise InputError(f"adapter_config has the unknown key {kind!r}{did_you_mean(kind, BLOCK_KINDS)}")
     return {
         kind: [check_entry(kind, e) for e in (entries if isinstance(entries, list) else [entries])]
         for kind, entries in config.items()
@@ -179,8 +179,8 @@ def check_entry(kind: str, entry: Any) -> dict:
     for key in entry:
         if key not in ENTRY:
             raise InputError(f"{kind} has the unknown key {key!r}{did_you_mean(key, ENTRY)}")
-    entry = {**ENTRY, "form": KINDS[kind].form, **entry}
-    fitting = [name for name, form in FORMS.items() if form.dims == KINDS[kind].dims]
+    entry = {**ENTRY, "form": BLOCK_KINDS[kind].form, **entry}
+    fitting = [name for name, form in FORMS.items() if form.dims == BLOCK_KINDS[kind].dims]
     if entry["form"] not in fitting:
         raise InputError(f"{kind}: form must be one of {', '.join(fitting)}, got {short(entry['form'])}")
     for key in ("din", "dout", "mid_dim"):

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.config import find_file, load_config, parse_overrides, plain, unet_params
 from ldm.errors import InputError, did_you_mean, short
 from ldm.models.building import untuned_model
-from ldm.modules.adapters import KINDS
+from ldm.modules.adapters import BLOCK_KINDS
 from ldm.tuning.search import chosen_routes
 
 ADAPTERS = "adapter_config"  # among the parameters of the UNet
@@ -152,7 +152,7 @@ def adapter_config(settings: Mapping[str, Any], base: str) -> dict[str, Any]:
             reads, writes = route.split("-")
             own = [(known[route], {**own[0][1], "din": reads, "dout": writes})]
     others = {name: value for name, value in settings.items() if name != "route"}
-    config: dict[str, Any] = dict.fromkeys(KINDS)
+    config: dict[str, Any] = dict.fromkeys(BLOCK_KINDS)
     for kind, entry in own:
         config[kind] = [*(config[kind] or []), {**entry, **others}]
     return config

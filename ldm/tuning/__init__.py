@@ -170,7 +170,7 @@ class Tuning:
         """Whether a state-dict name was there before any family was installed; the others are what tuning added."""
         return self.base is None or name in self.base
 
-    def shares(self) -> list[tuple[Chosen, dict[str, nn.Parameter]]]:
+    def by_family(self) -> list[tuple[Chosen, dict[str, nn.Parameter]]]:
         """The families with what each lets learn, by state-dict name; what several name, under the first of them."""
         taken: set[str] = set()
         result = []
@@ -182,7 +182,7 @@ class Tuning:
 
     def parameters(self, of: Callable[[Chosen], bool] = lambda one: True) -> dict[str, nn.Parameter]:
         """What learns, or what some of the families let learn; each parameter once, by state-dict name."""
-        return {name: value for one, own in self.shares() if of(one) for name, value in own.items()}
+        return {name: value for one, own in self.by_family() if of(one) for name, value in own.items()}
 
     def remember(self, names: Iterable[str]) -> Mapping[str, Tensor]:
         """Keep the released values of base weights before the first file changes them; all that are kept."""

@@ -30,7 +30,7 @@ def save(model: nn.Module, folder: str | Path, notes: Mapping[str, Any] | None =
     in_adapters = {UNET + name for name in adapter_files.adapter_tensors(unet)}
     tensors: dict[str, Tensor] = {}
     entries = []
-    for chosen, learnt in model.tuning.shares():
+    for chosen, learnt in model.tuning.by_family():
         if hasattr(chosen.family, "in_folder"):
             learnt = {name: learnt[name] for name in chosen.family.in_folder(model) if name in learnt}
         own = {name: value for name, value in learnt.items() if name not in in_adapters}

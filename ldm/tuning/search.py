@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import save_json, save_text
 from ldm.errors import InputError, did_you_mean
-from ldm.modules.adapters import KINDS, attach_one, check_entry, tapped_blocks
+from ldm.modules.adapters import BLOCK_KINDS, attach_one, check_entry, tapped_blocks
 from ldm.modules.taps import Route, TappedBlock
 from ldm.tuning import UNET, named
 
@@ -48,10 +48,10 @@ class RouteGates(nn.Module):
 
         The second is the same as a temperature that falls by `growth`.
         """
-        shares = (self.speed * self.logits).softmax(-1)
-        logs = shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
-        entropy = -(shares * logs).sum(-1, keepdim=True)
-        self.logits += rate * sparsity * shares * (logs + entropy)
+        probabilities = (self.speed * self.logits).softmax(-1)
+        logs = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+        entropy = -(probabilities * logs).sum(-1, keepdim=True)
+        self.logits += rate * sparsity * probabilities * (logs + entropy)
         self.logits *= growth
 
 
@@ -190,7 +190,7 @@ def chosen_routes(unet: nn.Module, asked: str | Iterable[str]) -> dict[str, str]
     Raises `InputError` for one that no block of the UNet has.
     """
     present: dict[str, str] = {}
-    for kind in KINDS:
+    for kind in BLOCK_KINDS:
         for _, block in tapped_blocks(unet, kind):
             for reads in block.positions:
                 for writes in block.valid_outputs(reads):

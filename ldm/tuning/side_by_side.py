@@ -39,11 +39,11 @@ def own_copies(model: nn.Module, names: Iterable[str]) -> None:
                 module._parameters[name] = copies[id(value)]
 
 
-class Shares(nn.Module):
-    """One module for each training; the batch is cut into as many equal shares, in their order.
+class SplitBatch(nn.Module):
+    """One module for each training; the batch is cut into as many equal parts, in their order.
 
     Every tensor that the modules are called with has the batch as its first dimension. None stands for a training that
-    has no module here: its share of the answer is zero.
+    has no module here: its part of the answer is zero.
     """
 
     def __init__(self, parts: Sequence[nn.Module | None]) -> None:
@@ -90,7 +90,7 @@ def join(base: nn.Module, tuned: Sequence[nn.Module]) -> None:
         if all(_alike(child, other) for other in others):
             join(child, others)
         else:
-            setattr(base, name, Shares(others))
+            setattr(base, name, SplitBatch(others))
 
 
 def _alike(base: nn.Module, other: nn.Module) -> bool:
@@ -111,5 +111,5 @@ def _join_adapters(base: TappedBlock, tuned: Sequence[TappedBlock]) -> None:
             same[key] = same.get(key, -1) + 1
             places.setdefault((*key, same[key]), {})[number] = getattr(block, route.name)
     for (reads, writes, scale, _), forms in places.items():
-        shares = Shares([forms.get(number) for number in range(len(tuned))])
-        base.attach(base.next_adapter_name(), shares, reads, writes, scale)
+        split = SplitBatch([forms.get(number) for number in range(len(tuned))])
+        base.attach(base.next_adapter_name(), split, reads, writes, scale)

@@ -56,10 +56,10 @@ def made(config, tmp_path_factory):
     return folder
 
 
-KINDS = ["cloneofsimo", "cloneofsimo-pt", "diffusers", "kohya", "delta", "delta-diffusers", "words", "checkpoint"]
+FILES = ["cloneofsimo", "cloneofsimo-pt", "diffusers", "kohya", "delta", "delta-diffusers", "words", "checkpoint"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FILES)
 def test_identify(made, kind):
     assert identify(made / kind) == kind
 

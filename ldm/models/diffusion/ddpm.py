@@ -18,18 +18,17 @@ from ldm.config import ALIASES, get_obj_from_str, instantiate_from_config, plain
 from ldm.errors import InputError
 from ldm.models.building import fill_added, load_base
 from ldm.models.diffusion.ancestral import AncestralSampling
+from ldm.models.diffusion.condition import Condition
 from ldm.models.diffusion.guidance import batched
 from ldm.models.diffusion.losses import diffusion_loss, simple_loss
 from ldm.models.diffusion.objective import Objective
-from ldm.models.diffusion.parameter_rates import check_rates, rate_of, refuse_unmatched
+from ldm.models.diffusion.parameter_rates import check_rates, grouped
 from ldm.models.diffusion.prediction import prediction
 from ldm.models.diffusion.process import DiffusionProcess
 from ldm.models.diffusion.training import DiffusionTraining, Drawn
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.modules.encoders.prompts import encode as encode_prompts
-from ldm.modules.encoders.prompts import window_count
 from ldm.tuning import Tuning, families, freeze_rest
 
 DDPM_OBJECTIVE = Objective()  # all time steps alike, plain noise
@@ -261,31 +260,11 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What learns, as the groups of an optimizer; none where nothing does."""
         learning = self.trainable_parameters()
-        return self.groups_of([(None, learning, {})]) if learning else []
-
-    def groups_of(
-        self, shares: Sequence[tuple[float | None, Mapping[str, nn.Parameter], Mapping[str, Any]]]
-    ) -> list[dict[str, Any]]:
-        """A group of the optimizer for each learning rate and each set of other options.
-
-        `shares` are (learning rate or None for the model's, parameters by name, what their groups have of their own).
-        """
-        refuse_unmatched(self.learning_rates, {name: value for _, own, _ in shares for name, value in own.items()})
-        groups: dict[tuple, list[nn.Parameter]] = {(None, ()): []}  # None: the model's, which comes first
-        for own_rate, parameters, options in shares:
-            usual = getattr(self, "learning_rate", None) if own_rate is None else own_rate
-            for name, parameter in parameters.items():
-                rate = rate_of(name, self.learning_rates, usual)
-                key = (own_rate if rate == usual else rate, tuple(sorted(options.items())))
-                groups.setdefault(key, []).append(parameter)
-        return [
-            {"params": parameters, **({} if rate is None else {"lr": rate}), **dict(options)}
-            for (rate, options), parameters in groups.items()
-            if parameters
-        ]
+        usual = getattr(self, "learning_rate", None)
+        return grouped([(None, learning, {})], self.learning_rates, usual) if learning else []
 
 
-class LatentDiffusion(DDPM):
+class LatentDiffusion(Condition, DDPM):
     """Diffusion in the latents of a frozen autoencoder, conditioned on text, class labels, pictures or nothing.
 
     What learns: the families of `tuning` and `train_level` (see `ldm.tuning`); without either, the UNet and, if
@@ -293,8 +272,6 @@ class LatentDiffusion(DDPM):
     """
 
     clips_x0 = False
-
-    condition_name = "cond_stage_model"  # of the attribute, and so of its weights in checkpoints
 
     def __init__(
         self,
@@ -367,8 +344,9 @@ class LatentDiffusion(DDPM):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """A group for each learning rate that families have of their own; whatever has none is in the first one."""
-        shares = [(one.learning_rate, own, one.group) for one, own in self.tuning.shares()]
-        return self.groups_of([(None, self._own(), {}), *shares])
+        families = [(one.learning_rate, own, one.group) for one, own in self.tuning.by_family()]
+        usual = getattr(self, "learning_rate", None)
+        return grouped([(None, self._own(), {}), *families], self.learning_rates, usual)
 
     # --- stages: outside its steps a family's parameters have no gradient, so that no optimizer touches them.
     # Who learns is a function of the step alone: a run resumes within any stage.
@@ -415,58 +393,6 @@ class LatentDiffusion(DDPM):
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Pictures from latents."""
         return self.first_stage_model.decode(z / self.scale_factor)
-
-    # --- the condition
-
-    def get_learned_conditioning(self, c: Any) -> Any:
-        """The condition as the UNet takes it, e.g. prompts to [b, tokens, d]."""
-        encode = getattr(self.cond_stage_model, self.cond_stage_forward or "encode", self.cond_stage_model)
-        encoded = encode(c)
-        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
-
-    def text_encoders(self) -> dict[str, nn.Module]:
-        """What reads text, by its name in the state dict."""
-        return {} if self.cond_stage_model is None else {self.condition_name: self.cond_stage_model}
-
-    def replace_text_encoder(self, name: str, encoder: nn.Module) -> None:
-        """Put another encoder, or what stands for it, in the place of one of `text_encoders`."""
-        setattr(self, name, encoder)
-
-    def conditions(
-        self,
-        prompts: Sequence[str],
-        size: tuple[int, int],
-        guided: bool = True,
-        negative: Sequence[str] | None = None,
-        weighted: bool = False,
-    ) -> tuple[Any, Any]:
-        """The conditions of prompts and, if `guided`, of negative ones, for pictures of `size` (height, width) pixels.
-
-        `negative`: one for each prompt, by default empty. `weighted`: `(word:1.3)` is read as a weight. Prompts longer
-        than the text encoder's window take several windows (`ldm.modules.encoders.prompts`), where it can do that.
-        """
-        against = list(negative or [""] * len(prompts))
-        encoder = self.cond_stage_model
-        if hasattr(encoder, "encode_ids"):
-            count = window_count(encoder, [*prompts, *(against if guided else [])], weighted)
-            if weighted or count > 1:
-                def encode(texts: Sequence[str]) -> Tensor:
-                    return encode_prompts(encoder, texts, weighted, count)
-
-                return encode(prompts), encode(against) if guided else None
-        elif weighted:
-            raise InputError(f"prompt weights need a CLIP text encoder, this model has {type(encoder).__name__}")
-        return self.get_learned_conditioning(list(prompts)), self.get_learned_conditioning(against) if guided else None
-
-    def _condition(self, batch: Mapping[str, Any], latents: Tensor) -> Any:
-        if self.cond_stage_model is None:
-            return None
-        raw = {
-            "class_label": lambda: batch,
-            "caption": lambda: batch["caption"],
-            "txt": lambda: batch["txt"],
-        }.get(self.cond_stage_key, lambda: self.get_input(batch, self.cond_stage_key))
-        return self.get_learned_conditioning(raw())
 
     def clean(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         pictures = self.get_input(batch, self.first_stage_key)

@@ -8,8 +8,9 @@ section 4, has a ratio of 16 between B and A).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -40,6 +41,31 @@ def refuse_unmatched(rates: Mapping[str, float | str], parameters: Mapping[str, 
                 f"the learning rate of {pattern!r} is for no trainable parameter; their names are like "
                 f"{', '.join(list(parameters)[:2]) or '(none)'}"
             )
+
+
+def grouped(
+    families: Sequence[tuple[float | None, Mapping[str, nn.Parameter], Mapping[str, Any]]],
+    rates: Mapping[str, float | str],
+    usual: float | None,
+) -> list[dict[str, Any]]:
+    """A group of the optimizer for each learning rate and each set of other options.
+
+    families: (learning rate or None for `usual`, parameters by name, further options of their groups). usual: the
+    model's learning rate. Raises `InputError` for a pattern of `rates` that matches no parameter.
+    """
+    refuse_unmatched(rates, {name: value for _, own, _ in families for name, value in own.items()})
+    groups: dict[tuple, list[nn.Parameter]] = {(None, ()): []}  # None: the model's, which comes first
+    for family_rate, parameters, options in families:
+        own_usual = usual if family_rate is None else family_rate
+        for name, parameter in parameters.items():
+            rate = rate_of(name, rates, own_usual)
+            key = (family_rate if rate == own_usual else rate, tuple(sorted(options.items())))
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, **({} if rate is None else {"lr": rate}), **dict(options)}
+        for (rate, options), parameters in groups.items()
+        if parameters
+    ]
 
 
 def _factor(rate: str) -> float:

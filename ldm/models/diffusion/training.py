@@ -17,7 +17,7 @@ from ldm.lightning import module_class
 from ldm.models.diffusion.draws import Draws, SharedDraws, Stream, rows_of_step
 from ldm.models.diffusion.losses import dreambooth_loss
 from ldm.tuning import UNET
-from ldm.tuning.side_by_side import Shares
+from ldm.tuning.side_by_side import SplitBatch
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -50,7 +50,7 @@ class DiffusionTraining(module_class()):
             one.streams = [Stream(seed)]
         self.streams = [one.streams[0] for one in views]
         for module in self.modules():
-            if isinstance(module, Shares):
+            if isinstance(module, SplitBatch):
                 module.drawing = [stream.drawing_from for stream in self.streams]
 
     # --- the random numbers of a step

@@ -17,7 +17,7 @@ from ldm.modules.diffusionmodules.util import timestep_embedding
 
 # What an embedding is by its number of dimensions, and where embeddings of one kind are joined: tokens [b, n, d] by
 # their widths, vectors [b, d] and pictures [b, c, h, w] by their channels.
-KINDS = {2: "vector", 3: "crossattn", 4: "concat", 5: "concat"}
+CONDITION_KEYS = {2: "vector", 3: "crossattn", 4: "concat", 5: "concat"}
 JOINED_AT = {"vector": 1, "crossattn": 2, "concat": 1}
 
 
@@ -67,14 +67,14 @@ class GeneralConditioner(nn.Module):
             with nullcontext() if learns else torch.no_grad():
                 answers = embedder(*inputs)
             for answer in answers if isinstance(answers, (list, tuple)) else [answers]:
-                if answer.dim() not in KINDS:
+                if answer.dim() not in CONDITION_KEYS:
                     raise InputError(f"{type(embedder).__name__} gave {list(answer.shape)}: expected 2 to 5 dimensions")
                 if embedder.ucg_rate and embedder.legacy_ucg_val is None:
                     kept = torch.bernoulli(torch.full((len(answer),), 1 - embedder.ucg_rate, device=answer.device))
                     answer = kept.view(-1, *(1,) * (answer.dim() - 1)).to(answer) * answer
                 if zeroed.intersection(embedder.input_keys):
                     answer = torch.zeros_like(answer)
-                parts.setdefault(KINDS[answer.dim()], []).append(answer)
+                parts.setdefault(CONDITION_KEYS[answer.dim()], []).append(answer)
         return {kind: torch.cat(found, JOINED_AT[kind]) for kind, found in parts.items()}
 
     def get_unconditional_conditioning(

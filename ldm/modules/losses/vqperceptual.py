@@ -13,8 +13,8 @@ from ldm.modules.losses.adversarial import AdversarialLoss
 
 def measure_perplexity(indices: Tensor, n_embed: int) -> tuple[Tensor, Tensor]:
     """(perplexity, how many) of the codebook entries in use: n_embed if all are used alike, 1 if only one is."""
-    shares = F.one_hot(indices.flatten(), n_embed).float().mean(0)
-    return (-(shares * (shares + 1e-10).log()).sum()).exp(), (shares > 0).sum()
+    frequencies = F.one_hot(indices.flatten(), n_embed).float().mean(0)
+    return (-(frequencies * (frequencies + 1e-10).log()).sum()).exp(), (frequencies > 0).sum()
 
 
 class VQLPIPSWithDiscriminator(AdversarialLoss):
