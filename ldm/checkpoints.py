@@ -226,7 +226,11 @@ def _put_new(file: Path, path: Path) -> None:
 
 
 def _exchanged(one: Path, two: Path) -> bool:
-    """Exchange two paths in one step; False where the system or the file system cannot."""
+    """Exchange two paths in one step; False where the system or the file system cannot.
+
+    Two renames would do the same but for a moment in which nothing is at `two`. A process that is killed in that moment
+    would leave no folder under its name, neither the old nor the new one. Python has no other call for it.
+    """
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if platform.system() == "Linux" else None
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
     return renameat2 is not None and not renameat2(here, os.fsencode(one), here, os.fsencode(two), exchange)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ldm.errors import InputError, first_line
@@ -29,10 +31,17 @@ def cast_frozen(model: Any, dtype: Any) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def forked_rng(device: Any) -> Any:
-    """A context that leaves the random numbers of the CPU and, if it is a GPU, of `device` as they were."""
+@contextmanager
+def forked_rng(device: Any = None, seed: int | None = None) -> Iterator[None]:
+    """A context after which random numbers go on as if it had not been, on the CPU and, if it is a GPU, on `device`.
+
+    With a `seed`, they begin at it within the context.
+    """
     import torch
 
-    if device.type == "mps":  # has one device, which goes without saying, but not to torch
-        return torch.random.fork_rng(devices=[0], device_type="mps")
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    kind = getattr(device, "type", "cpu")
+    devices = {"cuda": [device], "mps": [0]}.get(kind, [])  # torch wants a number for the only MPS device
+    with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
+        if seed is not None:
+            torch.manual_seed(seed) if devices else torch.default_generator.manual_seed(seed)
+        yield

@@ -9,9 +9,9 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from ldm.devices import forked_rng
 from ldm.errors import InputError
 
 
@@ -53,9 +53,8 @@ def distances(
 
     size = min(subset_size, min(len(samples), len(references)) - 1)
     given = Given(samples.shape[1])
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with forked_rng(seed=seed), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # KID's, that it keeps all vectors
-        torch.manual_seed(seed)
         fid = FrechetInceptionDistance(feature=given)
         kid = KernelInceptionDistance(feature=given, subsets=subsets, subset_size=size)
         for metric in (fid, kid):

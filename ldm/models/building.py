@@ -25,6 +25,7 @@ from ldm.config import (
     parameters_of,
     plain,
 )
+from ldm.devices import forked_rng
 from ldm.errors import InputError
 from ldm.models.bases import explained, in_model_names, is_ignored
 
@@ -149,8 +150,7 @@ def build_model(
         raise InputError(f"the config has no 'model' section; its keys are {list(config)}")
     check_entries(plain(config["model"]), "model")
     if ckpt is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random_seed or 0)
+        with forked_rng(seed=random_seed or 0):
             model = untuned_model(config)
             reinit_zero_layers(model)
         if tuned:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config import plain
+from ldm.devices import forked_rng
 from ldm.errors import InputError, did_you_mean, short
 from ldm.modules.taps import TappedBlock
 
@@ -133,7 +134,7 @@ def attach_adapters(model: nn.Module, adapter_config: Mapping | None) -> list[st
     `{type: inout, din, dout, mid_dim, method, scale, init}`. Raises `InputError` naming the key that is wrong.
     """
     entries = [(kind, entry) for kind, own in read_adapter_config(adapter_config).items() for entry in own]
-    with torch.random.fork_rng(devices=[]):  # what is drawn after this does not depend on the adapters
+    with forked_rng():  # what is drawn after this does not depend on the adapters
         state = torch.get_rng_state()
         attached = [name for kind, entry in entries for name in attach_one(model, kind, entry)]
         torch.set_rng_state(state)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.devices import forked_rng
 from ldm.errors import InputError, short
 from ldm.tuning import named
 
@@ -89,9 +90,8 @@ class LoRA:
 
     def install(self, model: nn.Module) -> None:
         self.name = _free_name(model)
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with forked_rng(next(model.parameters()).device, self.seed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft speaks of other models than these
-            torch.manual_seed(self.seed)
             for (rank, alpha), layers in self._match(model).items():
                 self._inject(model, layers, rank, alpha)
         for _, layer in wrapped(model):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import save_json, save_text
+from ldm.devices import forked_rng
 from ldm.errors import InputError, did_you_mean
 from ldm.modules.adapters import BLOCK_KINDS, attach_one, check_entry, tapped_blocks
 from ldm.modules.taps import Route, TappedBlock
@@ -129,7 +130,7 @@ class RouteSearch:
         gates = RouteGates(max(groups.values()) + 1, len(self.routes), self.keep, self.speed)
         modules = dict(tapped_blocks(unet))
         attached: list[str] = []
-        with torch.random.fork_rng(devices=[]):  # what is drawn after this does not depend on the adapters
+        with forked_rng():  # what is drawn after this does not depend on the adapters
             for number, (route, kind) in enumerate(self.routes.items()):
                 reads, writes = route.split("-")
                 entry = check_entry(kind, {"din": reads, "dout": writes, "mid_dim": self.mid_dim})

@@ -133,7 +133,7 @@ class DiffusionTraining(module_class()):
         batch = batch[0] if isinstance(batch, (list, tuple)) else batch
         scopes = {"": nullcontext, "_ema": self.ema_scope} if self.use_ema else {"": nullcontext}
         for suffix, scope in scopes.items():
-            with scope(), fixed_draws(batch_idx, self.device), self._validating(batch_idx):
+            with scope(), forked_rng(self.device, batch_idx), self._validating(batch_idx):
                 [(_, parts)] = self.losses([batch])
             parts = {name + suffix: value for name, value in self._prefixed(parts).items()}
             size = len(batch[self.first_stage_key])
@@ -268,11 +268,3 @@ def mask_of(batch: Mapping[str, Any], size: torch.Size) -> Tensor | None:
         return None
     mask = batch["mask"].float()
     return -nn.functional.adaptive_max_pool2d(-(mask if mask.dim() == 4 else mask[:, None]), tuple(size))
-
-
-@contextmanager
-def fixed_draws(seed: int, device: torch.device) -> Iterator[None]:
-    """Within this context random numbers begin at `seed`; afterwards they go on as if it had not been."""
-    with forked_rng(device):
-        torch.manual_seed(seed)
-        yield
