@@ -58,11 +58,11 @@ def run(options: argparse.Namespace) -> None:
 def convert(source: str, output: Path, options: argparse.Namespace) -> str:
     """Read by what the input is, write what is wanted; a line about it. Raises `InputError` where that cannot be."""
     from ldm.interchange import Context, by_name, open_file, recognise
+    from ldm.interchange.contents import CONTENTS
     from ldm.interchange.custom_diffusion import split_words
-    from ldm.interchange.forms import FORMS
 
     row, to = recognise(file := open_file(source)), by_name(options.to)
-    form = FORMS[to.form]
+    form = CONTENTS[to.form]
     context = Context(
         config=options.config, order=options.order, words=split_words(options.modifier_token), source=source
     )

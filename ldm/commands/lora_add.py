@@ -130,12 +130,12 @@ def into_model(model_path: str, lora_path: str, output: Path, options: argparse.
     from ldm.checkpoints import write_all
     from ldm.interchange import Context, by_name, embeddings, open_file, recognise, words_in
     from ldm.interchange.command import filled_model, read_model, to_be_written
-    from ldm.interchange.forms import FORMS
+    from ldm.interchange.contents import CONTENTS
 
     to_be_written(output, options.force)
     weights = read_model(model_path)
     row = recognise(file := open_file(lora_path))
-    form, context = FORMS[row.form], Context(config=options.config, source=model_path)
+    form, context = CONTENTS[row.form], Context(config=options.config, source=model_path)
     if form.folded is None:
         raise InputError(f"{lora_path} is {row.title}; expected a LoRA")
     tokens = words_in(file)

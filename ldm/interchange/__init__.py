@@ -1,7 +1,7 @@
 """The files of other programs, read and written: LoRA, Custom Diffusion, learnt words, whole models.
 
 `load_any` puts any of them into a model by looking at the file. Every format (`formats.py`) is read into a neutral form
-(`forms.py`: LoRA, delta, words, whole weights) and written from it; `docs/formats.md` describes them.
+(`contents.py`: LoRA, delta, words, whole weights) and written from it; `docs/formats.md` describes them.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def load_any(
 
     Raises `InputError` for what does not fit the model. A file that does not leaves the model as it was.
     """
-    from ldm.interchange.forms import FORMS, Loading
+    from ldm.interchange.contents import CONTENTS, Loading
 
     row = recognise(file := open_file(path))
-    form = FORMS[row.form]
+    form = CONTENTS[row.form]
     if form.load is None:
         raise InputError(f"{path} is {row.title}, not something to add to one; give it as the model's checkpoint")
     form.load(model, row.read(form.name, file, Context(model)), Loading(str(path), scale, add, words))
@@ -64,12 +64,12 @@ def assign_tokens(words: Sequence[str], paths: Sequence[str | Path]) -> list[lis
 
     Our folders and files of words keep the names they have. Raises `InputError` for too few and too many.
     """
-    from ldm.interchange.forms import FORMS
+    from ldm.interchange.contents import CONTENTS
 
     held: list[Mapping[str, Tensor]] = []
     for path in paths:
         file = open_file(path) if words else None
-        renamed = file and FORMS[recognise(file).form].renames_words
+        renamed = file and CONTENTS[recognise(file).form].renames_words
         held.append(words_in(file) if renamed else {})
     theirs = [word for some in held for word in some]
     if len(theirs) != len(words):

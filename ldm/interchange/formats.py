@@ -77,7 +77,7 @@ class Context:
 class Codec:
     """How a format is recognised, read and written.
 
-    reads: for each form that it holds (`forms.FORMS`), a function of the opened file and a `Context`; without a model
+    reads: for each form that it holds (of `CONTENTS`), a function of the opened file and a `Context`; without a model
         layers keep the names that the file gives them
     write: (path, value, context), the value in the first of those forms; may return the files that it has written
     file_in: the file within a folder that another program wrote, or the path itself

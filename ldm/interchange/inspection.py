@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ldm.interchange.contents import CONTENTS
 from ldm.interchange.formats import Context, open_file, recognise
-from ldm.interchange.forms import FORMS
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -23,5 +23,5 @@ def describe(path: str | Path) -> dict[str, Any]:
         "what": row.title,
         "bytes": sum(f.stat().st_size for f in files),
         **row.codec.notes(file),
-        **FORMS[row.form].facts(row.read(row.form, file, Context(finite=False))),
+        **CONTENTS[row.form].facts(row.read(row.form, file, Context(finite=False))),
     }

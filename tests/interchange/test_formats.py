@@ -10,8 +10,8 @@ from ldm.checkpoints import save_safetensors
 from ldm.commands import Program
 from ldm.errors import InputError
 from ldm.interchange import formats, identify, load_any, lora_keys
+from ldm.interchange.contents import CONTENTS
 from ldm.interchange.formats import FORMATS, Codec, Context, Format, by_name
-from ldm.interchange.forms import FORMS
 from ldm.interchange.inspection import describe
 from ldm.interchange.lora import Factors, Lora
 from tests import interchange_models
@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 @pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
 def test_a_row_and_its_codec_agree(row):
-    assert set(row.holds) == set(row.codec.reads) <= set(FORMS)
+    assert set(row.holds) == set(row.codec.reads) <= set(CONTENTS)
     assert (row.codec.write is None) == bool(row.not_written)
 
 

@@ -97,7 +97,7 @@ def _fold_adapters(
     return own.folded(folder, model(), strength)
 
 
-FORMS = {
+CONTENTS = {
     form.name: form
     for form in (
         Form(
