@@ -11,13 +11,13 @@ import main_dream_booth  # isort: skip
 from ldm import generate
 from ldm.config import find_file, load_config
 from ldm.interchange import load_any
-from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.train import run as runs
 from ldm.tuning import files
 from ldm.util import load_model_from_config
 from tests.helpers import assert_close_to
 
-FAMILIES = ("attn2o-ffni", "resi-reso", "lora-dora", "textual-inversion-pivotal", "custom-diffusion-finetune")
+FAMILIES = ("attn2o-ffni", "lora-dora", "textual-inversion-pivotal")
+FUNCTIONS = ("ddim", "plms", "dpm_solver", "euler_a", "lms")  # those that keep or draw something from step to step
 
 
 def small(name="inference", device="cpu"):
@@ -56,7 +56,7 @@ def pictures(model, sampler="ddim", steps=4, eta=0.0):
     return generate.generate(model, ["a cat", "a sks dog"], [1, 2], settings)
 
 
-@pytest.mark.parametrize("how", [("ddim",), ("ddim", 4, 0.5), ("plms",), ("dpm_solver",)])
+@pytest.mark.parametrize("how", [("ddim", 3, 0.5), ("dpm_solver", 3)])
 def test_sampling(how):
     expected = pictures(small(), *how)
     with pretended() as device:
@@ -65,20 +65,19 @@ def test_sampling(how):
     assert_close_to(found, expected, 1e-3)
 
 
-@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+@pytest.mark.parametrize("sampler", FUNCTIONS)
 def test_sampling_waits_as_often_for_many_steps_as_for_few(sampler):
     with pretended() as device:
         model, counts = small(device=device), []
-        for steps in (5, 9):
+        for steps in (3, 5):
             waits.clear()
             pictures(model, sampler, steps)
             counts.append(len(waits))
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("name", ["attn2o-ffni", "textual-inversion-pivotal"])
-def test_what_was_trained_elsewhere(name, tmp_path):
-    trained = small(name)
+def test_what_was_trained_elsewhere(tmp_path):
+    trained = small("textual-inversion-pivotal")
     for parameter in trained.trainable_parameters().values():
         torch.nn.init.normal_(parameter, std=0.1)
     files.save(trained, tmp_path / "adapters")

@@ -258,4 +258,4 @@ def needs(world: World) -> None:
         world.tuned(kind)
 
 
-FAMILY = Family("adapters", attack, "damaged adapter folders", all=400, few=24, needs=needs)
+FAMILY = Family("adapters", attack, "damaged adapter folders", all=400, few=8, needs=needs)

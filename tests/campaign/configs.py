@@ -247,4 +247,4 @@ def run(world: World, work: Path, name: str, trains: bool, path: Path):
     return program(name, *words)
 
 
-FAMILY = Family("configs", attack, "mutated configs", all=400, few=10)
+FAMILY = Family("configs", attack, "mutated configs", all=400, few=5)

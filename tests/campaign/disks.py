@@ -145,4 +145,4 @@ def needs(world: World) -> None:
     world.whole, world.half, mounts()  # noqa: B018 (made before processes are forked)
 
 
-FAMILY = Family("disks", attack, "full and read-only disks", all=80, few=5, needs=needs)
+FAMILY = Family("disks", attack, "full and read-only disks", all=80, few=3, needs=needs)

@@ -231,4 +231,4 @@ def needs(world: World) -> None:
     world.whole, world.half, points(world)  # noqa: B018 (made before processes are forked)
 
 
-FAMILY = Family("kills", attack, "kills at every write", all=lambda world: len(points(world)), few=5, needs=needs)
+FAMILY = Family("kills", attack, "kills at every write", all=lambda world: len(points(world)), few=3, needs=needs)

@@ -185,4 +185,4 @@ def needs(world: World) -> None:
     world.whole, world.half  # noqa: B018 (made before processes are forked)
 
 
-FAMILY = Family("runs", attack, "damaged run folders", all=200, few=10, needs=needs)
+FAMILY = Family("runs", attack, "damaged run folders", all=200, few=5, needs=needs)

@@ -70,4 +70,4 @@ def needs(world: World) -> None:
     world.steps  # noqa: B018 (made before processes are forked)
 
 
-FAMILY = Family("signals", attack, "signals at random times", all=64, few=3, needs=needs)
+FAMILY = Family("signals", attack, "signals at random times", all=64, few=2, needs=needs)

