@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm.config import ALIASES, get_obj_from_str, load_config
+from ldm.trust import foreign_targets
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ALL = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "sweeps")  # see tests/study
@@ -81,6 +82,7 @@ def test_command_in_the_header_names_files_that_exist(path):
 def test_targets_exist(path):
     for target in sorted(targets(resolved(path))):
         get_obj_from_str(target)
+    assert not foreign_targets(resolved(path), ALIASES)
 
 
 @pytest.mark.parametrize("path", ROUTES, ids=name)

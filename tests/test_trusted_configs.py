@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from ldm import trust
 from ldm.cli import Parser
 from ldm.commands import fit
-from ldm.config import ALIASES, load_config, plain, stored_config
+from ldm.config import ALIASES, load_config, stored_config
 from ldm.errors import InputError
 from ldm.train import many
 from ldm.train.options import dreambooth_parser
@@ -139,17 +139,6 @@ def test_the_options_of_training_say_so(monkeypatch):
         Parser().parse_args([])
         assert not trust.trust_config and not trust.allowed_families
     assert {"trust_config", "allow_family"} <= set(many.RESUMES)
-
-
-def shipped():
-    for path in sorted((ROOT / "configs").rglob("*.yaml")):
-        if path.parent.name != "sweeps":  # which name configs, and have a schema of their own
-            yield plain(load_config(path))
-
-
-@pytest.mark.slow
-def test_every_shipped_config_is_of_ours():
-    assert [found for config in shipped() if (found := trust.foreign_targets(config, ALIASES))] == []
 
 
 def test_what_the_documents_name_is_of_ours():

@@ -209,11 +209,8 @@ def test_a_call_within_a_call_keeps_its_own_accounts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "config", [None, both(mlp(), mlp("attn2c", "attn2c"), res=[conv()])], ids=["plain", "adapters"]
-)
-def test_compiles_into_one_graph(config):
-    model = unet(config)
+def test_compiles_into_one_graph():
+    model = unet(both(mlp(), mlp("attn2c", "attn2c"), res=[conv()]))
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():

@@ -53,7 +53,8 @@ def test_no_encoder_works_during_training(tmp_path, monkeypatch):
 
 def test_the_test_set_is_seen_after_the_training(tmp_path):
     target = "ldm.data.dreambooth.PersonalizedBase"
-    test = f"data.params.test={{target: {target}, params: {{data_root: {tmp_path / 'photos'}, size: 32, set: val, repeats: 1}}}}"
+    params = f"{{data_root: {tmp_path / 'photos'}, size: 32, set: val, repeats: 1}}"
+    test = f"data.params.test={{target: {target}, params: {params}}}"
     run = train(tmp_path, "run", "--max_steps", 2, test)
     assert last(run)["global_step"] == 2
 
