@@ -25,7 +25,8 @@ from ldm.errors import InputError, WriteError
 from ldm.models.diffusion.from_picture import last_steps
 from ldm.models.diffusion.guidance import guided
 from ldm.models.diffusion.inpainting import painting_condition, sees_mask
-from ldm.models.diffusion.samplers import Blend, Draw, draw, keep_known, sampler, unchanged
+from ldm.models.diffusion.sampler_parts import Blend, Draw, Parts, unchanged
+from ldm.models.diffusion.samplers import draw, keep_known, sampler
 from ldm.modules.cached_text import cached_text
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.writing import printable, writing
@@ -128,8 +129,8 @@ def generate(
     with evaluating(model), model.ema_scope(), precision, remembering:
         shape = settings.latent_shape(model)
         condition, empty = _conditions(model, prompts, negative, settings, start)
-        parts = condition.values() if isinstance(condition, Mapping) else [condition]
-        if not all(torch.isfinite(part).all() for part in parts if isinstance(part, Tensor)):
+        given = condition.values() if isinstance(condition, Mapping) else [condition]
+        if not all(torch.isfinite(part).all() for part in given if isinstance(part, Tensor)):
             raise NotFinite("the text encoder", model, half)
         steps = row.steps(model.alphas_cumprod, settings.steps, settings.eta, spacing=settings.spacing)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -139,10 +140,9 @@ def generate(
             steps, x, blend = _from_picture(model, start, steps, x, draw_noise)
         denoise = guided(model.predict_noise, condition, empty, settings.scale)
         finite = FiniteSteps()
-        latents = row.function(
-            denoise, x, steps, draw_noise, blend=blend, on_step=finite,
-            progress=partial(tqdm, desc=row.title, disable=not verbose),
-        )  # fmt: skip
+        progress = partial(tqdm, desc=row.title, disable=not verbose)
+        parts = Parts(blend, on_step=finite, progress=progress)
+        latents = row.function(denoise, x, steps, draw_noise, parts)
         if not torch.isfinite(latents).all():
             raise NotFinite(f"the UNet{finite.first_bad()}", model, half)
         pictures = decoded(model, latents, settings.decoded_pixels)

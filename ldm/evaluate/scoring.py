@@ -166,9 +166,10 @@ def compare(
         {"prompt": prompt, "seed": seed} for prompt, seed in zip(drawn.prompts, drawn.seeds, strict=True)
     ]
     notes: list[str] = []
-    without_subject = {"tuned": tuned.pictures, "prior": prior.pictures} if tuned and prior else {}
+    seen = {"drawn": drawn.pictures, "references": references}
+    if tuned and prior:
+        seen |= {"tuned": tuned.pictures, "prior": prior.pictures}
     for label, network in networks.items():
-        seen = {"drawn": drawn.pictures, "references": references} | without_subject
         vectors = {name: vectors_of(network, some, cache, verbose=verbose) for name, some in seen.items() if some}
         for name, metric in METRICS.items():
             groups = tuned.prompts if tuned and metric.against == "base" else drawn.prompts
@@ -180,9 +181,12 @@ def compare(
             if metric.against in ("subject", "captions") and found.ndim == 1:
                 for picture, value in zip(pictures, found.tolist(), strict=True):
                     picture[column(label, name)] = value
-    told = {label: {"name": network.name, "digest": network.digest} for label, network in networks.items()}
-    return Scores(values, pictures, told, asdict(protocol), class_word, time.perf_counter() - started, notes=notes,
-                  drawn=drawn)  # fmt: skip
+    seconds = time.perf_counter() - started
+    return Scores(values, pictures, _digests(networks), asdict(protocol), class_word, seconds, notes=notes, drawn=drawn)
+
+
+def _digests(networks: Mapping[str, Network]) -> dict[str, dict[str, Any]]:
+    return {label: {"name": network.name, "digest": network.digest} for label, network in networks.items()}
 
 
 def _measured(

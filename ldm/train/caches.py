@@ -70,8 +70,7 @@ def refuse_cut_captions(models: Sequence[Any], data: DataModuleFromConfig) -> No
     sets = [one for one in data.datasets.values() if hasattr(one, "all_captions")]
     if encoder is None or not sets:
         return
-    words = {getattr(one, "identifier", None) or getattr(one, "placeholder_token", None) for one in sets}
-    words |= set(getattr(encoder.new_tokens, "words", ()))
+    words = {_identifier(one) for one in sets} | set(getattr(encoder.new_tokens, "words", ()))
     captions = sorted({caption for one in sets for caption in one.all_captions()})
     cut = {caption: lost for caption in captions if (lost := cut_words(encoder, caption))}
     for caption, lost in cut.items():
@@ -84,6 +83,10 @@ def refuse_cut_captions(models: Sequence[Any], data: DataModuleFromConfig) -> No
     if cut:
         lost = next(iter(cut.values()))
         log.warning("%d captions are too long for the text encoder, which does not see their end: %s", len(cut), lost)
+
+
+def _identifier(dataset: Any) -> str | None:
+    return getattr(dataset, "identifier", None) or getattr(dataset, "placeholder_token", None)
 
 
 def _encode_pictures(

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ldm.errors import InputError
+from ldm.models.diffusion.sampler_parts import Parts
 from ldm.models.diffusion.samplers import SAMPLERS, keep_known, sampler
 from ldm.models.diffusion.schedule import ddpm_buffers, zero_terminal
 from ldm.models.diffusion.sigma_steps import sigma_steps
@@ -84,8 +85,8 @@ def test_masks_keep_what_is_known(name):
     draw_noise = lambda: torch.randn_like(x0)  # noqa: E731
     denoise = lambda x, t: model.apply_model(x, t, None)  # noqa: E731
     result = row.function(
-        denoise, draw_noise(), steps, draw_noise, blend=keep_known(x0, mask, draw_noise),
-        on_step=lambda i, total, x, x0: seen.append((i, total)),
+        denoise, draw_noise(), steps, draw_noise,
+        Parts(keep_known(x0, mask, draw_noise), on_step=lambda i, total, x, x0: seen.append((i, total))),
     )  # fmt: skip
     assert seen == [(i, 40) for i in range(40)]
     near = (result - x0).abs()

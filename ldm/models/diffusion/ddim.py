@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.models.diffusion.latent_sampler import DDIMSchedule
+from ldm.models.diffusion.sampler_parts import Parts
 from ldm.models.diffusion.samplers import Generators, Step, ddim, draw
 
 
@@ -66,7 +67,7 @@ class DDIMSampler(DDIMSchedule):
             x_latent,
             steps[-t_start:],
             lambda: draw(x_latent.shape, x_latent.device, generator),
-            progress=self.progress(verbose),
+            Parts(progress=self.progress(verbose)),
         )
 
     def _training_steps(self) -> list[Step]:

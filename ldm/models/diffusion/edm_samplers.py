@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from tqdm import tqdm
 from ldm.config import instantiate_from_config
 from ldm.errors import InputError
 from ldm.models.diffusion import sigma_samplers
-from ldm.models.diffusion.sigma_samplers import Parts
+from ldm.models.diffusion.sampler_parts import NONE, Parts
+from ldm.models.diffusion.sigma_samplers import Churn
 
 IDENTITY = {"target": "ldm.models.diffusion.guiders.IdentityGuider"}
 Denoiser = Callable[[Tensor, Tensor, Any], Tensor]  # (x, sigma [b], condition) -> estimate of x_0
@@ -38,7 +41,7 @@ class BaseDiffusionSampler:
         self.num_steps, self.verbose = num_steps, verbose
         self.discretization = instantiate_from_config(discretization_config)
         self.guider = instantiate_from_config(guider_config or IDENTITY)
-        self.options: dict[str, float] = {}  # further arguments of the function
+        self.options: dict[str, Any] = {}  # further arguments of the function
 
     @torch.no_grad()
     def __call__(
@@ -48,7 +51,7 @@ class BaseDiffusionSampler:
         cond: Mapping,
         uc: Mapping | None = None,
         num_steps: int | None = None,
-        parts: Parts = sigma_samplers.NONE,
+        parts: Parts = NONE,
         draw_noise: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Samples [b, c, h, w] from x, N(0, 1) noise of that shape, which stays as it is.
@@ -62,7 +65,7 @@ class BaseDiffusionSampler:
         sigmas = self.discretization(count).tolist()
         uc = cond if uc is None else uc
         if self.verbose and parts.progress is iter:
-            parts = Parts(parts.blend, parts.fix_x0, parts.on_step, lambda steps: tqdm(steps, desc=type(self).__name__))
+            parts = replace(parts, progress=partial(tqdm, desc=type(self).__name__))
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             levels = x.new_full((len(x),), sigma)
@@ -86,7 +89,7 @@ class EDMSampler(BaseDiffusionSampler):
         **base: Any,
     ) -> None:
         super().__init__(discretization_config, **base)
-        self.options = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+        self.options = {"churn": Churn(s_churn, s_tmin, s_tmax, s_noise)}
 
 
 class EulerEDMSampler(EDMSampler):

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from ldm.errors import InputError
 from ldm.models.diffusion.guidance import Denoise, guided
-from ldm.models.diffusion.samplers import SAMPLERS, Draw, Generators, Progress, Sampler, draw, keep_known, unchanged
+from ldm.models.diffusion.sampler_parts import Draw, Parts, Progress, unchanged
+from ldm.models.diffusion.samplers import SAMPLERS, Generators, Sampler, draw, keep_known
 from ldm.modules.diffusionmodules.util import make_ddim_sampling_parameters
 
 log = logging.getLogger(__name__)
@@ -106,10 +107,12 @@ class LatentSampler:
             x,
             self.steps,
             changed(draw_noise, temperature, noise_dropout),
-            blend=unchanged if mask is None else keep_known(x0.to(x), mask.to(x), draw_noise),
-            fix_x0=_quantizer(self.model) if quantize_x0 else unchanged,
-            on_step=trace,
-            progress=self.progress(verbose),
+            Parts(
+                blend=unchanged if mask is None else keep_known(x0.to(x), mask.to(x), draw_noise),
+                fix_x0=_quantizer(self.model) if quantize_x0 else unchanged,
+                on_step=trace,
+                progress=self.progress(verbose),
+            ),
         )
         return samples, trace.intermediates
 

@@ -1,14 +1,15 @@
 """Samplers, each one function over denoise(x, t) that reads from top to bottom, and the table that lists them.
 
 A sampler takes x [b, c, h, w] at the noise level of the first step, the steps in the order in which it visits them,
-and `draw_noise`, which gives N(0, 1) noise of the shape of x. denoise(x, t [b]) gives the predicted noise.
+and `draw_noise`, which gives N(0, 1) noise of the shape of x. denoise(x, t [b]) gives the predicted noise. Of the
+`Parts`, `blend` takes x and its alpha_bar.
 `sigma` means one thing here: the standard deviation of the noise in x = alpha x0 + sigma noise, alpha^2 = alpha_bar.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,14 +20,11 @@ from torch import Tensor
 from ldm.errors import InputError
 from ldm.models.diffusion import sigma_samplers
 from ldm.models.diffusion.guidance import Denoise
+from ldm.models.diffusion.sampler_parts import NONE, Blend, Draw, Parts
 from ldm.models.diffusion.sigma_steps import ancestral_steps, over_noise, sigma_steps
 from ldm.modules.diffusionmodules.util import make_ddim_sampling_parameters, make_ddim_timesteps
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-Draw = Callable[[], Tensor]
-Blend = Callable[[Tensor, float], Tensor]
-OnStep = Callable[[int, int, Tensor, Tensor], Any]
-Progress = Callable[[Iterable], Iterable]
 
 
 # --- what a sampler is given ------------------------------------------------------------------------------------------
@@ -63,11 +61,6 @@ def draw(shape: Sequence[int], device: torch.device | str, generator: Generators
         return torch.stack([draw(shape[1:], device, one) for one in generator])
     source = "cpu" if generator is None else generator.device
     return torch.randn(tuple(shape), generator=generator, device=source).to(device, non_blocking=True)
-
-
-def unchanged(x: Tensor, *_: Any) -> Tensor:
-    """The part that does nothing."""
-    return x
 
 
 def keep_known(x0: Tensor, mask: Tensor, draw_noise: Draw) -> Blend:
@@ -119,43 +112,23 @@ def uniform_levels(alphas_cumprod: Tensor, count: int, eta: float = 0.0, spacing
 # --- the samplers -----------------------------------------------------------------------------------------------------
 
 
-def ddim(
-    denoise: Denoise,
-    x: Tensor,
-    steps: Sequence[Step],
-    draw_noise: Draw,
-    *,
-    blend: Blend = unchanged,
-    fix_x0: Callable[[Tensor], Tensor] = unchanged,
-    on_step: OnStep = unchanged,
-    progress: Progress = iter,
-) -> Tensor:
+def ddim(denoise: Denoise, x: Tensor, steps: Sequence[Step], draw_noise: Draw, parts: Parts = NONE) -> Tensor:
     """DDIM (arXiv 2010.02502).
 
     Noise is drawn in every update, also where none is added, so that a seed means the same for every eta.
     """
-    for i, (t, alpha_bar, alpha_bar_prev, noise_std) in enumerate(progress(steps)):
-        x = blend(x, alpha_bar)
+    for i, (t, alpha_bar, alpha_bar_prev, noise_std) in enumerate(parts.progress(steps)):
+        x = parts.blend(x, alpha_bar)
         eps = denoise(x, torch.full((len(x),), t, device=x.device))
         # Eq. 12: the predicted x0, the direction pointing to x_t, random noise
-        pred_x0 = fix_x0((x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5)
+        pred_x0 = parts.fix_x0((x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5)
         direction = (1 - alpha_bar_prev - noise_std**2) ** 0.5 * eps
         x = alpha_bar_prev**0.5 * pred_x0 + direction + noise_std * draw_noise()
-        on_step(i, len(steps), x, pred_x0)
+        parts.on_step(i, len(steps), x, pred_x0)
     return x
 
 
-def plms(
-    denoise: Denoise,
-    x: Tensor,
-    steps: Sequence[Step],
-    draw_noise: Draw,
-    *,
-    blend: Blend = unchanged,
-    fix_x0: Callable[[Tensor], Tensor] = unchanged,
-    on_step: OnStep = unchanged,
-    progress: Progress = iter,
-) -> Tensor:
+def plms(denoise: Denoise, x: Tensor, steps: Sequence[Step], draw_noise: Draw, parts: Parts = NONE) -> Tensor:
     """PLMS, the pseudo linear multi-step sampler of PNDM (arXiv 2202.09778): deterministic, one call more than steps.
 
     As published, one noise is drawn (and not used) in every update: seeds then mean the same as in DDIM.
@@ -164,15 +137,15 @@ def plms(
     def transfer(x: Tensor, step: Step, eps: Tensor) -> tuple[Tensor, Tensor]:
         # Eq. 11 in the form of DDIM (arXiv 2010.02502) Eq. 12 without noise
         draw_noise()
-        pred_x0 = fix_x0((x - (1 - step.alpha_bar) ** 0.5 * eps) / step.alpha_bar**0.5)
+        pred_x0 = parts.fix_x0((x - (1 - step.alpha_bar) ** 0.5 * eps) / step.alpha_bar**0.5)
         return step.alpha_bar_prev**0.5 * pred_x0 + (1 - step.alpha_bar_prev) ** 0.5 * eps, pred_x0
 
     def at(t: int) -> Tensor:
         return torch.full((len(x),), t, device=x.device)
 
     before: list[Tensor] = []  # the model's last three predictions, newest first
-    for i, step in enumerate(progress(steps)):
-        x = blend(x, step.alpha_bar)
+    for i, step in enumerate(parts.progress(steps)):
+        x = parts.blend(x, step.alpha_bar)
         eps = denoise(x, at(step.t))
         if len(before) == 0:
             # In place of the paper's Runge-Kutta start (Eq. 13), as published: pseudo improved Euler, two calls
@@ -186,20 +159,12 @@ def plms(
             best = (55 * eps - 59 * before[0] + 37 * before[1] - 9 * before[2]) / 24  # of order 4: Eq. 12
         x, pred_x0 = transfer(x, step, best)
         before = [eps, *before[:2]]
-        on_step(i, len(steps), x, pred_x0)
+        parts.on_step(i, len(steps), x, pred_x0)
     return x
 
 
 def dpm_solver_pp(
-    denoise: Denoise,
-    x: Tensor,
-    steps: Sequence[Level],
-    draw_noise: Draw | None = None,
-    *,
-    blend: Blend = unchanged,
-    fix_x0: Callable[[Tensor], Tensor] = unchanged,
-    on_step: OnStep = unchanged,
-    progress: Progress = iter,
+    denoise: Denoise, x: Tensor, steps: Sequence[Level], draw_noise: Draw | None = None, parts: Parts = NONE
 ) -> Tensor:
     """DPM-Solver++ (arXiv 2211.01095), multistep of order 2 with data prediction: deterministic, draws no noise.
 
@@ -208,10 +173,10 @@ def dpm_solver_pp(
     """
     updates = list(zip(steps[:-1], steps[1:], strict=True))
     x0_before, h_before = None, None
-    for i, (now, after) in enumerate(progress(updates)):
-        x = blend(x, now.alpha**2)
+    for i, (now, after) in enumerate(parts.progress(updates)):
+        x = parts.blend(x, now.alpha**2)
         eps = denoise(x, torch.full((len(x),), now.t, device=x.device))
-        x0 = fix_x0((x - now.sigma * eps) / now.alpha)
+        x0 = parts.fix_x0((x - now.sigma * eps) / now.alpha)
         h = after.lam - now.lam
         estimate = x0
         if x0_before is not None and not (len(updates) < 15 and i == len(updates) - 1):
@@ -220,7 +185,7 @@ def dpm_solver_pp(
         # Algorithm 2, the update; where the estimate is x0 alone, its first step (which is that of DDIM)
         x = after.sigma / now.sigma * x - after.alpha * math.expm1(-h) * estimate
         x0_before, h_before = x0, h
-        on_step(i, len(updates), x, x0)
+        parts.on_step(i, len(updates), x, x0)
     return x
 
 

@@ -2,8 +2,7 @@
 
 Each is one function that reads from top to bottom. `denoise(x [b, c, h, w], sigma)` is D; `sigmas` are n + 1 host
 numbers, descending, the last one 0; `draw_noise` gives N(0, 1) noise of the shape of x. All take the same optional
-parts as the samplers in `samplers.py`: `blend(x, sigma)` before the first call of a step, `fix_x0`, `on_step`,
-`progress`.
+`Parts` as the samplers in `samplers.py`; `blend(x, sigma)` is called once in a step.
 """
 
 from __future__ import annotations
@@ -11,51 +10,50 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from ldm.models.diffusion.sampler_parts import NONE, Draw, Parts
+
 Denoise = Callable[[Tensor, float], Tensor]
-Draw = Callable[[], Tensor]
-
-
-def unchanged(x: Any, *_: Any) -> Any:
-    """The part that does nothing."""
-    return x
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a sampler may be given beside the model and the noise."""
+class Churn:
+    """Noise that is added before a step, Algorithm 2 of the paper: `s_churn` in all, between `s_tmin` and `s_tmax`.
 
-    blend: Callable[[Tensor, float], Tensor] = unchanged
-    fix_x0: Callable[[Tensor], Tensor] = unchanged
-    on_step: Callable[[int, int, Tensor, Tensor], Any] = unchanged
-    progress: Callable[[Iterable], Iterable] = iter
+    `s_noise` is its standard deviation, for which 1 is right.
+    """
 
-    def steps(self, sigmas: Sequence[float]) -> Iterable[tuple[int, float, float]]:
-        """(number, sigma, next sigma) of each step."""
-        return self.progress(list(zip(range(len(sigmas)), sigmas[:-1], sigmas[1:], strict=False)))
+    s_churn: float = 0.0
+    s_tmin: float = 0.0
+    s_tmax: float = math.inf
+    s_noise: float = 1.0
+
+    def __call__(self, x: Tensor, sigma: float, count: int, draw_noise: Draw) -> tuple[Tensor, float]:
+        """x and sigma with the noise, lines 4 to 6; the same ones where there is none. count: of the steps."""
+        gamma = min(self.s_churn / count, math.sqrt(2) - 1) if self.s_tmin <= sigma <= self.s_tmax else 0.0
+        if gamma <= 0:
+            return x, sigma
+        raised = sigma * (1 + gamma)
+        return x + math.sqrt(raised**2 - sigma**2) * self.s_noise * draw_noise(), raised
 
 
-NONE = Parts()
+NO_CHURN = Churn()
+
+
+def levels(parts: Parts, sigmas: Sequence[float]) -> Iterable[tuple[int, float, float]]:
+    """(number, sigma, next sigma) of each step."""
+    return parts.progress(list(zip(range(len(sigmas)), sigmas[:-1], sigmas[1:], strict=False)))
 
 
 def euler(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    draw_noise: Draw,
-    parts: Parts = NONE,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw_noise: Draw, parts: Parts = NONE, churn: Churn = NO_CHURN
 ) -> Tensor:
     """Euler's method, Algorithm 2 of the paper without its correction. Noise is drawn in steps with churn alone."""
-    for i, sigma, after in parts.steps(sigmas):
-        x, sigma = churned(parts.blend(x, sigma), sigma, len(sigmas) - 1, draw_noise, s_churn, s_tmin, s_tmax, s_noise)
+    for i, sigma, after in levels(parts, sigmas):
+        x, sigma = churn(parts.blend(x, sigma), sigma, len(sigmas) - 1, draw_noise)
         x0 = parts.fix_x0(denoise(x, sigma))
         x = x + (after - sigma) * slope(x, x0, sigma)
         parts.on_step(i, len(sigmas) - 1, x, x0)
@@ -63,19 +61,11 @@ def euler(
 
 
 def heun(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    draw_noise: Draw,
-    parts: Parts = NONE,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw_noise: Draw, parts: Parts = NONE, churn: Churn = NO_CHURN
 ) -> Tensor:
     """Heun's method, Algorithm 2 of the paper: two calls of the model in each step but the last."""
-    for i, sigma, after in parts.steps(sigmas):
-        x, sigma = churned(parts.blend(x, sigma), sigma, len(sigmas) - 1, draw_noise, s_churn, s_tmin, s_tmax, s_noise)
+    for i, sigma, after in levels(parts, sigmas):
+        x, sigma = churn(parts.blend(x, sigma), sigma, len(sigmas) - 1, draw_noise)
         x0 = parts.fix_x0(denoise(x, sigma))
         d = slope(x, x0, sigma)
         ahead = x + (after - sigma) * d
@@ -96,7 +86,7 @@ def euler_ancestral(
     s_noise: float = 1.0,
 ) -> Tensor:
     """Euler's method to a level below the next one, and noise from there up. As published it draws in every step."""
-    for i, sigma, after in parts.steps(sigmas):
+    for i, sigma, after in levels(parts, sigmas):
         x = parts.blend(x, sigma)
         down, up = ancestral(sigma, after, eta)
         x0 = parts.fix_x0(denoise(x, sigma))
@@ -115,7 +105,7 @@ def dpmpp_2s_ancestral(
     s_noise: float = 1.0,
 ) -> Tensor:
     """DPM-Solver++(2S) (arXiv 2211.01095), Algorithm 1 with r = 1/2, in ancestral steps. In the last one Euler's."""
-    for i, sigma, after in parts.steps(sigmas):
+    for i, sigma, after in levels(parts, sigmas):
         x = parts.blend(x, sigma)
         down, up = ancestral(sigma, after, eta)
         x0 = estimate = parts.fix_x0(denoise(x, sigma))
@@ -132,7 +122,7 @@ def dpmpp_2m(
 ) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095), Algorithm 2: of order 2, one call of the model. The last step is Euler's."""
     before, sigma_before = None, 0.0
-    for i, sigma, after in parts.steps(sigmas):
+    for i, sigma, after in levels(parts, sigmas):
         x = parts.blend(x, sigma)
         x0 = estimate = parts.fix_x0(denoise(x, sigma))
         if before is not None and after > 0:
@@ -155,7 +145,7 @@ def lms(
 ) -> Tensor:
     """Linear multistep: the polynomial through the last `order` slopes, integrated (Adams-Bashforth, uneven steps)."""
     slopes: list[Tensor] = []  # newest first
-    for i, sigma, after in parts.steps(sigmas):
+    for i, sigma, after in levels(parts, sigmas):
         x = parts.blend(x, sigma)
         x0 = parts.fix_x0(denoise(x, sigma))
         slopes = [slope(x, x0, sigma), *slopes[: order - 1]]
@@ -176,17 +166,6 @@ def slope(x: Tensor, x0: Tensor, sigma: float) -> Tensor:
 def towards(x: Tensor, x0: Tensor, sigma: float, after: float) -> Tensor:
     """x at sigma brought to a lower level, if x_0 is right: a step of DPM-Solver++ of order 1."""
     return after / sigma * x + (1 - after / sigma) * x0
-
-
-def churned(
-    x: Tensor, sigma: float, count: int, draw_noise: Draw, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
-) -> tuple[Tensor, float]:
-    """x and sigma after a little noise was added, Algorithm 2, lines 4 to 6; the same ones where there is no churn."""
-    gamma = min(s_churn / count, math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
-    if gamma <= 0:
-        return x, sigma
-    raised = sigma * (1 + gamma)
-    return x + math.sqrt(raised**2 - sigma**2) * s_noise * draw_noise(), raised
 
 
 def ancestral(sigma: float, after: float, eta: float) -> tuple[float, float]:

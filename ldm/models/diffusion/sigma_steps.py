@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.models.diffusion.discretizer import evenly_spaced
-from ldm.models.diffusion.sigma_samplers import Parts, unchanged
+from ldm.models.diffusion.sampler_parts import NONE, Draw, Parts, unchanged
 from ldm.modules.diffusionmodules.util import make_ddim_timesteps
 
 RHO = 7.0  # of Karras et al. (arXiv 2206.00364), section 3
@@ -96,25 +95,21 @@ def over_noise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         denoise: Callable[[Tensor, Tensor], Tensor],
         x: Tensor,
         steps: SigmaSteps,
-        draw_noise: Callable[[], Tensor] | None = None,
-        *,
-        blend: Callable[[Tensor, float], Tensor] = unchanged,
-        fix_x0: Callable[[Tensor], Tensor] = unchanged,
-        on_step: Callable[[int, int, Tensor, Tensor], Any] = unchanged,
-        progress: Callable = iter,
+        draw_noise: Draw | None = None,
+        parts: Parts = NONE,
     ) -> Tensor:
         def x0_of(x: Tensor, sigma: float) -> Tensor:
             return x - sigma * denoise(x * alpha_of(sigma), torch.full((len(x),), steps.time(sigma), device=x.device))
 
         def blended(x: Tensor, sigma: float) -> Tensor:
             alpha = alpha_of(sigma)
-            return blend(x * alpha, alpha**2) / alpha
+            return parts.blend(x * alpha, alpha**2) / alpha
 
         def told(i: int, total: int, x: Tensor, x0: Tensor) -> None:
-            on_step(i, total, x * alpha_of(steps.sigmas[i + 1]), x0)
+            parts.on_step(i, total, x * alpha_of(steps.sigmas[i + 1]), x0)
 
-        parts = Parts(unchanged if blend is unchanged else blended, fix_x0, told, progress)
-        return function(x0_of, x / alpha_of(steps.sigmas[0]), steps.sigmas, draw_noise, parts, **steps.options)
+        own = replace(parts, blend=unchanged if parts.blend is unchanged else blended, on_step=told)
+        return function(x0_of, x / alpha_of(steps.sigmas[0]), steps.sigmas, draw_noise, own, **steps.options)
 
     return sample
 

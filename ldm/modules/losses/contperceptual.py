@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,38 +13,13 @@ from ldm.modules.losses.adversarial import AdversarialLoss
 class LPIPSWithDiscriminator(AdversarialLoss):
     """Reconstruction, a small KL term and a patch discriminator: LDM (arXiv 2112.10752) Eq. 25 with KL-reg.
 
-    LDM's arguments; see `AdversarialLoss` for `perceptual_loss` and for what is raised.
+    LDM's arguments; see `AdversarialLoss` for those that are shared and for what is raised.
     """
 
-    def __init__(
-        self,
-        disc_start: int,
-        logvar_init: float = 0.0,
-        kl_weight: float = 1.0,
-        pixelloss_weight: float = 1.0,
-        disc_num_layers: int = 3,
-        disc_in_channels: int = 3,
-        disc_factor: float = 1.0,
-        disc_weight: float = 1.0,
-        perceptual_weight: float = 1.0,
-        use_actnorm: bool = False,
-        disc_conditional: bool = False,
-        disc_loss: str = "hinge",
-        perceptual_loss: nn.Module | Mapping | None = None,
-    ):
-        super().__init__(
-            disc_start=disc_start,
-            pixelloss_weight=pixelloss_weight,
-            disc_num_layers=disc_num_layers,
-            disc_in_channels=disc_in_channels,
-            disc_factor=disc_factor,
-            disc_weight=disc_weight,
-            perceptual_weight=perceptual_weight,
-            use_actnorm=use_actnorm,
-            disc_conditional=disc_conditional,
-            disc_loss=disc_loss,
-            perceptual_loss=perceptual_loss,
-        )
+    GIVEN = ("disc_ndf", "pixel_loss")  # arguments of the parent alone
+
+    def __init__(self, disc_start: int, logvar_init: float = 0.0, kl_weight: float = 1.0, **shared: Any):
+        super().__init__(disc_start, **shared)
         self.kl_weight, self.logvar_init = kl_weight, logvar_init
         self.logvar = nn.Parameter(torch.tensor(float(logvar_init)))
 

@@ -20,13 +20,7 @@ class LateDiscriminator(LPIPSWithDiscriminator):
     waiting = True
 
     def forward(
-        self,
-        inputs: Tensor,
-        reconstructions: Tensor,
-        posteriors: Any,
-        optimizer_idx: int,
-        global_step: int,
-        **rest: Any,
+        self, inputs: Tensor, reconstructions: Tensor, posteriors: Any, optimizer_idx: int, global_step: int, **rest
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self.waiting = global_step < self.disc_start
         return super().forward(inputs, reconstructions, posteriors, optimizer_idx, global_step, **rest)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.modules.losses.adversarial import AdversarialLoss
@@ -20,42 +20,11 @@ def measure_perplexity(indices: Tensor, n_embed: int) -> tuple[Tensor, Tensor]:
 class VQLPIPSWithDiscriminator(AdversarialLoss):
     """Reconstruction, codebook loss and a patch discriminator: VQGAN (arXiv 2012.09841) Eqs. 4 to 7.
 
-    LDM's arguments; see `AdversarialLoss` for `perceptual_loss` and for what is raised.
+    LDM's arguments; see `AdversarialLoss` for those that are shared and for what is raised.
     """
 
-    def __init__(
-        self,
-        disc_start: int,
-        codebook_weight: float = 1.0,
-        pixelloss_weight: float = 1.0,
-        disc_num_layers: int = 3,
-        disc_in_channels: int = 3,
-        disc_factor: float = 1.0,
-        disc_weight: float = 1.0,
-        perceptual_weight: float = 1.0,
-        use_actnorm: bool = False,
-        disc_conditional: bool = False,
-        disc_ndf: int = 64,
-        disc_loss: str = "hinge",
-        n_classes: int | None = None,
-        perceptual_loss: nn.Module | Mapping | None = None,
-        pixel_loss: str = "l1",
-    ):
-        super().__init__(
-            disc_start=disc_start,
-            pixelloss_weight=pixelloss_weight,
-            disc_num_layers=disc_num_layers,
-            disc_in_channels=disc_in_channels,
-            disc_factor=disc_factor,
-            disc_weight=disc_weight,
-            perceptual_weight=perceptual_weight,
-            use_actnorm=use_actnorm,
-            disc_conditional=disc_conditional,
-            disc_loss=disc_loss,
-            disc_ndf=disc_ndf,
-            pixel_loss=pixel_loss,
-            perceptual_loss=perceptual_loss,
-        )
+    def __init__(self, disc_start: int, codebook_weight: float = 1.0, n_classes: int | None = None, **shared: Any):
+        super().__init__(disc_start, **shared)
         self.codebook_weight, self.n_classes = codebook_weight, n_classes
 
     def forward(

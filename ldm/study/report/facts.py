@@ -118,13 +118,7 @@ def look_at(frame: pd.DataFrame, fidelity: str | None = None, drift: str | None 
     """The facts of a table of results. Raises `InputError` where no trial has a score, and for absent columns."""
     frame = _completed(frame)
     metrics = metrics_of(frame)
-    for given, option in ((fidelity, "--metric"), (drift, "--drift")):
-        if given and given not in metrics:
-            raise InputError(f"{option} {given}: no score has this name{did_you_mean(given, metrics)}")
-    if not metrics:
-        raise InputError("there is no score in these results: no trial has ended, or the columns have other names")
-    fidelity = fidelity or next((one for one in SCORES if one in metrics), metrics[0])
-    drift = drift or next((one for end in DRIFTS for one in metrics if one.endswith(end)), None)
+    fidelity, drift = _scores_to_show(metrics, fidelity, drift)
     last, notes = last_of_each_trial(frame)
     last = last[last[fidelity].notna()]
     if last.empty:
@@ -140,6 +134,18 @@ def look_at(frame: pd.DataFrame, fidelity: str | None = None, drift: str | None 
     sign = 1 if LESS.search(fidelity) else -1
     configs.sort(key=lambda one: (sign * one.means[fidelity].mean, one.label))
     return Facts(frame, last, metrics, settings, configs, fidelity, drift, notes)
+
+
+def _scores_to_show(metrics: Sequence[str], fidelity: str | None, drift: str | None) -> tuple[str, str | None]:
+    """The scores that are asked for, or the usual ones. Raises `InputError` for absent ones."""
+    for given, option in ((fidelity, "--metric"), (drift, "--drift")):
+        if given and given not in metrics:
+            raise InputError(f"{option} {given}: no score has this name{did_you_mean(given, metrics)}")
+    if not metrics:
+        raise InputError("there is no score in these results: no trial has ended, or the columns have other names")
+    fidelity = fidelity or next((one for one in SCORES if one in metrics), metrics[0])
+    drift = drift or next((one for end in DRIFTS for one in metrics if one.endswith(end)), None)
+    return fidelity, drift
 
 
 def _completed(frame: pd.DataFrame) -> pd.DataFrame:

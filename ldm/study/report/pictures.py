@@ -13,7 +13,8 @@ import base64
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,23 +117,19 @@ def wall_of(facts: Facts, folder: Path, album: Album, photographs: str | None = 
     shown = [(_trial(facts, row), row) for row in rows]
     wanted = []  # (priority, trial, entry, paths)
     for trial, row in shown:
-        found = _drawn(folder, row)
-        each = _each(row)
-        prompts: dict[str, int] = {}
-        for number, path in enumerate(found):
-            about = each[number] if number < len(each) else {}
-            prompt = str(about.get("prompt") or f"picture {number + 1}")
-            prompts[prompt] = prompts.get(prompt, -1) + 1
-            entry = {"prompt": prompt, "seed": about.get("seed"), "told": _scores(facts, about)}
+        told = dict(enumerate(_each(row)))
+        repeats: Counter[str] = Counter()
+        for number, path in enumerate(_drawn(folder, row)):
+            entry = _entry(facts, number, told.get(number, {}))
             trial["pictures"].append(entry)
-            base = _base(folder, row, number)
-            wanted.append(((prompts[prompt], trial["seed"], places[trial["config"]]), entry, path, base))
+            priority = repeats[entry["prompt"]], trial["seed"], places[trial["config"]]
+            repeats[entry["prompt"]] += 1
+            wanted.append((priority, entry, path, _base(folder, row, number)))
     for _, entry, path, base in sorted(wanted, key=lambda one: one[0]):
         entry["drawn"] = album.add(path)
         entry["base"] = album.add(base) if base else None
-    for trial, _ in shown:
-        trial["pictures"] = [entry for entry in trial["pictures"] if entry["drawn"] is not None]
-    wall.trials = sorted((trial for trial, _ in shown if trial["pictures"]), key=lambda one: places[one["config"]])
+    embedded = _embedded(trial for trial, _ in shown)
+    wall.trials = sorted(embedded, key=lambda one: places[one["config"]])
     if not wall.trials:
         return None
     wall.finish()
@@ -145,6 +142,20 @@ def _trial(facts: Facts, row: Mapping[str, Any]) -> dict[str, Any]:
     step = row["step"]
     return {"config": str(row["config_label"]), "subject": str(row["subject"]), "seed": int(row["seed"]),
             "step": None if absent(step) else int(step), "told": told, "pictures": []}  # fmt: skip
+
+
+def _embedded(trials: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trials that have pictures in the album, each with those alone."""
+    found = []
+    for trial in trials:
+        trial["pictures"] = [entry for entry in trial["pictures"] if entry["drawn"] is not None]
+        found += [trial] if trial["pictures"] else []
+    return found
+
+
+def _entry(facts: Facts, number: int, about: Mapping[str, Any]) -> dict[str, Any]:
+    prompt = str(about.get("prompt") or f"picture {number + 1}")
+    return {"prompt": prompt, "seed": about.get("seed"), "told": _scores(facts, about)}
 
 
 def _scores(facts: Facts, about: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -231,21 +231,31 @@ def _anova_section(found: Analysis) -> Section:
 # --- where it comes from
 
 
+COLUMNS = ("commit", "code", "device", "threads", "finished", "batch_size")  # of results, on how they were made
+
+
 def _versions(facts: Facts) -> Table:
     """What the rows say about how they were made: each value once."""
-    rows: list[tuple[str, str]] = []
-    for name in ("commit", "code", "device", "threads", "finished", "batch_size"):
-        if name in facts.frame:
-            values = sorted({str(value) for value in facts.frame[name] if not absent(value)})
-            text = values if name != "finished" or len(values) < 2 else [f"{values[0]} to {values[-1]}"]
-            rows += [(name, ", ".join(text))] if text else []
-    for column in ("versions", "networks"):
-        for text in sorted({str(value) for value in facts.frame.get(column, ()) if not absent(value)}):
-            found = parsed(text)
-            for name, value in found.items() if isinstance(found, dict) else ():
-                said = " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
-                rows.append((f"{name}, network" if column == "networks" else name, said))
+    rows = [(name, text) for name in COLUMNS if (text := _span(name, _different(facts, name)))]
+    rows += [row for text in _different(facts, "versions") for row in _named(text)]
+    rows += [(f"{name}, network", said) for text in _different(facts, "networks") for name, said in _named(text)]
     return as_table("Versions", ["what", "which"], list(dict.fromkeys(rows)), 2)
+
+
+def _different(facts: Facts, column: str) -> list[str]:
+    return sorted({str(value) for value in facts.frame.get(column, ()) if not absent(value)})
+
+
+def _span(name: str, values: list[str]) -> str:
+    """The values in words; of points in time, the first and the last."""
+    return " to ".join((values[0], values[-1])) if name == "finished" and len(values) > 1 else ", ".join(values)
+
+
+def _named(text: str) -> list[tuple[str, str]]:
+    """The names and values of a mapping in JSON; what is a mapping itself as its values."""
+    found = parsed(text)
+    pairs = found.items() if isinstance(found, dict) else ()
+    return [(name, " ".join(map(str, one.values())) if isinstance(one, dict) else str(one)) for name, one in pairs]
 
 
 def _commands(report: Report) -> list[tuple[str, str]]:
