@@ -42,7 +42,8 @@ def command(path: Path, folder: Path) -> None:
     Image.new("RGB", (64, 64)).save(photos / "0.png")
     words = [
         sys.executable, ROOT / "main_dream_booth.py", "--base", CONFIG, "-t", "--actual_resume", path,
-        "--logdir", folder, "--data_root", photos, "--reg_data_root", photos, "--accelerator", "cpu", "--cache", "off",
+        "--logdir", folder, "--data_root", photos, "--class_word", "dog", "--reg_data_root", photos,
+        "--accelerator", "cpu", "--cache", "off",
         "lightning.callbacks.stop.target=start.StopAtTheFirstStep",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}

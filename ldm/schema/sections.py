@@ -232,7 +232,7 @@ class Training(Section):
 class DreamBooth(Section):
     """`dreambooth`: options of a run of `ldm train`. An option of the command line wins."""
 
-    class_word: str | None = says("dog", "what the subject is")
+    class_word: str | None = says(None, "what the subject is, e.g. dog; needed with class pictures")
     class_scale: Finite = says(7.5, "guidance scale of sampled class pictures: the higher, the less varied")
     seed: Seed = says(23, "seed of everything random")
     scale_lr: bool = says(False, "multiply the learning rate by processes, batch size and accumulation")

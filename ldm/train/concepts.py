@@ -42,9 +42,12 @@ def fill_in(config: DictConfig, settings: Mapping[str, Any]) -> None:
     sets, word = config.data.params, first_word(config)
     concepts = settings.get("concepts")
     if not concepts:
-        concept = {"datapath": settings.get("data_root"), "caption": f"{word} {settings['class_word']}"}
+        class_word = settings.get("class_word")
+        concept = {"datapath": settings.get("data_root"), "caption": f"{word} {class_word}" if class_word else word}
         if settings.get("reg_data_root"):
-            concept |= {"reg_datapath": settings["reg_data_root"], "reg_caption": settings["class_word"]}
+            if not class_word:
+                raise InputError("what is on the class pictures? name it with --class_word, e.g. --class_word dog")
+            concept |= {"reg_datapath": settings["reg_data_root"], "reg_caption": class_word}
         concepts = [concept]
     if not concepts[0].get("datapath"):
         raise InputError("no photographs: name their folder with --datapath and --caption, or with --data_root")

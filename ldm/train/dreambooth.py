@@ -23,6 +23,7 @@ from ldm.train.run_folder import Run
 log = logging.getLogger(__name__)
 
 UNET = "model.diffusion_model"
+NO_WORD = "what is on the class pictures? name it with --class_word, e.g. --class_word dog"
 DEFAULTS = {key: value for key, value in DreamBooth().model_dump().items() if value is not None}
 
 
@@ -80,7 +81,7 @@ def as_run(config: DictConfig, folder: Path, checkpoint: Path | None = None, deb
         base_precision=settings.base_precision,
         notes={
             "identifier": concepts.first_word(config) if is_custom else named,
-            "class_word": settings.class_word,
+            "class_word": settings.get("class_word"),
         },
     )
 
@@ -109,13 +110,16 @@ def fill_in_pictures(config: DictConfig, settings: DictConfig, num_class_images:
             "no class pictures: name their folder with --reg_data_root (--num_class_images N fills it), "
             "or train without prior preservation by data.params.reg=null"
         )
+    word = settings.get("class_word")
+    if sets.get("reg") is not None and not (word or OmegaConf.select(sets, "reg.params.class_word")):
+        raise InputError(NO_WORD)
     roots = {"train": settings.data_root, "validation": settings.data_root, "reg": settings.get("reg_data_root")}
     for name, root in roots.items():
         dataset = sets.get(name)
         if dataset is None:
             continue
         _, known = parameters_of(get_obj_from_str(dataset.target))
-        values = {"data_root": root, "class_word": settings.class_word, "seed": settings.seed}
+        values = {"data_root": root, "seed": settings.seed} | ({"class_word": word} if word else {})
         taken = {key: value for key, value in values.items() if known is None or key in known}
         dataset.params = OmegaConf.merge(dataset.get("params") or {}, taken)
     find_pictures(settings.data_root)

@@ -254,7 +254,8 @@ def test_targets(name):
 
 def training(work, words: str) -> list[str]:
     given = words.format_map({"work": work}) if "{work}" in words else words
-    roots = f"--data_root {work}/photos --reg_data_root {work}/class --logdir {work}/logs --max_steps 1"
+    roots = f"--class_word dog --data_root {work}/photos --reg_data_root {work}/class"
+    roots += f" --logdir {work}/logs --max_steps 1"
     # An override in YAML's flow style may hold spaces: the words are those that begin an option or a key.
     more = re.split(r" (?=-|\w[\w.]*=|\w+$)", given) if "[{" in given else given.split()
     return f"--base {TINY} -t {roots}".split() + more

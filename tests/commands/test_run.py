@@ -287,7 +287,8 @@ def test_learnt_words_are_added_before_training(tmp_path, caplog):
 
 
 def test_real_photographs(tmp_path, shared):
-    roots = ["--data_root", shared / "data/dreambench/dog", "--reg_data_root", shared / "data/class_images/dog"]
+    roots = ["--class_word", "dog", "--data_root", shared / "data/dreambench/dog"]
+    roots += ["--reg_data_root", shared / "data/class_images/dog"]
     main_dream_booth(
         "--base",
         TINY,
@@ -430,3 +431,11 @@ def test_published_adapter_folders_are_sampled_with(tmp_path, trained):
 def test_a_size_that_does_not_fit(tmp_path):
     with pytest.raises(InputError, match="picture size 60x32 does not fit this model: expected multiples of 8"):
         sample(tmp_path, "--H", 60)
+
+
+def test_what_the_class_pictures_show_is_never_guessed(tmp_path):
+    words = arguments(tmp_path, "-n", "run")
+    at = words.index("--class_word")
+    with pytest.raises(InputError, match="what is on the class pictures. name it with --class_word"):
+        main_dream_booth(*words[:at], *words[at + 2 :])
+    assert not (tmp_path / "logs").exists()

@@ -158,6 +158,7 @@ def test_a_killed_process_ends_the_other(tmp_path, victim):
 def test_class_pictures_are_made_once_for_all(tmp_path):
     pictures(tmp_path / "photos", 2)
     words = ["--base", TINY, "-t", "--data_root", tmp_path / "photos", "--logdir", tmp_path / "logs"]
+    words += ["--class_word", "dog"]
     words += ["--reg_data_root", tmp_path / "class", "--num_class_images", 2, "-n", "run", *TWO, "--max_steps", 1]
     done = command("main_dream_booth.py", *words)
     assert done.returncode == 0, done.stderr

@@ -51,7 +51,8 @@ def test_each_becomes_what_it_becomes_alone(work):
     for folder in folders:
         config, subject = folder.name.split("_")[1:]
         path = {"tiny": TINY, "wide": work / "wide.yaml"}[config]
-        more = ["--data_root", work / subject, "--reg_data_root", work / "class", "--max_steps", 5, *QUIET, plain]
+        more = ["--class_word", "dog", "--data_root", work / subject, "--reg_data_root", work / "class"]
+        more += ["--max_steps", 5, *QUIET, plain]
         alone = train(work, f"alone-{config}-{subject}", *more, config=path)
         here, there = (f / "checkpoints" / "5-adapters" for f in (folder, alone))
         ours, theirs = (load_file(f / "adapters.safetensors") for f in (here, there))
@@ -81,7 +82,7 @@ def test_other_families_become_what_they_become_alone_and_resume(work):
         word = "data: {params: {train: {params: {identifier: <sks>}}}}\n" if name == "words" else ""
         model = f"model: {{params: {{train_level: [], {unet}, tuning: {tuning}}}}}\n"
         configs[-1].write_text(f"defaults: {TINY}\n{model}{word}")
-    roots = ["--data_root", work / "photos", "--reg_data_root", work / "class", *QUIET, plain]
+    roots = ["--class_word", "dog", "--data_root", work / "photos", "--reg_data_root", work / "class", *QUIET, plain]
     main("-t", "-n", "many", "--logdir", work / "logs", "--base", *configs, *roots, "--max_steps", 2)
     main("-t", "-r", find_run(work, "many"), "--max_steps", 4)
     for folder, path in zip(sorted(find_run(work, "many").glob("0*")), configs, strict=True):
@@ -171,7 +172,7 @@ def test_each_is_clipped_by_its_own_norm(work):
     clipped = [*told, "--gradient_clip_val", 1e-4]
     main(*arguments(work, "-n", "many", *clipped))
     (folder,) = find_run(work, "many").glob("*_tiny_photos")
-    roots = ["--data_root", work / "photos", "--reg_data_root", work / "class"]
+    roots = ["--class_word", "dog", "--data_root", work / "photos", "--reg_data_root", work / "class"]
     whole, alone = (train(work, name, *roots, *more, config=TINY) for name, more in (("w", told), ("a", clipped)))
     ours, theirs, free = (load_file(f / "checkpoints/3-adapters/adapters.safetensors") for f in (folder, alone, whole))
     assert max((theirs[name] - free[name]).abs().max() for name in theirs) > 1e-5, "nothing was clipped"

@@ -56,7 +56,7 @@ def test_it_resumes_to_the_bit_on_either_base(tmp_path, ia3, precision):
 def test_it_trains_side_by_side_with_others(tmp_path, ia3):
     sgd = "model.params.optimizer_config={target: torch.optim.SGD}"
     photos, others = runs.pictures(tmp_path / "photos", 4), runs.pictures(tmp_path / "class", 3, 1)
-    roots = ["--data_root", photos, "--reg_data_root", others]
+    roots = ["--class_word", "dog", "--data_root", photos, "--reg_data_root", others]
     words = [*roots, "--class_word", "dog", "--accelerator", "cpu", "--max_steps", "3", sgd]
     configs = ["--base", str(ia3), str(runs.TINY)]
     Program("train-many")([*map(str, ["-t", "-n", "many", "--logdir", tmp_path / "logs", *configs, *words])])
