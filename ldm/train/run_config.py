@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import schema
-from ldm.config import check, check_entries, find_file, load_config, merged, override, plain, stored_config
+from ldm.config import (
+    check,
+    check_entries,
+    find_file,
+    load_config,
+    merged,
+    override,
+    plain,
+    stored_config,
+    unet_params,
+)
 from ldm.errors import InputError
 from ldm.train.optimizers import spell_out
 from ldm.train.run_folder import resumed_folder
@@ -26,6 +37,8 @@ def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -
     if not stored and not paths:
         raise InputError("no config: name one with --base, e.g. --base configs/sd-mini/attn2o-ffni.yaml")
     configs = [*stored, *(load_config(find_file(path)) for path in paths)]
+    for first, second in itertools.pairwise(zip([*[resumed] * len(stored), *paths], configs, strict=True)):
+        tell_of_adapters(first, second)
     config = override(merged(*configs), overrides)
     spell_out(config)
     check_config(config)
@@ -36,6 +49,18 @@ def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -
         if OmegaConf.select(config, section) is None:
             OmegaConf.update(config, section, {})  # left out, or `callbacks:` with nothing below it
     return config
+
+
+def tell_of_adapters(first: tuple[Any, DictConfig], second: tuple[Any, DictConfig]) -> None:
+    """Say which position adapters win where two configs (name, content) have some."""
+    kinds = [OmegaConf.select(one, f"{unet_params(one)}.adapter_config") or {} for _, one in (first, second)]
+    earlier, later = ({kind for kind, entry in one.items() if entry} for one in kinds)
+    for kind in sorted(later & earlier):
+        if kinds[0][kind] != kinds[1][kind]:
+            log.warning("%s: the adapters of %s replace those of the config before it", kind, second[0])
+    if later and earlier - later:
+        kept = ", ".join(sorted(earlier - later))
+        log.warning("%s: those of the first config stay beside those of %s", kept, second[0])
 
 
 def check_config(config: DictConfig) -> None:

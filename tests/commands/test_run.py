@@ -439,3 +439,15 @@ def test_what_the_class_pictures_show_is_never_guessed(tmp_path):
     with pytest.raises(InputError, match="what is on the class pictures. name it with --class_word"):
         main_dream_booth(*words[:at], *words[at + 2 :])
     assert not (tmp_path / "logs").exists()
+
+
+def test_two_configs_with_adapters_say_which_win(tmp_path, caplog):
+    folder = ROOT / "configs/sd-mini"
+    words = arguments(tmp_path, config=folder / "attn2o-ffni.yaml")
+    words.remove("-t")
+    with caplog.at_level("WARNING"):
+        main_dream_booth(*words, "--base", folder / "attn2o-ffni.yaml", folder / "ffni-ffni.yaml")
+    assert f"transformer_adp_config: the adapters of {folder / 'ffni-ffni.yaml'} replace those" in caplog.text
+    caplog.clear()
+    main_dream_booth(*words, "--base", folder / "attn2o-ffni.yaml", folder / "resi-resi.yaml")
+    assert f"those of the first config stay beside those of {folder / 'resi-resi.yaml'}" in caplog.text
