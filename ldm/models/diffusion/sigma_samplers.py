@@ -77,14 +77,9 @@ def heun(
 
 
 def euler_ancestral(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    draw_noise: Draw,
-    parts: Parts = NONE,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-) -> Tensor:
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw_noise: Draw, parts: Parts = NONE,
+    eta: float = 1.0, s_noise: float = 1.0,
+) -> Tensor:  # fmt: skip
     """Euler's method to a level below the next one, and noise from there up. As published it draws in every step."""
     for i, sigma, after in levels(parts, sigmas):
         x = parts.blend(x, sigma)
@@ -96,14 +91,9 @@ def euler_ancestral(
 
 
 def dpmpp_2s_ancestral(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Sequence[float],
-    draw_noise: Draw,
-    parts: Parts = NONE,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-) -> Tensor:
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw_noise: Draw, parts: Parts = NONE,
+    eta: float = 1.0, s_noise: float = 1.0,
+) -> Tensor:  # fmt: skip
     """DPM-Solver++(2S) (arXiv 2211.01095), Algorithm 1 with r = 1/2, in ancestral steps. In the last one Euler's."""
     for i, sigma, after in levels(parts, sigmas):
         x = parts.blend(x, sigma)
