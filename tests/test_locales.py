@@ -57,7 +57,7 @@ def test_a_folder_whose_name_is_no_text_in_a_locale_that_is_ascii(tmp_path):
     ends = [line for line in done.stdout.decode().splitlines() if " ended with " in line]
     names = ["main_dream_booth", "main_dream_booth", "sample", "scripts.convert", "scripts.merge_adapters", "sample"]
     assert ends == [f"{name} ended with {code}" for name, code in zip(names, (2, 0, 0, 2, 0, 2), strict=True)], text
-    assert "photos' is not UTF-8, so that the config of the run could not be kept" in text
+    assert "photos' is not UTF-8, so the config of the run cannot be stored" in text
     assert "position adapters, which no LoRA file can hold" in text
     assert "latin.txt cannot be read" in text and "expected text, a prompt per line" in text
     with Image.open(os.path.join(os.fsdecode(work), "out", "samples", "00000.png")) as picture:

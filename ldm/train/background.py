@@ -1,6 +1,6 @@
-"""A training that runs in the background with the time that nobody else uses: started, paused, resumed, stopped.
+"""Start, pause, resume and stop a training that runs in the background at the lowest priority.
 
-Its folder holds `background.json`, which says what process it is, and `output.log`, what it printed.
+Its folder holds `background.json`, which identifies the process, and `output.log`, which has its output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STATE, OUTPUT = "background.json", "output.log"
 
 @dataclass(frozen=True)
 class Background:
-    """One process, by its number and the time of its start, since numbers are given again. `threads` is what it got."""
+    """A process, identified by its number and its start time, because the system reuses numbers."""
 
     pid: int
     started: float  # seconds since the epoch, as psutil has it
@@ -52,7 +52,7 @@ class Background:
 
 
 def read(folder: str | Path) -> Background:
-    """The training of a folder. Raises `InputError` where none was started, and for a file that is not ours."""
+    """Read the training of a folder. Raises `InputError` if none was started or the file is malformed."""
     path = Path(folder) / STATE
     if not path.is_file():
         raise InputError(f"nothing was started in {folder}: expected {path}; begin with start, or name its --folder")
@@ -64,15 +64,15 @@ def read(folder: str | Path) -> Background:
 
 
 def start(folder: str | Path, command: Sequence[str], threads: int) -> Background:
-    """Start a command at nice 19 in a session of its own, which no terminal's end reaches.
+    """Start a command at nice 19 in its own session, so that it survives the terminal.
 
-    What it prints is added to the folder's `output.log`. Raises `InputError` while the folder's earlier one is alive.
+    Its output is appended to `output.log` in the folder. Raises `InputError` if the folder's last command still runs.
     """
     folder = Path(folder)
     if (folder / STATE).is_file() and (old := read(folder)).state != ENDED:
         raise InputError(f"{folder} has a training that is {old.state} (process {old.pid}); stop it first")
     counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    # A thread may wait long for another that is not let run: spinning meanwhile costs several times the work of a step.
+    # At low priority a thread may wait long for another one. Spinning would cost several times the work of a step.
     waiting = {"OMP_WAIT_POLICY": "passive"}
     with explain(f"{folder} cannot be written to", OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,19 +93,19 @@ def start(folder: str | Path, command: Sequence[str], threads: int) -> Backgroun
 
 
 def pause(folder: str | Path) -> Background:
-    """Stop the training and its children where they are (SIGSTOP); they keep their memory. Raises `InputError`."""
+    """Pause the training and its children (SIGSTOP); they keep their memory. Raises `InputError`."""
     return _signalled(_alive(folder), signal.SIGSTOP)
 
 
 def resume(folder: str | Path) -> Background:
-    """Let them go on (SIGCONT). Raises `InputError`."""
+    """Continue a paused training (SIGCONT). Raises `InputError`."""
     return _signalled(_alive(folder), signal.SIGCONT)
 
 
 def stop(folder: str | Path, seconds: float) -> Background:
-    """Ask the training to save and end (SIGTERM), paused or not, and wait for it. Raises `InputError`.
+    """Ask the training to save and end (SIGTERM), and wait for it; it may be paused. Raises `InputError`.
 
-    The first process alone is asked: it tells its children.
+    Only the first process gets the signal; it tells its children.
     """
     state = _alive(folder)
     with suppress(ProcessLookupError):
@@ -115,7 +115,7 @@ def stop(folder: str | Path, seconds: float) -> Background:
     while state.state != ENDED:
         if time.monotonic() > deadline:
             raise InputError(
-                f"process {state.pid} has not ended within {seconds:g} s; it was asked to, and ends after its step: "
+                f"process {state.pid} has not ended within {seconds:g} s; it will end after its current step: "
                 "wait, and ask report"
             )
         time.sleep(0.1)
@@ -123,7 +123,7 @@ def stop(folder: str | Path, seconds: float) -> Background:
 
 
 def last_line(folder: str | Path, limit: int = 200) -> str:
-    """What the training printed last; of a progress bar, its latest state."""
+    """The last line of the output; for a progress bar, its latest state."""
     path = Path(folder) / OUTPUT
     if not path.is_file():
         return ""

@@ -1,8 +1,8 @@
 """Encode every picture and every caption of a DreamBooth run once, before it begins.
 
-Exact: what is kept is the autoencoder's posterior of each picture, flipped and not, and a step draws from it as it
-would from a fresh one; a frozen text encoder gives the same encoding each time anyway. Pictures are encoded one by one:
-the numbers are those of a batch of one.
+The result is exact. The cache holds the autoencoder's posterior of each picture, flipped and not, and each step samples
+from it. A frozen text encoder gives the same encoding every time. Pictures are encoded one by one, so the numbers are
+those of a batch of one.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def encoded(models: Sequence[Any], data: DataModuleFromConfig, where: str, device: torch.device) -> Iterator[None]:
-    """Within this context the encoders of `models` and the pictures of `data` are replaced by what they would give.
+    """Within this context, cached encodings replace the encoders of `models` and the pictures of `data`.
 
-    The models are those of one training, or of several side by side, which share a base.
+    The models belong to one training, or to several trainings side by side, which share a base.
 
-    `where`: `off`, `memory`, or a folder that keeps the encodings for later runs. Datasets that change their pictures
-    at random are left as they are, and so is a text encoder that learns.
+    `where`: `off`, `memory`, or a folder that keeps the encodings for later runs. Datasets with random augmentations
+    are not cached, and neither is a text encoder that is trained.
     """
     data.setup()
     refuse_cut_captions(models, data)
@@ -61,9 +61,9 @@ def encoded(models: Sequence[Any], data: DataModuleFromConfig, where: str, devic
 
 
 def refuse_cut_captions(models: Sequence[Any], data: DataModuleFromConfig) -> None:
-    """Raises `InputError` for a caption that is so long that an identifier or a learnt word in it is not seen.
+    """Raises `InputError` if a caption is so long that the text encoder cuts off an identifier or a learnt word.
 
-    Captions that lose other words are counted in a line of the log.
+    The log says how many captions lose other words.
     """
     encoders = getattr(models[0], "text_encoders", dict)().values()
     encoder = next((one for one in encoders if hasattr(one, "tokens_of")), None)  # SDXL's have one vocabulary
@@ -94,7 +94,7 @@ def _encode_pictures(
 ) -> None:
     model = models[0]
     if not hasattr(model.first_stage_model, "downsampling_factor"):
-        return  # nothing that encodes
+        return  # this model has no autoencoder
     for name, dataset in data.datasets.items():
         data.datasets[name] = EncodedSamples(dataset, pictures(model, dataset, folder, device, name))
     for model in models:
@@ -116,7 +116,7 @@ def _encode_prompts(models: Sequence[Any], data: DataModuleFromConfig, device: t
 
 @torch.no_grad()
 def pictures(model: Any, dataset: PersonalizedBase, folder: Path | None, device: torch.device, name: str) -> Tensor:
-    """The posteriors' parameters [pictures, 2, 2c, h, w] of a dataset; from `folder` where they are there and fit."""
+    """The posteriors' parameters [pictures, 2, 2c, h, w] of a dataset; read from `folder` if they are there and fit."""
     key = _key(model.first_stage_model, dataset) if folder else ""
     file = folder / f"pictures-{key}.safetensors" if folder else None
     if file is not None and file.is_file():
@@ -125,7 +125,7 @@ def pictures(model: Any, dataset: PersonalizedBase, folder: Path | None, device:
         except InputError as error:
             log.warning("%s is rebuilt: %s", file, error)
     elif folder is not None and any(folder.glob("pictures-*.safetensors")):
-        log.info("%s holds encodings of other pictures or of another autoencoder; these are added", folder)
+        log.info("%s holds encodings of other pictures or of another autoencoder; new ones are added", folder)
     first_stage = model.first_stage_model.to(device).eval()
     moments = []
     for number in tqdm(range(len(dataset.paths)), desc=f"encoding pictures ({name})"):
@@ -141,7 +141,7 @@ def pictures(model: Any, dataset: PersonalizedBase, folder: Path | None, device:
 
 
 def _fitting(kept: dict[str, Tensor], model: Any, dataset: PersonalizedBase) -> Tensor:
-    """The posteriors of a cache. Raises `InputError` where they are not those of these pictures."""
+    """The posteriors of a cache. Raises `InputError` if they do not fit these pictures."""
     moments = kept.get("moments")
     side = dataset.size // model.first_stage_model.downsampling_factor
     wanted = (len(dataset.paths), 2, side, side)
@@ -157,7 +157,7 @@ def _fitting(kept: dict[str, Tensor], model: Any, dataset: PersonalizedBase) -> 
 
 @torch.no_grad()
 def prompts(encoder: nn.Module, captions: list[str], device: torch.device) -> dict[str, Encoding]:
-    """The encoding of each caption: [tokens, d], and what else the encoder gives, each without its batch."""
+    """The encoding of each caption, [tokens, d], and the encoder's other outputs, each without the batch dimension."""
     encoder.to(device)
     encoded = {caption: each(lambda part: part[0].cpu(), encoder.encode([caption])) for caption in captions}
     encoder.cpu()
@@ -165,7 +165,7 @@ def prompts(encoder: nn.Module, captions: list[str], device: torch.device) -> di
 
 
 def _key(first_stage: nn.Module, dataset: PersonalizedBase) -> str:
-    """A digest of all that the encodings depend on: the pictures' bytes, how they are cut, the autoencoder."""
+    """A digest of everything that the encodings depend on: the pictures' bytes, the cropping, the autoencoder."""
     digest = hashlib.sha256(fingerprint(first_stage.state_dict()).encode())
     digest.update(json.dumps([dataset.size, dataset.interpolation, dataset.center_crop]).encode())
     for path in dataset.paths:

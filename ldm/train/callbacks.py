@@ -1,4 +1,4 @@
-"""What one sees of a run: sample pictures, a line per epoch."""
+"""The visible progress of a run: sample pictures, and one line per epoch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 
 class ImageLogger(pl.Callback):
-    """Samples fixed prompts with fixed seeds every `batch_frequency` steps: a grid in `images/` and in TensorBoard.
+    """Samples fixed prompts with fixed seeds every `batch_frequency` steps. The grids go to `images/` and TensorBoard.
 
-    `prompts`: by default a caption of the subject and one of its class. Each is drawn `max_images // len(prompts)`
-    times, a row each. `increase_log_steps` also samples at steps 1, 2, 4, ... below the frequency, as in LDM.
-    A model with `log_images` of its own, as first stages have, shows what that gives for the batch, a row each;
-    `log_images_kwargs` are its arguments, or LDM's words for those of sampling.
+    `prompts`: by default a caption of the subject and one of its class. Each prompt is a row of `max_images //
+    len(prompts)` pictures. `increase_log_steps` also samples at steps 1, 2, 4, ... below the frequency, as in LDM. For
+    a model that is no diffusion model but has `log_images`, such as a first stage, the rows are the results of that
+    method. `log_images_kwargs` are its arguments, or LDM's names for the settings of sampling.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ImageLogger(pl.Callback):
         seed: int = 0,
         steps: int = 50,
         scale: float = 7.5,
-        clamp: bool = True,  # LDM's arguments for pictures outside [0, 1], of which there are none here
+        clamp: bool = True,  # unused, as `rescale`: LDM's arguments for pictures outside [0, 1]
         rescale: bool = True,
         log_on_batch_idx: bool = False,
         log_images_kwargs: Mapping[str, Any] | None = None,
@@ -69,7 +69,7 @@ class ImageLogger(pl.Callback):
             self.draw(trainer, module, batch)
 
     def draw(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
-        """Write the grid of this step, for each training."""
+        """Write the grid of this step for each training."""
         for number, one in enumerate(getattr(module, "trainings", [module])):
             self.draw_one(trainer, one, batch, number)
 
@@ -105,7 +105,7 @@ class ImageLogger(pl.Callback):
 
     @torch.no_grad()
     def of_batch(self, module: pl.LightningModule, batch: Any) -> dict[str, torch.Tensor]:
-        """What the model's own `log_images` gives, in [0, 1]. Neither its mode nor the random numbers change."""
+        """The result of the model's `log_images`, in [0, 1]. The mode and the random states stay as they were."""
         with generate.evaluating(module), forked_rng(module.device):
             shown = module.log_images(batch, **self.kwargs)
         for name, one in shown.items():
@@ -115,13 +115,13 @@ class ImageLogger(pl.Callback):
 
 
 class EpochReport(pl.Callback):
-    """A line per epoch: its mean loss and that of validation, steps per second and the peak memory of the device."""
+    """Logs one line per epoch: mean loss, validation loss, steps per second, peak memory of the device."""
 
     def __init__(self) -> None:
         self.seconds, self.steps = 0.0, 0  # of all epochs that have ended
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.on_train_epoch_start(trainer, module)  # Lightning leaves it out for the rest of a resumed epoch
+        self.on_train_epoch_start(trainer, module)  # Lightning does not call it for the rest of a resumed epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.start, self.first_step = time.perf_counter(), trainer.global_step
@@ -132,7 +132,7 @@ class EpochReport(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         if outputs and "loss" in outputs:
-            # On the device still; Lightning has divided it by the number of batches that a step is made of.
+            # The loss is still on the device. Lightning has divided it by the number of accumulated batches.
             self.losses.append(outputs["loss"] * trainer.accumulate_grad_batches)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -155,7 +155,7 @@ class EpochReport(pl.Callback):
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has had on a CUDA device since the last reset, or ever on any other; in GiB."""
+    """Peak memory of this process in GiB: on a CUDA device since the last reset, on other devices since the start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

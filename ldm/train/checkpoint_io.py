@@ -1,4 +1,4 @@
-"""Checkpoints of runs that are written whole, and read whole or refused."""
+"""Writes checkpoints of runs atomically, and refuses to read one that is damaged or incomplete."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints with a manifest: written beside and renamed; read whole or refused, without running code.
+    """Lightning's checkpoints with a manifest. They are written beside and renamed, and read without running code.
 
-    Raises `InputError` for a file that is damaged, was edited or lacks what a resume needs.
+    Raises `InputError` if a file is damaged, was edited, or lacks something that a resume needs.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -39,7 +39,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         return content
 
 
-# What a resume needs of a checkpoint, and the kind of each part.
+# The parts of a checkpoint that a resume needs, and their types.
 NEEDED = {
     "state_dict": dict,
     "optimizer_states": list,
@@ -50,7 +50,7 @@ NEEDED = {
     "global_step": int,
     "epoch": int,
 }
-# Where Lightning counts optimizer steps: by itself, or where a model steps its optimizers.
+# Where Lightning counts optimizer steps: with automatic optimization, and with manual optimization.
 STEPS = (
     ("epoch_loop.automatic_optimization.optim_progress", "optimizer", "step", "total", "completed"),
     ("epoch_loop.manual_optimization.optim_step_progress", "total", "completed"),
@@ -59,13 +59,13 @@ COUNTERS = ("epoch_progress", "epoch_loop.batch_progress", *(path[0] for path in
 
 
 def check_complete(content: dict[str, Any], source: str) -> None:
-    """Raises `InputError` unless a checkpoint has every part that a resume needs, each of its kind."""
+    """Raises `InputError` unless a checkpoint has every part that a resume needs, with the right type."""
     if fault := next(_faults(content), None):
         raise InputError(f"{source} is damaged or incomplete: {fault}; go on from another checkpoint of this run")
 
 
 def _faults(content: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a checkpoint. Only the first one counts: each check relies on those before it."""
+    """The faults of a checkpoint. Use only the first one: each check relies on the checks before it."""
     for faults in (_faults_of_parts, _faults_of_weights, _faults_of_loops, _faults_of_optimizers, _faults_of_states):
         yield from faults(content)
 
@@ -119,7 +119,7 @@ def _faults_of_states(content: dict[str, Any]) -> Iterator[str]:
 
 
 def _counts(value: Any) -> bool:
-    """Whether nested dictionaries hold numbers of times and nothing else."""
+    """Whether nested dictionaries hold counts (whole numbers of at least 0) and nothing else."""
     if isinstance(value, dict):
         return bool(value) and all(map(_counts, value.values()))
     return isinstance(value, int) and value >= 0

@@ -1,4 +1,4 @@
-"""Parts of a model compiled by `torch.compile`, as the config or the command line names them."""
+"""Compiles parts of a model with `torch.compile`, as the config or the command line names them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ldm.modules.diffusionmodules import model, openaimodel
 
 
 class ChannelsLast(pl.Callback):
-    """Has the convolutions of modules, named as in the model (`model.diffusion_model`), hold channels last.
+    """Puts the convolutions of modules into the memory format `channels_last`.
 
-    For many small pictures that pays on a CPU too, without any compiling.
-    Raises `InputError` for a name that the model does not have.
+    Modules are named as in the model, e.g. `model.diffusion_model`. With many small pictures this is faster on a CPU
+    too. Raises `InputError` for a name that the model does not have.
     """
 
     def __init__(self, modules: Sequence[str]) -> None:
@@ -37,14 +37,14 @@ class ChannelsLast(pl.Callback):
         module.to(memory_format=torch.channels_last)
 
 
-CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that replay graphs, each into the memory of the last time
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that replay CUDA graphs, which reuse their output memory
 
 
 class Compiled(ChannelsLast):
-    """Compiles modules, named as in the model, and has their convolutions hold channels last.
+    """Compiles modules, named as in the model, and puts their convolutions into the memory format `channels_last`.
 
-    Worth it on CPUs, where eager group norms take most of a step of a small model. State-dict names stay as they are.
-    Raises `InputError` for a name that the model does not have and for an unknown mode.
+    This helps on CPUs too, where group norms take most of a small model's step without it. State-dict names do not
+    change. Raises `InputError` for a name that the model does not have and for an unknown mode.
     """
 
     def __init__(self, modules: Sequence[str], mode: str = "default") -> None:
@@ -52,7 +52,7 @@ class Compiled(ChannelsLast):
         self.mode = mode
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # The adaptive weight of a discriminator differentiates one graph twice, so its buffers may not be given away.
+        # The adaptive weight of a discriminator differentiates a graph twice, so its buffers must not be donated.
         torch._functorch.config.donated_buffer = False
         super().setup(trainer, pl_module, stage)
         if self.mode in CUDA_GRAPHS and trainer.accumulate_grad_batches > 1:
@@ -64,7 +64,7 @@ class Compiled(ChannelsLast):
 
 
 def compile_module(module: nn.Module, mode: str = "default") -> None:
-    """Let `module` be compiled at its first call, in place and for convolutions that hold channels last."""
+    """Compile `module` in place at its first call, with convolutions in the memory format `channels_last`."""
     if mode not in COMPILE_MODES:
         raise InputError(f"unknown mode {mode!r} of compilation: expected {', '.join(COMPILE_MODES)}")
     for part in module.modules():

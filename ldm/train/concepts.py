@@ -1,4 +1,4 @@
-"""Concepts and learnt words on the command line: where they enter a config (Custom Diffusion, textual inversion)."""
+"""Puts concepts and learnt words from the command line into a config (Custom Diffusion, textual inversion)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ WRAPPER = "ldm.modules.encoders.modules.FrozenCLIPEmbedderWrapper"
 
 
 def takes(target: Any, name: str) -> bool:
-    """Whether what a dotted name stands for has a parameter of that name."""
+    """Whether the class or function of a dotted name has a parameter of that name."""
     return name in (parameters_of(get_obj_from_str(str(target)))[1] or [])
 
 
 def asked(options: argparse.Namespace) -> list[dict[str, str]]:
-    """The concepts of the command line. Raises `InputError` where their options do not go together."""
+    """The concepts of the command line. Raises `InputError` if their options contradict each other."""
     given = {key: getattr(options, key) for key in CONCEPT if getattr(options, key)}
     if options.concepts_list:
         if given:
@@ -38,7 +38,7 @@ def asked(options: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def fill_in(config: DictConfig, settings: Mapping[str, Any]) -> None:
-    """Put the concepts into the data section, or the photographs and the class word of DreamBooth as the only one."""
+    """Put the concepts into the data section; without any, the photographs and class word of DreamBooth as one."""
     sets, word = config.data.params, first_word(config)
     concepts = settings.get("concepts")
     if not concepts:

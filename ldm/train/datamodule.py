@@ -1,4 +1,4 @@
-"""The data section of a config as loaders whose batches are a function of the seed and the batch number alone."""
+"""The data section of a config as data loaders. A batch depends only on the seed and on its number."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     `train` may be a list, and `train2` (Custom Diffusion's name for it) its second entry: concepts learnt together.
 
-    Batches are counted over the whole run; a resumed run goes on with the next one. With several processes each gets
-    its own part of every batch. `batch_size` is that of one process. Raises `InputError`.
+    Batches are counted over the whole run, so a resumed run continues with the next one. With several processes, each
+    one gets its own part of every batch; `batch_size` is the size of one part. Raises `InputError`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.datasets: dict[str, Dataset] = {}
         self.batches_done = 0
         self.per_epoch = 0  # batches
-        self.was: Mapping[str, int] = {}  # what `state_dict` said when the run that goes on was saved
+        self.was: Mapping[str, int] = {}  # the `state_dict` of the checkpoint that is resumed
 
     def setup(self, stage: str | None = None) -> None:
         """Build the datasets, once."""
@@ -65,7 +65,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 self.datasets[name] = instantiate_from_config(config)
 
     def captions(self, training: int = 0) -> list[str]:
-        """A caption of the subject and one of its class, for sample pictures; of one of several trainings."""
+        """A caption of the subject and one of its class, for sample pictures of one of several trainings."""
         if hasattr(self.datasets["train"], "examples"):
             return self.datasets["train"].examples()
         items = [self.datasets[name][0] for name in ("train", "reg") if name in self.datasets]
@@ -75,12 +75,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return self.batches_of(self.draws())
 
     def draws(self) -> Dataset:
-        """The training set as draws without end; with class pictures each is a pair."""
+        """The training set as an endless sequence of draws; with class pictures, each draw is a pair."""
         train, *reg = (as_samples(self.datasets[name], self.seed) for name in ("train", "reg") if name in self.datasets)
         return DreamBoothPairs(train, *reg) if reg else train
 
     def batches_of(self, draws: Dataset) -> DataLoader:
-        """Batches of draws without end, from the one on that comes after those that were drawn before."""
+        """Endless batches of draws, beginning after the batches that were drawn before."""
         world = self.trainer.world_size
         self.per_epoch = self._limited(self._whole_steps(len(draws) // (self.batch_size * world)))
         self._check_resumed()
@@ -94,9 +94,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return self._loader(draws, batch_sampler=batches)
 
     def _check_resumed(self) -> None:
-        """Raises `InputError` where a run that goes on would not see the batches that follow those it saw.
+        """Raises `InputError` if a resumed run would not see the batches that follow those it has seen.
 
-        Its processes may be other ones as long as they show the same pictures together.
+        The number of processes may change if all processes together see the same pictures.
         """
         now = self.state_dict()
         was = now | self.was  # checkpoints of earlier versions say only how many batches were done
@@ -114,14 +114,14 @@ class DataModuleFromConfig(pl.LightningDataModule):
             )
 
     def _whole_steps(self, batches: int) -> int:
-        """As many batches as make whole steps of the optimizer, but at least one step."""
+        """The number of batches rounded down to whole optimizer steps, but at least one step."""
         each = self.trainer.accumulate_grad_batches
         return max(each, batches // each * each)
 
     def _limited(self, batches: int) -> int:
-        """The batches of an epoch under --limit_train_batches, which is done with then.
+        """The number of batches of an epoch under --limit_train_batches. It also removes that limit from the Trainer.
 
-        Lightning would cut each epoch short, and the sampler, which did not know, would begin the same one again.
+        Otherwise Lightning would end each epoch early, and the sampler would not know and repeat the same epoch.
         """
         limit, self.trainer.limit_train_batches = self.trainer.limit_train_batches, 1.0
         return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -133,7 +133,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return self._finite("test")
 
     def _finite(self, name: str) -> DataLoader | list:
-        """A dataset from its beginning to its end, in order; nothing where the config has none."""
+        """A loader that goes through a dataset once, in order; an empty one if the config has no such dataset."""
         if name not in self.datasets:
             return []
         dataset, world, rank = self.datasets[name], self.trainer.world_size, self.trainer.global_rank
@@ -145,7 +145,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),  # else each epoch would draw from the training's noise
+            generator=torch.Generator().manual_seed(self.seed),  # else epochs would advance the training's generator
             **how,
         )
 

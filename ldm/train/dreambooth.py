@@ -1,4 +1,4 @@
-"""DreamBooth on the command line: where pictures, words and the base model enter a config (arXiv 2208.12242)."""
+"""Puts pictures, words and the base model from the command line into a DreamBooth config (arXiv 2208.12242)."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def as_run(config: DictConfig, folder: Path, checkpoint: Path | None = None, deb
 
 
 def has_concepts(config: DictConfig) -> bool:
-    """Whether the training set is one of Custom Diffusion's, which read their class pictures themselves."""
+    """Whether the training set is one of Custom Diffusion's, which read the class pictures themselves."""
     train = config.data.get("params", {}).get("train")
     first = train[0] if OmegaConf.is_list(train) else train
     return first is not None and concepts.takes(first.get("target"), "datapath")
@@ -149,7 +149,7 @@ def train(run: Run, options: argparse.Namespace) -> pl.Trainer:
 
 
 def class_folders(config: DictConfig) -> list[tuple[Path, str]]:
-    """The folders of class pictures that a training reads, each with the caption that it is filled by."""
+    """The folders of class pictures that a training reads, each with the prompt that fills it."""
     folders = [(Path(root), caption) for root, caption in concepts.class_pictures(config)]
     reg = config.data.params.get("reg")
     return folders if reg is None else [*folders, (Path(reg.params.data_root), class_caption(reg))]

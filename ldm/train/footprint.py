@@ -1,7 +1,7 @@
-"""What a training step costs before it runs: memory, floating-point operations and traffic, counted on fake tensors.
+"""The cost of a training step, counted on fake tensors: memory, floating-point operations and memory traffic.
 
-A fake tensor has a shape, a type and a storage without bytes. One step of the real model, loss and optimizer goes over
-fake tensors in a few seconds whatever its size; a dispatch mode sees every operation and counts what lives.
+A fake tensor has a shape, a type and a storage without bytes. One step of the real model, loss and optimizer takes a
+few seconds on fake tensors, whatever the size. A dispatch mode sees every operation and counts the live storages.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from ldm.tuning import UNET
 
 @dataclass
 class Footprint:
-    """What one training step takes. Bytes throughout."""
+    """The cost of one training step. Sizes are in bytes."""
 
     unet: int = 0  # its frozen weights
     encoders: int = 0  # weights of the autoencoder and the text encoder that stay on the device
     trainable: int = 0
     gradients: int = 0
     optimizer: int = 0
-    peak: int = 0  # of everything together
+    peak: int = 0  # the largest sum of all live storages
     parameters: int = 0  # how many numbers are trainable
     flops: int = 0  # floating-point operations of the step; a multiplication and an addition are two
     calls: list[tuple[int, int]] = field(default_factory=list)  # (operations, bytes) of every kernel
 
     @property
     def activations(self) -> int:
-        """What a step needs beside weights, gradients and the optimizer's state, at its peak."""
+        """Memory at the peak beyond weights, gradients and the optimizer's state."""
         return self.peak - self.unet - self.encoders - self.trainable - self.gradients - self.optimizer
 
 
 class Count(TorchDispatchMode):
-    """Counts live storages, operations and traffic of everything that runs within it."""
+    """Counts live storages, operations and memory traffic of everything that runs within it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Count(TorchDispatchMode):
             self.now -= known[1]
         self.live[reference.cdata] = reference, storage.nbytes()
         self.now += storage.nbytes()
-        if self.now > self.peak:  # only then does it matter what has died meanwhile
+        if self.now > self.peak:  # dead storages matter only for a new peak
             self.forget_dead()
             self.peak = max(self.peak, self.now)
 
@@ -92,7 +92,7 @@ class Count(TorchDispatchMode):
 
 
 def bytes_of(tensors: Any) -> int:
-    """The bytes of tensors, each storage once."""
+    """The bytes of tensors; a shared storage counts once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
@@ -110,10 +110,10 @@ def measure(
 
     batches: (pictures, height, width) of each batch of a step: of the subject, and of its class if there is one; a
     fourth number: channels, by default 3. caption: a text, or (tokens, width) where the condition is given encoded.
-    cache: pictures and captions are encoded before, so that frozen encoders are not on the device.
+    cache: pictures and captions are encoded beforehand, so frozen encoders are not on the device.
     Raises `InputError` for a config that does not build.
     """
-    with skip_init():  # memory that nobody writes to is not taken from the machine
+    with skip_init():  # memory that is never written is never allocated
         model = untuned_model(config)
         model.tune()
     model.learning_rate = learning_rate
@@ -165,7 +165,7 @@ def _step(model: nn.Module, samples: list[dict[str, Any]], optimizer: Optimizer,
 
 
 def _without_values(model: nn.Module, fake: FakeTensorMode) -> None:
-    """Put fake tensors in the place of a model's parameters and buffers; what is shared stays shared."""
+    """Replace a model's parameters and buffers by fake tensors; shared ones stay shared."""
     made: dict[int, Tensor] = {}
 
     def without(value: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def _samples(model: nn.Module, batch: tuple[int, ...], caption: str | tuple[int,
 
 @torch.no_grad()
 def _cached(model: nn.Module, batch: dict[str, Any], trained: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The batch as encoded before; frozen encoders give way to what answers from memory."""
+    """The batch with cached encodings; cached lookups replace the frozen encoders."""
     pictures, captions = batch[model.first_stage_key], batch["caption"]
     if not isinstance(model.first_stage_model, CachedPosteriors):
         model.true_first_stage = [model.first_stage_model]

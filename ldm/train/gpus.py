@@ -1,4 +1,4 @@
-"""GPUs by name: what their makers' data sheets say."""
+"""GPUs by name, with the numbers of their data sheets."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def gpu(name: str) -> Gpu:
 
 
 def seconds(calls: list[tuple[int, int]], on: Gpu, throughput: float = 1.0) -> float:
-    """The time of kernels by a roofline: each takes the longer of computing and moving its bytes.
+    """The time of kernels in a roofline model: the longer of computing and moving bytes, for each kernel.
 
-    calls: (floating-point operations, bytes) of each kernel; `throughput`: the share of the peak rates that is reached.
+    calls: (floating-point operations, bytes) of each kernel. throughput: the fraction of the peak rates in practice.
     """
     rates = on.tera * 1e12 * throughput, on.bandwidth * 1e9 * throughput
     return sum(max(flops / rates[0], traffic / rates[1]) for flops, traffic in calls)

@@ -1,4 +1,4 @@
-"""One process at a time trains in a run's folder."""
+"""A lock on a run's folder, so that only one process at a time trains in it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ldm.errors import InputError
 
 log = logging.getLogger(__name__)
 
-HELD: set[Path] = set()  # by this process, which its own record locks do not stop
+HELD: set[Path] = set()  # by this process: a record lock does not exclude the process that has it
 BUSY = (errno.EACCES, errno.EAGAIN)
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Within this context no other process trains in `folder`; of several processes of one run the first has the lock.
+    """Within this context no other process can train in `folder`. In a run of several processes the first has the lock.
 
-    Raises `InputError` if another one does. The lock is a record lock on `<folder>/.lock`: the kernel drops it when
-    the process ends, however it ends, its children do not inherit it, and NFS passes it on to other machines. The file
-    stays; it says who had the lock last.
+    Raises `InputError` if another process has the lock. It is a record lock on `<folder>/.lock`: the kernel releases it
+    when the process ends for any reason, child processes do not inherit it, and NFS shares it with other machines. The
+    file stays and says which process had the lock last.
     """
     if rank_zero_only.rank:
         yield
@@ -40,7 +40,7 @@ def held(folder: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in BUSY:
-                log.warning("%s: no lock on this file system (%s); start no second -r on this run", folder, error)
+                log.warning("%s: no lock on this file system (%s); do not start a second -r on this run", folder, error)
             else:
                 file.seek(0)
                 raise InputError(

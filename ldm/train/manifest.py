@@ -1,4 +1,4 @@
-"""What a `last.ckpt` says about itself, so that a damaged or edited one is found out: a digest of every part."""
+"""The manifest in a `last.ckpt`: a digest of every part, which reveals damage and edits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def manifest(content: Mapping[str, Any]) -> dict[str, Any]:
             tensors[path] = value
         else:
             rest.update(f"{path}={value!r}\n".encode())
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib works beside other threads
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib releases the GIL
         digests = list(pool.map(_digest, tensors.values()))
     listed = {
         path: {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest}
@@ -35,7 +35,7 @@ def manifest(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(content: Mapping[str, Any], source: str) -> None:
-    """Raises `InputError` unless what a file holds is what its manifest tells."""
+    """Raises `InputError` unless the content of a file agrees with its manifest."""
     listed = content[KEY]
     if not (isinstance(listed, Mapping) and isinstance(listed.get("tensors"), Mapping)):
         raise InputError(f"{source} is damaged: its manifest is no manifest; go on from another checkpoint")
@@ -57,7 +57,7 @@ def check(content: Mapping[str, Any], source: str) -> None:
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The tensors and plain values of nested containers by their paths; a container by its kind and length."""
+    """The tensors and plain values of nested containers by path; each container with its type and length."""
     if isinstance(value, Mapping):
         yield path, ("mapping", len(value))
         for key, part in value.items():

@@ -1,7 +1,7 @@
-"""Several DreamBooth trainings at once over one copy of the frozen base, with one call of the UNet for all of them.
+"""Several DreamBooth trainings at once on one copy of the frozen base, with one call of the UNet for all of them.
 
-Each training has its own pictures, random draws, learning rate and share of the batch, so that its adapters become what
-they would have become alone, up to rounding.
+Each training has its own pictures, random numbers, learning rate and part of the batch. So its adapters are the same,
+up to rounding, as if it had run alone.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from ldm.train.saving import SaveRun
 from ldm.tuning import UNET, Tuning, freeze_rest
 from ldm.tuning.side_by_side import join, own_copies, view
 
-# what a resume may say anew
+# Options that a resume may change.
 RESUMES = ("resume", "train", "debug", "gpus", "trust_config", "allow_family", *TRAINER_OPTIONS)
 
-# Parameters of models that say what is tuned, in which trainings side by side may differ.
+# Parameters of models that choose what is tuned. Trainings side by side may differ in them.
 TUNING = ("train_level", "tuning", "freeze_model", "add_token", "init_word")
-MOST_OF_THE_UNET = 0.5  # more of its own weights than this in one training leave little to share
+MOST_OF_THE_UNET = 0.5  # a training that changes a larger fraction of the UNet leaves little to share
 
 
 def side_by_side(base: LatentDiffusion, parts: Sequence[Run]) -> LatentDiffusion:
-    """One model that trains all of `parts` over the weights of `base`, which it shares.
+    """One model that trains all of `parts` and shares the weights of `base`.
 
-    Raises `InputError` for a training of which little could be shared.
+    Raises `InputError` for a training that changes most of the UNet's own weights.
     """
     views = [tuned_view(base, part) for part in parts]
     together = view(base)
@@ -54,11 +54,11 @@ def side_by_side(base: LatentDiffusion, parts: Sequence[Run]) -> LatentDiffusion
 
 
 def tuned_view(base: LatentDiffusion, part: Run) -> LatentDiffusion:
-    """A view of the base with what the config of a training installs, as it would be alone."""
+    """A view of the base with the families of one training's config installed."""
     with torch.device("meta"):
         plan = untuned_model(part.config)
     if plan.use_ema:
-        raise InputError(f"{part.folder.name}: averages (use_ema) are of one model: train it alone, or set it to false")
+        raise InputError(f"{part.folder.name}: use_ema averages one whole model: train it alone, or set use_ema: false")
     torch.manual_seed(part.seed)  # adapters start at random numbers
     one = view(base)
     one.is_tuned, one.reg_weight = plan.is_tuned, plan.reg_weight
@@ -108,14 +108,14 @@ class ManyData(DataModuleFromConfig):
         return self.parts[training].captions()
 
     def train_dataloader(self) -> DataLoader:
-        for number, part in enumerate(self.parts):  # which may be encoded by now
+        for number, part in enumerate(self.parts):  # the cache may have replaced their datasets
             names = {name: f"{name} {number}" for name in ("train", "reg")}
             part.datasets |= {name: self.datasets[own] for name, own in names.items() if own in self.datasets}
         return self.batches_of(SideBySide([part.draws() for part in self.parts]))
 
 
 def without(config: DictConfig) -> dict[str, Any]:
-    """What all trainings must have in common: the model but for its tuning, and how it is trained."""
+    """What all trainings must have in common: the model without its tuning, and the settings of the run."""
     common = copy.deepcopy(plain(config))
     params = common["model"]["params"]
     for name in TUNING:
@@ -131,7 +131,7 @@ def without(config: DictConfig) -> dict[str, Any]:
 
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> tuple[list[Run], Path]:
-    """Every config on every subject, and the folder that they lie in. Raises `InputError`."""
+    """A run for every config on every subject, and the folder that holds them. Raises `InputError`."""
     planned = _resumed if options.resume else _new
     return planned(options, trainer_options, overrides)
 
@@ -172,7 +172,7 @@ def _new(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
 
 
 def _for_each(options: argparse.Namespace, name: str) -> list[str | None]:
-    """One value for each subject: as many as there are, or the only one for all."""
+    """One value for each subject; a single value is used for all of them."""
     values, count = getattr(options, name) or [None], len(options.data_root)
     if len(values) not in (1, count):
         raise InputError(
@@ -182,7 +182,7 @@ def _for_each(options: argparse.Namespace, name: str) -> list[str | None]:
 
 
 def class_folders(parts: list[Run]) -> list[tuple[Run, Path, str]]:
-    """The folders of class pictures to fill, once each. Raises `InputError` for one that is to hold two classes."""
+    """The folders of class pictures to fill, each once. Raises `InputError` if a folder would hold two classes."""
     found: dict[Path, tuple[Run, str]] = {}
     for part in parts:
         for folder, caption in dreambooth.class_folders(part.config):
@@ -193,7 +193,7 @@ def class_folders(parts: list[Run]) -> list[tuple[Run, Path, str]]:
 
 
 def finished(parts: list[Run], folder: Path) -> str | None:
-    """The line that says so, where trainings that are to go on have reached their end already."""
+    """A line that says that resumed trainings have already reached their end; None if they have not."""
     last = folder / "checkpoints" / "last.ckpt"
     return run_folder.finished(replace(parts[0], folder=folder, resume=last)) if last.is_file() else None
 
@@ -201,10 +201,10 @@ def finished(parts: list[Run], folder: Path) -> str | None:
 def train(
     parts: list[Run], folder: Path, num_class_images: int = 0, base: LatentDiffusion | None = None
 ) -> pl.Trainer:
-    """Train all of `parts`, whose folders lie in `folder`, on at least so many class pictures in each of theirs.
+    """Train all of `parts`, whose folders lie in `folder`; first fill their folders of class pictures.
 
-    `base` is their base model without tuning, where whoever calls has it already. Raises `InputError` if they do not
-    have one base.
+    `base` is their base model without tuning, if the caller has it already. Raises `InputError` if the trainings have
+    different bases.
     """
     first = parts[0]
     lacking = class_folders(parts) if num_class_images else []

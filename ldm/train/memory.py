@@ -1,4 +1,4 @@
-"""What the C library does with memory that tensors on a CPU free."""
+"""How the C library treats memory that CPU tensors free."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ NEVER = -1
 
 
 def keep_freed_memory() -> bool:
-    """Have this process keep what tensors free for those of the next step; whether it does so from now on.
+    """Keep freed memory in this process for the next step. Returns whether that is possible here.
 
-    glibc gives free memory at the end of its heap back to the kernel, so that each step's activations lie in new pages,
-    which the kernel clears one by one at first touch. Kept memory is there already. Results do not change. The price:
-    the process holds the most that it ever needed until it ends.
+    By default glibc returns free memory at the end of its heap to the kernel. Then the activations of each step lie in
+    new pages, and the kernel clears each page at first touch. Results do not change. The price: the process holds its
+    peak memory until it ends.
 
-    Blocks above 32 MiB still come from the kernel and go back to it: on the heap, where small ones settle between them,
-    few fit into the place of another, and the heap grows to several times of what is in use.
-    Other C libraries, which have rules of their own, are left alone.
+    Blocks above 32 MiB still come from the kernel and go back to it. On the heap, small blocks would settle between
+    them and the heap would grow to several times the memory in use. Other C libraries are left alone.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

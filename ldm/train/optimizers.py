@@ -1,7 +1,7 @@
-"""Optimizers and schedules by name: the sections `optimizer` and `schedule` of a config.
+"""Optimizers and schedules by name, from the sections `optimizer` and `schedule` of a config.
 
-`optimizer: prodigy` is short for the dotted target and arguments under `model.params.optimizer_config`; a row of
-`OPTIMIZERS` says which. What a run keeps is the long form, so that a stored config means the same later.
+`optimizer: prodigy` is short for the target and arguments under `model.params.optimizer_config` that a row of
+`OPTIMIZERS` lists. A run stores the long form, so a stored config keeps its meaning.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Choice(NamedTuple):
     target: str
     package: str = "torch"
     params: dict[str, Any] = {}
-    finds_rate: bool = False  # the learning rate is a factor, usually 1
+    finds_rate: bool = False  # it finds the learning rate; the given one is a factor, usually 1
 
 
 OPTIMIZERS = {
@@ -42,14 +42,13 @@ OPTIMIZERS = {
     "muon": Choice("ldm.muon.Muon"),
     "sgd": Choice("torch.optim.SGD", params={"momentum": 0.9}),
 }  # fmt: skip
-SMALLEST_FACTOR = 0.1  # below it a learning rate was meant, not a factor
+SMALLEST_FACTOR = 0.1  # a smaller value is probably a learning rate, not a factor
 
 
 def spell_out(config: DictConfig) -> None:
     """Turn the sections `optimizer`, `schedule` and `loss` of a config into parameters of its model, in place.
 
-    Raises `InputError` for a name that is unknown, a package that is absent, and a learning rate that does not go with
-    the optimizer.
+    Raises `InputError` for an unknown name, a missing package, and a learning rate that does not suit the optimizer.
     """
     sections = {name: plain(config.get(name)) for name in ("optimizer", "schedule", "loss")}
     for name, section in sections.items():
@@ -81,7 +80,7 @@ def _optimizer(section: dict[str, Any], config: DictConfig) -> dict[str, Any]:
     if choice.finds_rate and isinstance(rate, (int, float)) and rate < SMALLEST_FACTOR:
         raise InputError(
             f"{name} finds the learning rate by itself; model.base_learning_rate is a factor of it, and {rate:g} would "
-            "learn next to nothing: add model.base_learning_rate=1"
+            "train almost nothing: add model.base_learning_rate=1"
         )
     params = choice.params | (section.get("params") or {})
     return found | {"model.params.optimizer_config": {"target": choice.target, "params": params}}
@@ -104,9 +103,9 @@ SPELLED_OUT = {"optimizer": _optimizer, "schedule": _schedule, "loss": _loss}
 
 
 class OptimizerModes(pl.Callback):
-    """Schedule-free optimizers (arXiv 2405.15682) train at one point and answer with another, their average.
+    """Switches schedule-free optimizers (arXiv 2405.15682) between their two points: training, and the average.
 
-    Between steps the model has the average, so that whatever is saved, sampled or validated is of it.
+    Between steps the model has the average, so checkpoints, samples and validation use the average.
     """
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:

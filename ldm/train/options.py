@@ -64,7 +64,7 @@ def add_training(p: Parser, several: bool = False) -> None:
 
 
 def help_of(section: type[schema.Section], name: str, with_default: bool = True) -> str:
-    """The help of an option that is a key of a config, too."""
+    """The help of an option that is also a key of a config."""
     field = section.model_fields[name]
     value = str(field.default).lower() if isinstance(field.default, bool) else field.default
     has_default = with_default and value is not None and "default" not in field.description
@@ -72,9 +72,9 @@ def help_of(section: type[schema.Section], name: str, with_default: bool = True)
 
 
 def add_dreambooth(p: Parser, several: bool = False) -> None:
-    """The options of `ldm train`: those of every training and those of DreamBooth.
+    """The options of `ldm train`: the common options of training and the options of DreamBooth.
 
-    With `several`, those that say what the subject is take a list, and what `ldm.train.many` cannot do is left out.
+    With `several`, the options of the subject take a list, and options that `ldm.train.many` lacks are left out.
     """
     add_training(p, several)
     each = {"nargs": "+"} if several else {}
@@ -86,7 +86,7 @@ def add_dreambooth(p: Parser, several: bool = False) -> None:
     subject.add_argument("--reg_data_root", metavar="DIR", help=help_of(schema.DreamBooth, "reg_data_root"), **each)
     subject.add_argument("--class_word", type=text, help=help_of(schema.DreamBooth, "class_word"), **each)
     subject.add_argument("--num_class_images", type=int, default=0, metavar="N",
-                         help="fill --reg_data_root up to N pictures by sampling the base model first")  # fmt: skip
+                         help="first fill --reg_data_root up to N pictures by sampling the base model")  # fmt: skip
     subject.add_argument("--class_scale", type=float, metavar="S",
                          help=help_of(schema.DreamBooth, "class_scale"))  # fmt: skip
     subject.add_argument("--datadir_in_name", type=boolean, nargs="?", const=True, default=True,
@@ -123,7 +123,7 @@ def dreambooth_parser(description: str, several: bool = False) -> Parser:
 
 
 def sort_rest(p: Parser, options: argparse.Namespace, rest: list[str]) -> None:
-    """What is no option of ours: `options.trainer_options` for Lightning's Trainer, `options.overrides` of the config.
+    """Sort the other words of a command line into `options.trainer_options` and `options.overrides` of the config.
 
     Raises `InputError` for anything else.
     """
@@ -135,13 +135,13 @@ def sort_rest(p: Parser, options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def sorted_out(options: argparse.Namespace) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:
-    """The options of ours alone, those of Lightning's Trainer, and the overrides of the config."""
+    """Our own options, those of Lightning's Trainer, and the overrides of the config."""
     ours = argparse.Namespace(**vars(options))
     return ours, vars(ours).pop("trainer_options"), vars(ours).pop("overrides")
 
 
 def parse(p: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:
-    """A command line sorted out. Raises `InputError`."""
+    """Parse a command line into the three parts of `sorted_out`. Raises `InputError`."""
     return sorted_out(p.parse_args(argv))
 
 
@@ -175,7 +175,7 @@ def _trainer_options(rest: list[str], known: Iterable[str]) -> tuple[dict[str, A
 
 
 def _check_trainer_options(options: dict[str, Any], known: Iterable[str]) -> None:
-    """Refuse what Lightning's Trainer does not take. `known`: further options, for the nearest right one."""
+    """Raises `InputError` for options that Lightning's Trainer lacks. `known`: other options, for suggestions."""
     for name in options:
         if name not in schema.Trainer.model_fields:
             near = did_you_mean(f"--{name}", [*known, *(f"--{one}" for one in schema.Trainer.model_fields)])

@@ -1,4 +1,4 @@
-"""The report of `ldm plan`: a footprint in words, and the switches that make a training fit."""
+"""The report of `ldm plan`: the cost of a step, and the switches that make a training fit into memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ldm.train.gpus import gpu, seconds
 from ldm.train.run_config import opened, with_trainer
 
 GIB = 2**30
-OVERHEAD = 0.6  # GiB: what a CUDA context, its libraries and a fragmented allocator take; it differs between machines
-REACHED = 0.4  # share of a GPU's peak that training of diffusion models usually reaches
+OVERHEAD = 0.6  # GiB of a CUDA context, its libraries and allocator fragmentation; it differs between machines
+REACHED = 0.4  # the fraction of a GPU's peak rates that training of diffusion models usually reaches
 
-# Switches that save memory, in the order in which they cost least: what it is called, and the settings it changes.
+# Switches that save memory, the cheapest first: name, and the settings that it changes.
 SWITCHES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--cache memory", {"cache": True}),
     ("--base_precision bf16", {"base_precision": "bf16"}),
@@ -30,7 +30,7 @@ SWITCHES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def report(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> str:
-    """What a training costs, in lines of text or as JSON. Raises `InputError`."""
+    """The cost of a training, as lines of text or as JSON. Raises `InputError`."""
     config, *_ = opened(options, overrides)
     config = with_trainer(config, options.gpus, trainer_options)
     settings = {"cache": options.cache != "off", "base_precision": options.base_precision}
@@ -65,7 +65,7 @@ def footprint(config: DictConfig, settings: Mapping[str, Any]) -> Footprint:
 def batches_of(
     config: DictConfig, batch_size: int | None = None, with_class: bool = True
 ) -> list[tuple[int, int, int]]:
-    """(pictures, height, width) of the batches of a step. Raises `InputError` for a config that does not say them."""
+    """(pictures, height, width) of the batches of a step. Raises `InputError` if the config does not say them."""
     params = config.data.get("params") or {}
     sets = [params.get("train"), *([params.get("reg")] if with_class else [])]
     sets = [one[0] if OmegaConf.is_list(one) else one for one in sets if one is not None]
@@ -77,7 +77,7 @@ def batches_of(
 
 
 def in_words(found: Footprint) -> list[str]:
-    """The parts of a footprint, one a line."""
+    """The parts of a footprint, one per line."""
     rows = {
         "frozen weights of the UNet": found.unet,
         "encoders on the device": found.encoders,
@@ -104,7 +104,7 @@ def _length(config: DictConfig, found: Footprint, name: str | None) -> list[str]
 
 
 def fitting(config: DictConfig, settings: dict[str, Any], found: Footprint, limit: float) -> list[str]:
-    """Whether a step fits into `limit` GiB; if not, the switches that help, one after the other, until it does."""
+    """Lines that say whether a step fits into `limit` GiB; if not, the switches that help, until it fits."""
     needed = found.peak / GIB + OVERHEAD
     if needed <= limit:
         return [f"fits into {limit:g} GiB, with {limit - needed:.1f} GiB to spare"]
@@ -117,7 +117,7 @@ def fitting(config: DictConfig, settings: dict[str, Any], found: Footprint, limi
         settings |= change
         peak = footprint(config, settings).peak / GIB + OVERHEAD
         if peak >= needed - 0.005:
-            continue  # it is so already, or changes nothing here
+            continue  # the switch is on already, or has no effect here
         lines.append(f"  {words:55} {peak:6.1f} GiB")
         needed = peak
         if peak <= limit:

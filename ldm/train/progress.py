@@ -1,4 +1,4 @@
-"""How far a run is, from what it wrote into its folder: steps, loss, speed, time left."""
+"""The progress of a run, read from its folder: steps, loss, speed, time left."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Logged:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run's folder tells."""
+    """The progress of a run, as its folder shows it."""
 
-    losses: list[Logged]  # by step; of a step that was done again, the later one
-    max_steps: int | None  # None: none is set
+    losses: list[Logged]  # by step; for a repeated step, the later one
+    max_steps: int | None  # None: no limit is set
 
     @property
     def step(self) -> int:
-        """The last step of which a loss is logged."""
+        """The last step with a logged loss."""
         return self.losses[-1].step if self.losses else 0
 
     def means(self, steps: int) -> list[tuple[int, int, float, float]]:
-        """The mean loss and its standard error over the last `steps` steps and over those before, the latest last.
+        """The mean loss and its standard error over each part of `steps` steps; the latest part comes last.
 
         Each is (first step, last step, mean, error); parts with fewer than two logged losses are left out.
         """
@@ -50,13 +50,13 @@ class Progress:
         return parts
 
     def speed(self, points: int = 50) -> float | None:
-        """Steps per second: the median over the latest logged losses, which pauses and restarts do not change."""
+        """Steps per second: the median over the latest logged losses, so pauses and restarts do not distort it."""
         latest = self.losses[-points:]
         pace = [(b.time - a.time) / (b.step - a.step) for a, b in zip(latest, latest[1:], strict=False)]
         return 1 / median if pace and (median := statistics.median(pace)) > 0 else None
 
     def seconds_left(self) -> float | None:
-        """Until `max_steps` at today's speed; None where either is unknown."""
+        """Seconds until `max_steps` at the current speed; None if either is unknown."""
         speed = self.speed()
         return None if speed is None or self.max_steps is None else max(0, self.max_steps - self.step) / speed
 
@@ -72,10 +72,10 @@ def read_progress(run: str | Path) -> Progress:
 
 
 def logged_losses(folder: Path) -> list[Logged]:
-    """The losses in TensorBoard's files, by steps done; a resumed run has written several, the later of which wins."""
+    """The losses in TensorBoard's files by step. A resumed run has several files; the later one wins."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # a file that is being written ends anywhere
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns about files that are still being written
     by_step = {}
     for path in sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime):
         for event in EventFileLoader(str(path)).Load():
@@ -87,6 +87,6 @@ def logged_losses(folder: Path) -> list[Logged]:
 
 
 def newest_run(folder: str | Path) -> Path | None:
-    """The run in a folder of runs that was begun last; None where there is none."""
+    """The latest run in a folder of runs; None if there is none."""
     runs = [path.parent.parent for path in Path(folder).glob("*/configs/project.yaml")]
     return max(runs, key=lambda run: run.name, default=None)  # names begin with the time

@@ -1,4 +1,4 @@
-"""The states of all random number generators of a process: read, put back, and checked before they are."""
+"""Reads, checks and restores the states of all random number generators of a process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """The inverse of `random_states`."""
+    """Restore the states that `random_states` gave."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = states["numpy"]
@@ -35,7 +35,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def try_random_states(states: dict[str, Any]) -> None:
-    """Put random states into generators that nobody draws from. Raises what these raise for states that are damaged."""
+    """Check states by loading them into unused generators. Raises the errors of the generators for damaged states."""
     version, numbers, gauss = states["python"]
     random.Random().setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = states["numpy"]

@@ -1,4 +1,4 @@
-"""A resumed run trains with the optimizer options, learning rates and schedule of its config as it is now."""
+"""Lets a resumed run use the optimizer options, learning rates and schedule of its current config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOT_OPTIONS = ("params", "lr", "initial_lr")
 
 
 def optimizers_of(module: pl.LightningModule) -> list[Optimizer]:
-    """The optimizers that the config asks for, new."""
+    """New optimizers, as the config asks for them."""
     configured = module.configure_optimizers()
     if isinstance(configured, tuple):
         configured = configured[0]
@@ -24,13 +24,13 @@ def optimizers_of(module: pl.LightningModule) -> list[Optimizer]:
 
 
 def base_rates(optimizer: Optimizer | dict[str, Any]) -> list[float]:
-    """The learning rate of each group before any schedule, of an optimizer or of its state."""
+    """The learning rate of each group before any schedule, from an optimizer or its state."""
     groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else optimizer["param_groups"]
     return [float(group.get("initial_lr", group["lr"])) for group in groups]
 
 
 def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The options of each group of a new optimizer, beside its parameters and its learning rate."""
+    """The options of each group of a new optimizer, without its parameters and learning rate."""
     return [{key: _plain(value) for key, value in group.items() if key not in NOT_OPTIONS}
             for group in optimizer.param_groups]  # fmt: skip
 
@@ -44,17 +44,17 @@ def name_of(optimizer: Optimizer) -> str:
 
 
 class AsConfigured(pl.Callback):
-    """What a checkpoint brings of its optimizers' options gives way to what the config says now.
+    """Replaces the optimizer options of a checkpoint by those of the current config.
 
-    Options such as a weight decay are those of the config. A learning rate that the config has changed since is changed
-    in that proportion, so that what a schedule or a callback made of it stays. Another schedule begins at the step
-    where the run is. Raises `InputError` for another optimizer, whose state would not fit.
+    Options such as the weight decay come from the config. If the config's learning rate has changed, the stored one is
+    scaled by the same ratio, so the effect of a schedule or a callback stays. A new schedule begins at the current
+    step. Raises `InputError` for another optimizer, because the stored state would not fit it.
     """
 
     def __init__(self, schedule: Any) -> None:
-        self.schedule = schedule  # the config's section as plain values, None without
-        self.wanted: list[Optimizer] | None = None  # of a resumed run until its first step
-        self.then: dict[str, Any] = {}  # what the run was configured with when it was saved
+        self.schedule = schedule  # the config's section as plain values; None if it has none
+        self.wanted: list[Optimizer] | None = None  # set in a resumed run until its first step
+        self.then: dict[str, Any] = {}  # the configuration of the run when it was saved
         self.now: dict[str, Any] = {}
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ class AsConfigured(pl.Callback):
         then = self.then.get("options") or [[{}] * len(options) for options in self.now["options"]]
         for optimizer, were, are in zip(trainer.optimizers, then, self.now["options"], strict=True):
             for group, old, new in zip(optimizer.param_groups, were, are, strict=True):
-                # Prodigy and others keep their state among the options: what the config has not changed stays.
+                # Prodigy and others keep state among the options, so only changed options are replaced.
                 group.update({key: value for key, value in new.items() if key not in old or old[key] != value})
         if self._has_other_schedule(trainer):
             self._begin_schedule(trainer)
@@ -104,7 +104,7 @@ class AsConfigured(pl.Callback):
         if "schedule" in self.then:
             return self.then["schedule"] != self.schedule
         had = any("initial_lr" in group for optimizer in trainer.optimizers for group in optimizer.param_groups)
-        return had != bool(trainer.lr_scheduler_configs)  # an earlier version's checkpoint tells no more
+        return had != bool(trainer.lr_scheduler_configs)  # checkpoints of earlier versions do not say more
 
     def _change_rates(self, trainer: pl.Trainer) -> None:
         for optimizer, were, rates in zip(trainer.optimizers, self.then["rates"], self.now["rates"], strict=True):
@@ -116,7 +116,7 @@ class AsConfigured(pl.Callback):
         self._tell(trainer, "learning rate")
 
     def _begin_schedule(self, trainer: pl.Trainer) -> None:
-        """Every group at the rate that the config's schedule has at this step; without one, at its own rate."""
+        """Set every group to the rate of the config's schedule at this step; without a schedule, to its own rate."""
         for optimizer, rates in zip(trainer.optimizers, self.now["rates"], strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
@@ -140,4 +140,4 @@ class AsConfigured(pl.Callback):
 
     def _tell(self, trainer: pl.Trainer, what: str) -> None:
         rates = ", ".join(f"{group['lr']:g}" for one in trainer.optimizers for group in one.param_groups)
-        log.info("another %s than before: from step %d on at %s", what, trainer.global_step, rates)
+        log.info("the %s has changed: from step %d on at %s", what, trainer.global_step, rates)

@@ -1,4 +1,4 @@
-"""Where a run was at the end of its last step, so that a resumed run goes on as if it had not been interrupted."""
+"""The state of a run at the end of its last step. With it, a resumed run continues as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.train.random_states import GENERATORS, random_states, set_random_states
 
 
 def gathered(trainer: pl.Trainer, value: Any) -> list[Any]:
-    """The values that all processes have, in their order."""
+    """The values of all processes, in the order of their ranks."""
     values = [value]
     if trainer.world_size > 1:
         values = [None] * trainer.world_size
@@ -23,12 +23,12 @@ def gathered(trainer: pl.Trainer, value: Any) -> list[Any]:
 
 
 def own_of(trainer: pl.Trainer, values: list[Any]) -> Any:
-    """This process's part of what `gathered` gave; None where there were more or fewer processes then."""
+    """This process's value from `gathered`; None if the number of processes has changed."""
     return values[trainer.global_rank] if len(values) == trainer.world_size else None
 
 
 def without_validation(loops: dict[str, Any]) -> dict[str, Any]:
-    """Loops whose validation has counted nothing: no checkpoint is written within one."""
+    """The state of the loops with validation counters of 0, because no checkpoint is written during validation."""
     name = "epoch_loop.val_loop.batch_progress"
     progress = loops["fit_loop"][name]
     nothing = {kind: dict.fromkeys(progress[kind], 0) for kind in ("total", "current")}
@@ -36,10 +36,10 @@ def without_validation(loops: dict[str, Any]) -> dict[str, Any]:
 
 
 def end_epoch(loops: dict[str, Any]) -> bool:
-    """Count as Lightning does after the last batch of an epoch; whether it was the last one.
+    """If the checkpoint was written after the last batch of an epoch, count the epoch as ended. Returns whether it was.
 
-    A checkpoint is written before that. Resuming it, Lightning would count neither that epoch nor the next as it does
-    in a run that goes on.
+    A checkpoint is written before Lightning counts the epoch. Without this, a resumed run would count epochs
+    differently from a run that was not interrupted.
     """
     batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
     if not (batches["is_last_batch"] and batches["current"]["completed"] < batches["current"]["processed"]):
@@ -52,11 +52,11 @@ def end_epoch(loops: dict[str, Any]) -> bool:
 
 
 class LastStep(pl.Callback):
-    """Where the run was at the end of its last finished step: counters, data and random states.
+    """Keeps the state of the run at the end of its last finished step: counters, data and random states.
 
-    That is what a checkpoint says, whenever it is written: a resumed run begins the next step anew. Must come first.
-    The random states are put back at the first batch, since setting up a run draws random numbers too. `streams` of the
-    module (see `ldm.models.diffusion.draws`) are the same in all processes.
+    Checkpoints get this state, whenever they are written, so a resumed run repeats the unfinished step. This callback
+    must come first. It restores the random states at the first batch, because the setup of a run draws random numbers
+    too. The `streams` of the module (see `ldm.models.diffusion.draws`) are the same in all processes.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class LastStep(pl.Callback):
         self.random: dict[str, Any] = {}
         self.streams: list[dict[str, Any]] = []
         self.pending: dict[str, Any] | None = None
-        self.begins_epoch = False  # what is resumed had come to the end of one
+        self.begins_epoch = False  # the resumed checkpoint was at the end of an epoch
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         self.stepping = True
@@ -77,7 +77,7 @@ class LastStep(pl.Callback):
             self.take(trainer, module)
 
     def take(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Keep where the run is."""
+        """Keep the current state of the run."""
         data = trainer.datamodule
         self.state = {
             "epoch": trainer.current_epoch,
@@ -108,7 +108,7 @@ class LastStep(pl.Callback):
         states = checkpoint["random_states"]
         own = getattr(module, "streams", [])
         streams = checkpoint.get("random_streams", [[]])[0]
-        if own and not streams:  # of a run on one process, whose draws go on
+        if own and not streams:  # the checkpoint is of a run with one process; its generators continue as the streams
             streams = [{kind: states[0][name] for kind, name in GENERATORS.items() if states[0].get(name) is not None}]
         if streams and not own:
             named = {GENERATORS[kind]: state for kind, state in streams[0].items()}
@@ -118,7 +118,7 @@ class LastStep(pl.Callback):
         self.pending = own_of(trainer, states)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self.begins_epoch:  # nothing of it is to be made up for
+        if self.begins_epoch:  # no batches of an unfinished epoch are to be skipped
             _Loop.restarting.fset(trainer.fit_loop, False)
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -128,7 +128,7 @@ class LastStep(pl.Callback):
 
 
 def _unlike(template: Any, found: Any, path: str = "") -> Iterator[str]:
-    """Where nested dictionaries lack what a template has, or have it of another type."""
+    """The paths at which nested dictionaries lack an entry of the template, or have another type."""
     if isinstance(template, dict) and isinstance(found, dict):
         for name, part in template.items():
             yield from _unlike(part, found.get(name), f"{path}.{name}" if path else name)

@@ -1,4 +1,4 @@
-"""One training run from its config to its last checkpoint. Entry points parse, call this, and report."""
+"""One training run from its config to its last checkpoint. Commands parse options, call this, and report."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ from ldm.writing import printable, why
 
 log = logging.getLogger(__name__)
 
-if rank_zero_only.rank:  # one of the processes speaks for all of them
+if rank_zero_only.rank:  # only the first process logs
     logging.getLogger("ldm").setLevel(logging.ERROR)
-# Lightning's advice about itself. Batches here resume by their number, and draws are made where a picture is cached.
+# Lightning's hints do not apply here: batches resume by their number, and pictures are usually cached.
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 for message in (
     ".*dataloader is not resumable.*",
@@ -61,7 +61,7 @@ for message in (
 # --- parts
 
 def learning_rate(run: Run, processes: int) -> float:
-    """The config's base learning rate; with `scale_lr` times processes, batch size and accumulated batches."""
+    """The config's base learning rate; with `scale_lr`, times processes, batch size and accumulated batches."""
     base = run.config.model.get("base_learning_rate")
     if not isinstance(base, (int, float)) or isinstance(base, bool) or base <= 0:
         raise InputError(f"model.base_learning_rate must be a positive number, got {base!r}")
@@ -88,13 +88,13 @@ def make_loggers(run: Run) -> Any:
 
 
 def make_callbacks(run: Run, saver: SaveRun) -> list[pl.Callback]:
-    """The config's callbacks and those that every run has."""
+    """The config's callbacks and the callbacks of every run."""
     section = run.config.get("lightning", {})
     callbacks = [instantiate_from_config(config) for config in (section.get("callbacks") or {}).values() if config]
     for callback in callbacks:
         if isinstance(callback, ImageLogger):
             callback.folders = [one.folder / "images" for one in run.parts or [run]]
-    often = 10 if torch.cuda.is_available() else 1  # to show the loss is to wait for the device
+    often = 10 if torch.cuda.is_available() else 1  # showing the loss waits for the device
     progress = TQDMProgressBar(refresh_rate=often if sys.stderr.isatty() else 50)
     schedule = plain(OmegaConf.select(run.config, "model.params.scheduler_config"))
     own = [AsConfigured(schedule), OptimizerModes(), KeepConfigs(run), EpochReport(), LearningRateMonitor("step")]
@@ -129,7 +129,7 @@ def make_trainer(run: Run, saver: SaveRun, automatic: bool = True) -> pl.Trainer
 # --- the run
 
 def prepare_class_pictures(run: Run, model: Any, folder: Path, prompt: str, number: int) -> None:
-    """Let the first process fill the class folder with the base model's own pictures; the others wait for it."""
+    """Fill the class folder with pictures of the base model. The first process does it; the others wait for it."""
     if rank_zero_only.rank == 0:
         settings = Settings(scale=run.config.dreambooth.class_scale)
         fill_class_folder(model.to(first_device(run.config)), folder, prompt, number, settings, run.seed)
@@ -139,9 +139,9 @@ def prepare_class_pictures(run: Run, model: Any, folder: Path, prompt: str, numb
 
 
 def train(run: Run, model: pl.LightningModule, test: bool = True) -> pl.Trainer:
-    """Train `model` as the config says and, with `test`, go through its test set once; the trainer, when it is done.
+    """Train `model` as the config says; with `test`, evaluate it on the test set. Returns the trainer.
 
-    A training that was asked to stop leaves the test set for when it has gone on to its end.
+    A training that was asked to stop skips the test set; a later resume evaluates it at the end.
     """
     data = instantiate_from_config(run.config.data)
     if run.resume is None:
@@ -159,9 +159,9 @@ def train(run: Run, model: pl.LightningModule, test: bool = True) -> pl.Trainer:
 def fit(run: Run, module: pl.LightningModule, data: DataModuleFromConfig, saver: SaveRun) -> pl.Trainer:
     """Train `module` on `data`: one training or, with `run.parts`, several side by side."""
     trainer = make_trainer(run, saver, module.automatic_optimization)
-    pl.seed_everything(run.seed + trainer.global_rank, verbose=False)  # other masks of dropout in every process
+    pl.seed_everything(run.seed + trainer.global_rank, verbose=False)  # dropout differs between processes
     if trainer.world_size > 1 and getattr(module, "streams", None) == ():
-        module.streams = [Stream(run.seed)]  # noise is drawn together, see `ldm.models.diffusion.draws`
+        module.streams = [Stream(run.seed)]  # all processes share the noise, see `ldm.models.diffusion.draws`
     trainings = getattr(module, "trainings", [module])
     for one, part in zip(trainings, run.parts or [run], strict=True):
         one.learning_rate = learning_rate(part, trainer.world_size)
@@ -194,7 +194,7 @@ def cast_base(
 
 @contextlib.contextmanager
 def failures_explained(run: Run, saver: SaveRun, trainer: pl.Trainer) -> Iterator[None]:
-    """Errors of writing name the last good checkpoint; with `run.debug` any error opens the debugger."""
+    """Within this context, write errors name the last good checkpoint. `run.debug`: any error opens the debugger."""
     try:
         yield
     except SystemExit:
@@ -215,7 +215,7 @@ def failures_explained(run: Run, saver: SaveRun, trainer: pl.Trainer) -> Iterato
 
 
 def finish(run: Run, module: pl.LightningModule) -> None:
-    """Let the families say what came out at the end of a training, each in the folder of its run."""
+    """Call `finish` of the families at the end of a training, with the folder of its run."""
     trainings = getattr(module, "trainings", [module])
     for one, part in zip(trainings, run.parts or [run], strict=True):
         for chosen in one.tuning.families if hasattr(one, "tuning") else ():
@@ -225,9 +225,9 @@ def finish(run: Run, module: pl.LightningModule) -> None:
 
 @contextlib.contextmanager
 def unless_refused(run: Run, saver: SaveRun) -> Iterator[None]:
-    """Takes the folder of a new run away again where an error ends it before its first step.
+    """Within this context, an error before the first step deletes the folder of a new run.
 
-    From here on SIGUSR1 ends no run.
+    From here on SIGUSR1 does not end the run.
     """
     saver.listen()
     try:
@@ -243,7 +243,7 @@ def unless_refused(run: Run, saver: SaveRun) -> Iterator[None]:
 
 @contextlib.contextmanager
 def before_the_first_step(saver: SaveRun | None = None) -> Iterator[None]:
-    """Whoever is stopped within this context, and before the first step of `saver`, is told that nothing was learnt."""
+    """If the run is stopped within this context and before the first step of `saver`, log that nothing was trained."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -254,16 +254,16 @@ def before_the_first_step(saver: SaveRun | None = None) -> Iterator[None]:
 
 
 def refuse_mixed(model: pl.LightningModule, precision: str) -> None:
-    """Raises `InputError` where weights of the UNet itself learn in fp32 beside others in half precision."""
+    """Raises `InputError` if some weights of the UNet itself are trained in fp32 beside others in half precision."""
     own = [name for name in model.tuning.parameters() if name.startswith(UNET) and model.tuning.is_base(name)]
     if own and "mixed" not in precision:
         raise InputError(
-            f"--base_precision is for what is added to the UNet, but here {len(own)} tensors of its own learn, e.g. "
+            f"--base_precision needs a frozen UNet, but this config trains {len(own)} of its tensors, e.g. "
             f"{own[0]}: leave it out, or add --precision bf16-mixed on a machine that has bf16"
         )
 
 
 def base_model(run: Run, tuned: bool = True) -> pl.LightningModule:
-    """The model of the config on the checkpoint that it starts from, in training mode; with its tuning, or without."""
-    torch.manual_seed(run.seed)  # adapters start at random numbers
+    """The model of the config with the weights of its base checkpoint, in training mode, with or without its tuning."""
+    torch.manual_seed(run.seed)  # adapters start from random numbers
     return build_model(run.config, *choose_checkpoint(run.config, run.base), tuned=tuned).train()

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -> DictConfig:
-    """The config of a resumed run first, then those named on the command line, then overrides."""
+    """Merge the config of a resumed run, the configs of the command line, and the overrides; later ones win."""
     stored = [stored_config(resumed / "configs" / "project.yaml")] if resumed else []
     if not stored and not paths:
         raise InputError("no config: name one with --base, e.g. --base configs/sd-mini/attn2o-ffni.yaml")
@@ -64,7 +64,7 @@ def tell_of_adapters(first: tuple[Any, DictConfig], second: tuple[Any, DictConfi
 
 
 def check_config(config: DictConfig) -> None:
-    """Refuse misspelt keys, wrong types and arguments that targets do not take; say what has no effect."""
+    """Raises `InputError` for misspelt keys, wrong types and wrong arguments; logs keys without effect."""
     content = plain(config)
     check(content)
     check_entries(content)
@@ -73,15 +73,15 @@ def check_config(config: DictConfig) -> None:
 
 
 def opened(options: argparse.Namespace, overrides: list[str]) -> tuple[DictConfig, Path | None, Path | None]:
-    """The config that the options name, and the folder and checkpoint of the run that they go on with, if they do."""
+    """The config that the options name; if they resume a run, also its folder and its checkpoint."""
     if options.resume and options.name:
-        raise InputError("-r goes on with a run that has its name; leave -n out")
+        raise InputError("-r resumes a run, which has a name already; leave -n out")
     folder, checkpoint = resumed_folder(options.resume) if options.resume else (None, None)
     return read_configs(options.base, overrides, folder), folder, checkpoint
 
 
 def with_trainer(config: DictConfig, gpus: str | None, options: dict[str, Any]) -> DictConfig:
-    """The config with Trainer options of the command line; devices there replace those that it names in another way."""
+    """The config with the Trainer options of the command line, whose devices replace those of the config."""
     if gpus is not None:
         options = options | {"gpus": gpus}
     elif {"accelerator", "devices"} & options.keys() and OmegaConf.select(config, "lightning.trainer.gpus") is not None:
@@ -91,14 +91,14 @@ def with_trainer(config: DictConfig, gpus: str | None, options: dict[str, Any]) 
 
 
 def refuse_no_text(config: Any) -> None:
-    """Raises `InputError` for values that are no text, such as names of files in another encoding than UTF-8.
+    """Raises `InputError` for text that is not valid Unicode, such as file names in another encoding than UTF-8.
 
-    A run keeps its config as YAML, which has no place for them.
+    A run stores its config as YAML, which cannot hold them.
     """
     if isinstance(config, (Mapping, list, tuple)):
         for value in config.values() if isinstance(config, Mapping) else config:
             refuse_no_text(value)
     elif isinstance(config, str) and (shown := printable(config)) != config:
         raise InputError(
-            f"{shown!r} is not UTF-8, so that the config of the run could not be kept: rename it, or name it by a link"
+            f"{shown!r} is not UTF-8, so the config of the run cannot be stored: rename it, or use a link to it"
         )

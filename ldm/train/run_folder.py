@@ -1,4 +1,4 @@
-"""A run and the folder that it owns: how the folder is named, claimed and filled, and what it tells of a run."""
+"""A run and its folder: how the folder is named, created and filled, and what it shows about the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ldm.train.trainer_section import trainer_options
 
 @dataclass
 class Run:
-    """What a run needs to know beside its config."""
+    """A config with everything else that a run needs."""
 
     config: DictConfig
     folder: Path
@@ -34,7 +34,7 @@ class Run:
     debug: bool = False
     base_precision: str = "fp32"  # of the UNet's frozen weights: fp32, bf16 or fp16
     cache: str = "off"  # where encodings of pictures and captions are kept: memory, off, or a folder
-    keep_memory: bool = True  # on a CPU: what one step frees stays with the process for the next
+    keep_memory: bool = True  # on a CPU: the process keeps freed memory for the next step
     notes: dict[str, Any] = field(default_factory=dict)  # go into adapter folders: class word, identifier
     parts: Sequence[Run] = ()  # trainings side by side, with folders of their own
 
@@ -44,7 +44,7 @@ class Run:
 
 
 def resumed_folder(path: str) -> tuple[Path, Path]:
-    """The folder and the checkpoint of a run that is named by its folder or by a checkpoint in it."""
+    """The folder and the checkpoint of a run; `path` is the folder, or a checkpoint in it."""
     given = Path(path)
     checkpoint = given if given.is_file() else given / "checkpoints" / "last.ckpt"
     folder = checkpoint.parent.parent
@@ -56,7 +56,7 @@ def resumed_folder(path: str) -> tuple[Path, Path]:
 
 
 def new_folder(logdir: str, project: str, data: str, name: str, postfix: str) -> Path:
-    """`<logdir>/<project>/<data><timestamp>_<name><postfix>`, with a number where another run of this second has it."""
+    """`<logdir>/<project>/<data><timestamp>_<name><postfix>`; if that folder exists, with a number at the end."""
     now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     names = (f"{data}{now}_{name}{postfix}" + (f"-{n}" if n else "") for n in itertools.count())
     return next(path for path in (Path(logdir) / project / name for name in names) if not path.exists())
@@ -64,7 +64,7 @@ def new_folder(logdir: str, project: str, data: str, name: str, postfix: str) ->
 
 @rank_zero_only
 def claim_folder(run: Run) -> None:
-    """Make the folder of a new run, or one with the next number where another run has made it in the meantime."""
+    """Create the folder of a new run. If another run has created it in the meantime, add a number to the name."""
     planned = run.folder
     with explain(f"the folder {planned} cannot be written to", OSError):
         for number in itertools.count():
@@ -76,7 +76,7 @@ def claim_folder(run: Run) -> None:
 
 
 class KeepConfigs(pl.Callback):
-    """Writes the configs of a run when its training begins; what is refused before that has changed nothing."""
+    """Writes the configs of a run when its training begins. A run that is refused earlier leaves no files."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -88,7 +88,7 @@ class KeepConfigs(pl.Callback):
 
 @rank_zero_only
 def write_configs(run: Run) -> None:
-    """Keep what is needed to repeat or resume the run: its resolved config and its command."""
+    """Store the resolved config and the command of a run, which are needed to repeat or resume it."""
     with explain(f"the folder {run.folder} cannot be written to", OSError):
         for name in ("checkpoints", "configs", "images"):
             (run.folder / name).mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def write_configs(run: Run) -> None:
 
 
 def commands(folder: Path) -> list[str]:
-    """The comments that tell which commands a run came from: those that its config tells of already, and this one."""
+    """The comments with the commands of a run: those in its stored config, and the current one."""
     stored = folder / "configs" / "project.yaml"
     lines = read_text(stored).splitlines() if stored.is_file() else []
     header = list(itertools.takewhile(lambda line: line.startswith("# "), lines))
@@ -105,19 +105,19 @@ def commands(folder: Path) -> list[str]:
 
 
 def last_good(run: Run) -> str:
-    """What is still intact after a failure."""
+    """A phrase that names the last good checkpoint after a failure."""
     last = run.checkpoints / "last.ckpt"
     return f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint had been written"
 
 
 def finished(run: Run) -> str | None:
-    """The line that says so, where a run that is to go on has reached its end already."""
+    """A line that says that a resumed run has already reached its end; None if it has not."""
     if run.resume is None:
         return None
     options, content = trainer_options(run.config), read_object(run.resume)
     step = content.get("global_step") if isinstance(content, dict) else None
     if not isinstance(step, int):
-        return None  # `SafeCheckpointIO` says what is wrong with it
+        return None  # `SafeCheckpointIO` will report the fault
     steps, epochs = options.get("max_steps"), options.get("max_epochs")
     if isinstance(steps, int) and 0 <= steps <= step:
         return f"nothing to do: {run.folder} is at step {step} of {steps}; go on with a higher --max_steps"
@@ -128,7 +128,7 @@ def finished(run: Run) -> str | None:
 
 
 def epochs_done(content: Mapping[str, Any]) -> int:
-    """The whole epochs that a checkpoint has behind it. It was written before Lightning counted the one that ended."""
+    """The number of finished epochs of a checkpoint, which is written before Lightning counts the last one."""
     try:
         loops = content["loops"]["fit_loop"]
         ended = loops["epoch_loop.batch_progress"]["is_last_batch"]
@@ -138,7 +138,7 @@ def epochs_done(content: Mapping[str, Any]) -> int:
 
 
 def outcome(run: Run) -> str:
-    """What a run has left, by what is there."""
+    """A line that says what a run has written."""
     kinds = {
         "adapters": any(run.checkpoints.glob("*-adapters")),
         "checkpoints": (run.checkpoints / "last.ckpt").is_file(),

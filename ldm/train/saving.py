@@ -1,4 +1,4 @@
-"""When a run is saved: every so many steps, on a signal, and whatever ends it. A guard on the loss goes first."""
+"""Saves a run every n steps, on a signal, and at its end for any reason. Losses and weights are checked first."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class SaveRun(Checkpoint):
-    """Writes `<step>-adapters/` and `last.ckpt` every so many steps, on SIGUSR1, and whatever ends the run.
+    """Writes `<step>-adapters/` and `last.ckpt` every n steps, on SIGUSR1, and when the run ends for any reason.
 
-    A loss or a weight that is not finite stops the run before anything is saved. `notes` go into the adapter folders;
-    `places` are the folder and the notes of each of several trainings.
-    As a `Checkpoint` it comes after all other callbacks.
+    If a loss or a weight is not finite, the run stops before anything is saved. `notes` go into the adapter folders.
+    `places` are the folder and notes of each training, if there are several. Lightning calls a `Checkpoint` after all
+    other callbacks.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class SaveRun(Checkpoint):
         self.folder, self.every = folder, every_n_train_steps
         self.notes, self.places = notes or {}, places
         self.done = LastStep()
-        self.step = 0  # the latest one that is done
-        self.saved = 0  # the latest one that is saved, by this session or an earlier one
+        self.step = 0  # the last finished step
+        self.saved = 0  # the last saved step, of this session or an earlier one
         self.saving = False
         self.is_bad = False  # something is not finite
         self.interrupted = False  # by Ctrl-C, twice
-        self.asked: int | None = None  # the signal that came last
-        self.unchecked: torch.Tensor | None = None  # the sum of the losses since the last look
+        self.asked: int | None = None  # the last signal
+        self.unchecked: torch.Tensor | None = None  # the sum of the losses since the last check
         self.handlers: dict[int, Any] = {}
 
     @property
@@ -62,30 +62,30 @@ class SaveRun(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.step = self.saved = trainer.global_step
         if trainer.is_global_zero:
-            for left in self.folder.glob(".*.tmp-*"):  # of a process that was killed while it saved
+            for left in self.folder.glob(".*.tmp-*"):  # left by a process that was killed while it saved
                 shutil.rmtree(left, ignore_errors=True)
         self.listen()
         for number in (signal.SIGTERM, signal.SIGINT):
             self.handlers[number] = signal.signal(number, self._ask)
 
     def listen(self) -> None:
-        """Take SIGUSR1, which would end the process: one that comes before the first step is answered after it.
+        """Handle SIGUSR1, which would otherwise end the process. A signal before the first step acts after that step.
 
-        Where a cluster's requeueing has it, it stays there.
+        An existing handler, such as a cluster's requeueing, is kept.
         """
         if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
             self.handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._ask)
 
     def _ask(self, number: int, _frame: Any) -> None:
-        if self.asked == signal.SIGINT == number:  # a second Ctrl-C does not wait for the batch to end
+        if self.asked == signal.SIGINT == number:  # a second Ctrl-C does not wait for the end of the batch
             raise KeyboardInterrupt
         self.asked = number
         if number == signal.SIGUSR1 and not self.step:
-            log.info("SIGUSR1 before the first step: there is nothing new to save; what that step learns will be saved")
+            log.info("SIGUSR1 before the first step: nothing to save yet; the run will be saved after that step")
 
     def release_signals(self) -> None:
         for number, handler in self.handlers.items():
-            if signal.getsignal(number) == self._ask:  # after an error Lightning has put back what was there first
+            if signal.getsignal(number) == self._ask:  # after an error Lightning has already restored the first handler
                 signal.signal(number, handler)
         self.handlers = {}
 
@@ -95,16 +95,16 @@ class SaveRun(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = (outputs or {}).get("loss")  # none where the model steps its optimizers itself
+        loss = (outputs or {}).get("loss")  # None if the model steps its optimizers itself
         if loss is not None:
             self.unchecked = loss if self.unchecked is None else self.unchecked + loss
         if trainer.global_step == self.step:
-            return  # in the midst of accumulated batches, whose gradients no checkpoint holds
+            return  # between accumulated batches; checkpoints do not hold their gradients
         self.done.take(trainer, module)  # callbacks may have drawn random numbers
         self.step = trainer.global_step
         due = self.step % self.every == 0 or self._ends(trainer)
         if not due and module.device.type == "cuda" and self.step % max(1, trainer.log_every_n_steps):
-            return  # to look at the loss is to wait for the device, which works ahead
+            return  # reading the loss would wait for the device
         self._check(trainer, module)
         asked = self._asked_anywhere(trainer)
         if asked or due:
@@ -115,7 +115,7 @@ class SaveRun(Checkpoint):
             trainer.should_stop = True
 
     def _ends(self, trainer: pl.Trainer) -> bool:
-        """Whether this is the last batch, as far as one can know."""
+        """Whether this is known to be the last batch."""
         last_of_all = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
         return trainer.should_stop or last_of_all or 0 <= trainer.max_steps <= trainer.global_step
 
@@ -130,9 +130,9 @@ class SaveRun(Checkpoint):
         return asked
 
     def _check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Raises `InputError`, in all processes, where the losses of any since the last look are not finite.
+        """Raises `InputError` in all processes if a loss of any process since the last check is not finite.
 
-        A model that steps its optimizers itself gives no losses: there it is the weights that are looked at.
+        A model that steps its optimizers itself returns no loss; then the weights are checked instead.
         """
         summed, self.unchecked = self.unchecked, None
         seen = [p for p in module.parameters() if p.requires_grad] if summed is None else [summed]
@@ -147,7 +147,7 @@ class SaveRun(Checkpoint):
             self._refuse(trainer, reason)
 
     def _refuse(self, trainer: pl.Trainer, what: str) -> NoReturn:
-        """End a run in which something is not finite."""
+        """End a run because something is not finite."""
         self.is_bad = True
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         kept = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint had been written"
@@ -157,9 +157,9 @@ class SaveRun(Checkpoint):
         )
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Write what was tuned, if anything was, and everything that a resume needs.
+        """Write the tuned weights, if there are any, and everything that a resume needs.
 
-        Raises `InputError` where a weight is not finite; what was there stays then.
+        Raises `InputError` if a weight is not finite; then earlier files stay.
         """
         self.saving = True
         bad = [name for name, p in module.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
@@ -175,7 +175,7 @@ class SaveRun(Checkpoint):
         self.saved, self.saving = self.step, False
 
     def save_folders(self, module: pl.LightningModule) -> None:
-        """Write what was tuned as folders to sample with."""
+        """Write the tuned weights as folders for sampling."""
         places = self.places or [(self.folder, self.notes)]
         for one, (folder, notes) in zip(getattr(module, "trainings", [module]), places, strict=True):
             if getattr(one, "is_tuned", False):
@@ -189,11 +189,11 @@ class SaveRun(Checkpoint):
             self.save(trainer, module)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Save what was learnt up to the last finished step, unless it is saved or cannot be; say which."""
+        """Save the state after the last finished step, unless it is saved already or cannot be; log which."""
         self.interrupted = isinstance(exception, KeyboardInterrupt)
         if not trainer.is_global_zero:
             return
-        self.done.alone = trainer.world_size > 1  # the others may be anywhere
+        self.done.alone = trainer.world_size > 1  # the other processes may not answer
         finished = self.done.step
         if finished is not None and finished != self.saved and not (self.saving or self.is_bad or self.done.stepping):
             self.step = finished
@@ -203,7 +203,7 @@ class SaveRun(Checkpoint):
             log.info("%s: %s", type(exception).__name__, self.kept())
 
     def kept(self) -> str:
-        """What a run that has ended leaves."""
+        """A phrase that says what is saved of a run that has ended."""
         if self.done.step is not None and self.done.step == self.saved:
             return f"what was learnt up to step {self.saved} is saved; go on with -r {self.folder.parent}"
         if self.last.exists():

@@ -1,4 +1,4 @@
-"""The section `lightning.trainer` of a config in the terms of Lightning 2, and what it says about devices."""
+"""Translates the section `lightning.trainer` of a config into arguments of Lightning 2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HALVES = {"fp16": ("16", "16-mixed"), "bf16": ("bf16", "bf16-mixed")}
 def trainer_options(config: DictConfig, automatic: bool = True) -> dict[str, Any]:
     """The arguments of Lightning's Trainer that a config names; `automatic`: the Trainer steps the optimizers.
 
-    Raises `InputError` for devices that do not exist and for precisions that round too much.
+    Raises `InputError` for devices that do not exist and for precisions that would round the noise schedule.
     """
     options = plain(config.get("lightning", {}).get("trainer", {}))
     gpus = options.pop("gpus", None)
@@ -38,7 +38,7 @@ def trainer_options(config: DictConfig, automatic: bool = True) -> dict[str, Any
 
 
 def _devices(text: str) -> str | int | list[int]:
-    """`2` as a number, `0,3` as a list; other words, such as `auto`, are Lightning's."""
+    """`2` as a number, `0,3` as a list; other words, such as `auto`, are passed to Lightning."""
     if text.strip("0123456789, -"):
         return text
     with explain(f"--devices {text}: expected how many, or which, such as 2 or 0,3", ValueError):
@@ -53,12 +53,12 @@ def _with_own_steps(options: Mapping[str, Any]) -> dict[str, Any]:
             log.warning("%s has no effect: this model steps its two optimizers itself", name)
             del options[name]
     if options.get("strategy", "auto") in ("auto", "ddp") and several_devices(options):
-        options["strategy"] = "ddp_find_unused_parameters_true"  # each of its backward passes is of one half alone
+        options["strategy"] = "ddp_find_unused_parameters_true"  # each backward pass covers one of two networks
     return options
 
 
 def _precision(options: Mapping[str, Any]) -> Any:
-    """The precision that the options ask for, or 32 bits where this machine would be slow with fewer."""
+    """The precision of the options, or 32 bits if this machine is slow with fewer."""
     asked = str(options["precision"])
     if asked.endswith("-true") and asked != "32-true":
         raise InputError(
@@ -73,7 +73,7 @@ def _precision(options: Mapping[str, Any]) -> Any:
 
 
 def computes_on_cpu(precision: str) -> bool:
-    """Whether this CPU has arithmetic of that precision for training; emulation takes up to a hundred times longer."""
+    """Whether this CPU has fast arithmetic of that precision; emulation takes up to a hundred times longer."""
     return precision == "fp32" or (precision == "bf16" and has_bf16())
 
 
@@ -103,9 +103,9 @@ def first_device(config: DictConfig) -> torch.device:
 
 
 def gpu_options(gpus: Any) -> dict[str, Any]:
-    """`--gpus 0,3` as Lightning 2 says it. Raises `InputError` where there are no such GPUs."""
+    """`--gpus 0,3` in terms of Lightning 2. Raises `InputError` if there are no such GPUs."""
     text = str(gpus).strip()
-    is_list = text.startswith(("[", "(")) or "," in text  # `[1]` and `1,` are the second one, `1` is how many
+    is_list = text.startswith(("[", "(")) or "," in text  # `[1]` and `1,` name the second GPU, `1` is a count
     try:
         numbers = [int(part) for part in text.strip("[]() ").split(",") if part.strip()]
     except ValueError:

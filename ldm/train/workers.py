@@ -1,4 +1,4 @@
-"""Several processes of one run end together: one that dies ends all others within seconds, with one line."""
+"""Ends all processes of a run within seconds, with one line, if one of them dies."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pytorch_lightning.strategies.launchers import subprocess_script
 
 log = logging.getLogger(__name__)
 
-LOOK = 0.5  # seconds between looks at the others
-GRACE = 10.0  # seconds in which a process may end by itself, and save, once another one is gone
+LOOK = 0.5  # seconds between checks of the other processes
+GRACE = 10.0  # seconds in which a process may save and end by itself after another one has died
 
 
 class Workers:
-    """The other processes of a run on this machine, as the launcher of Lightning starts them.
+    """The other processes of a run on this machine that Lightning's launcher started.
 
-    Processes that torchrun or SLURM start are theirs to end. `kept` says what of the run is saved.
+    torchrun and SLURM end the processes that they start. `kept` returns a phrase that says what is saved.
     """
 
     def __init__(self, kept: Callable[[], str]) -> None:
@@ -35,7 +35,7 @@ class Workers:
 
     @contextlib.contextmanager
     def watched(self, trainer: pl.Trainer) -> Iterator[None]:
-        """Within this context this process ends when another one of the run has died."""
+        """Within this context, this process ends if another process of the run dies."""
         environment = trainer._accelerator_connector.cluster_environment
         if trainer.world_size == 1 or not isinstance(environment, LightningEnvironment):
             yield
@@ -65,7 +65,7 @@ class Workers:
         threading.Thread(target=self._look, daemon=True, name="watches the other processes").start()
 
     def gone(self) -> str | None:
-        """Which of the others has died, and how."""
+        """Says which process has died, and how."""
         if self.parent is not None and os.getppid() != self.parent:
             return "the first process was killed"
         for number, process in enumerate(self.started, 1):
@@ -77,12 +77,12 @@ class Workers:
     def _look(self) -> None:
         while self.started or self.parent is not None:
             if self.gone():
-                time.sleep(GRACE)  # one that waits for the other in vain is told by its connection
+                time.sleep(GRACE)  # a process that waits for the dead one gets an error from its connection
                 self._end_if_one_is_gone()
             time.sleep(LOOK)
 
     def _end_if_one_is_gone(self) -> None:
-        """End this process and those that it started, with one line, if one of the run has died."""
+        """If a process of the run has died, end this process and its children with one line."""
         until = time.monotonic() + 4 * LOOK
         while not (which := self.gone()) and time.monotonic() < until:
             time.sleep(LOOK / 5)
@@ -92,7 +92,7 @@ class Workers:
             for process in self.started:
                 if process.poll() is None:
                     process.kill()
-            if int(os.environ.get("LOCAL_RANK", 0)) <= 1:  # one speaks
+            if int(os.environ.get("LOCAL_RANK", 0)) <= 1:  # only one process logs
                 log.error("error: %s, which ends all others; %s", which, self.kept())
             sys.stdout.flush(), sys.stderr.flush()
             codes = [process.returncode for process in self.started if (process.returncode or 0) > 0]
@@ -100,7 +100,7 @@ class Workers:
 
 
 def is_of_lost_peer(error: BaseException) -> bool:
-    """Whether an error is that another process did not answer."""
+    """Whether an error means that another process did not answer."""
     return isinstance(error, (RuntimeError, torch.distributed.DistError)) and any(
         word in str(error).lower() for word in ("gloo", "nccl", "connection", "peer")
     )

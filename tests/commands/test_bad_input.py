@@ -118,7 +118,7 @@ TRAINING = {
     "no gpu at all": ("--gpus []", "--gpus '\\[\\]': expected numbers of GPUs such as 0, or 0,3"),
     "half a base that learns": (
         "--base_precision bf16 model.params.train_level=[unet]",
-        "--base_precision is for what is added to the UNet, but here \\d+ tensors of its own learn",
+        "--base_precision needs a frozen UNet, but this config trains \\d+ of its tensors",
     ),
     "gpu that is no number": ("--gpus first", "--gpus 'first': expected numbers of GPUs such as 0, or 0,3"),
     "precision": ("--precision 12", "Lightning's Trainer refuses its options: Precision '12' is invalid"),
@@ -133,7 +133,7 @@ TRAINING = {
     "devices": ("--devices many", "refuses its options: `devices` selected with"),
     "fixed option": ("--logger false", "refuses its options: .* multiple values for keyword argument 'logger'"),
     "no such run": ("-r {work}/photos", "cannot resume .*photos: expected the folder of a run with"),
-    "resume and name": ("-r {work} -n x", "-r goes on with a run that has its name; leave -n out"),
+    "resume and name": ("-r {work} -n x", "-r resumes a run, which has a name already; leave -n out"),
     "no data": ("--data_root {work}/no", "the folder .*no does not exist: expected a folder with pictures"),
     "empty data": ("--data_root {work}/nothing", "the folder .*nothing is empty: expected a folder with pictures"),
     "texts as data": ("--data_root {work}/texts", "the folder .*texts has no pictures, only a.txt"),

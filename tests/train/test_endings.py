@@ -317,6 +317,6 @@ def test_sigusr1_before_the_first_step_is_answered_after_it(tmp_path, sends, cap
     sends(signal.SIGUSR1)
     with caplog.at_level("INFO"):
         run = train(tmp_path, "run", "--max_steps", 3)
-    assert "SIGUSR1 before the first step: there is nothing new to save" in caplog.text
+    assert "SIGUSR1 before the first step: nothing to save yet" in caplog.text
     assert sorted(path.name for path in (run / "checkpoints").glob("*")) == ["1-adapters", "3-adapters", "last.ckpt"]
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL

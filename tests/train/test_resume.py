@@ -71,7 +71,7 @@ def test_a_run_may_be_resumed_by_its_checkpoint_and_with_another_learning_rate(t
     before = last(run)["state_dict"]
     with caplog.at_level("INFO"):
         resume(run / "checkpoints" / "last.ckpt", "--max_steps", 3, "model.base_learning_rate=1e-30")
-    assert "another learning rate than before: from step 2 on at 1e-30" in caplog.text
+    assert "the learning rate has changed: from step 2 on at 1e-30" in caplog.text
     assert last(run)["global_step"] == 3
     moved = [(last(run)["state_dict"][name] - value).abs().max() for name, value in before.items()]
     assert max(moved) < 1e-7  # AdamW's weight decay is of that size too
