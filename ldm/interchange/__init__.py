@@ -1,7 +1,7 @@
-"""The files of other programs, read and written: LoRA, Custom Diffusion, learnt words, whole models.
+"""Reads and writes the files of other programs: LoRA, Custom Diffusion, learnt words, whole models.
 
-`load_any` puts any of them into a model by looking at the file. Every format (`formats.py`) is read into a neutral form
-(`contents.py`: LoRA, delta, words, whole weights) and written from it; `docs/formats.md` describes them.
+`load_any` recognises a file by its content and puts it into a model. Every format (`formats.py`) is read into a neutral
+form (`contents.py`: LoRA, delta, words, whole weights) and written from it; `docs/formats.md` describes them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def identify(path: str | Path | Opened) -> str:
     """The name of a file's or folder's format, see `formats.FORMATS`.
 
-    Raises `InputError` for anything else; unsafe files too.
+    Raises `InputError` for anything else, and for unsafe files.
     """
     return recognise(open_file(path)).name
 
@@ -31,7 +31,7 @@ def identify(path: str | Path | Opened) -> str:
 def read_lora(path: str | Path | Opened, model: nn.Module, order: str | None = None) -> Lora:
     """A LoRA of any format, by the names of a model's layers. Raises `InputError`, also for another base model.
 
-    `order` is one of `layers.ORDERS` and only matters for nameless formats whose shapes do not tell it.
+    `order` is one of `layers.ORDERS`. It matters only for formats without layer names, if the shapes do not decide it.
     """
     row = recognise(file := open_file(path))
     if "lora" not in row.holds:
@@ -42,13 +42,13 @@ def read_lora(path: str | Path | Opened, model: nn.Module, order: str | None = N
 def load_any(
     model: nn.Module, path: str | Path, scale: float = 1.0, add: bool = False, words: Sequence[str] = ()
 ) -> None:
-    """Put whatever a file or folder holds into a `LatentDiffusion`, at a strength.
+    """Put the content of a file or folder into a `LatentDiffusion`, at a strength.
 
-    A file's changes are added to the weights, those of several files each with its own scale: a delta's change is what
-    it is against the weights that the model had before the first file. Words have no strength. `add` lets the position
-    adapters of a folder come beside those that the model has; `words` are other names for the words of a file.
+    Changes are added to the weights; several files add up, each with its own scale. The change of a delta is relative
+    to the weights before the first file. Words have no strength. With `add`, the position adapters of a folder are
+    attached beside existing ones. `words` are other names for the words of a file.
 
-    Raises `InputError` for what does not fit the model. A file that does not leaves the model as it was.
+    Raises `InputError` for a file that does not fit; then the model stays as it was.
     """
     from ldm.interchange.contents import CONTENTS, Loading
 
@@ -60,9 +60,9 @@ def load_any(
 
 
 def assign_tokens(words: Sequence[str], paths: Sequence[str | Path]) -> list[list[str]]:
-    """Names for the words of several LoRAs and deltas: to each file, in turn, as many as it holds words.
+    """Distribute names over several LoRAs and deltas: each file, in order, gets as many names as it holds words.
 
-    Our folders and files of words keep the names they have. Raises `InputError` for too few and too many.
+    Our folders, and files of words, keep their own names. Raises `InputError` for too few or too many names.
     """
     from ldm.interchange.contents import CONTENTS
 
@@ -82,7 +82,7 @@ def assign_tokens(words: Sequence[str], paths: Sequence[str | Path]) -> list[lis
 
 
 def words_in(path: str | Path | Opened, names: Sequence[str] = ()) -> Mapping[str, Tensor]:
-    """The learnt words in a file or folder with their vectors [v, d]; `names` are for words that have none in it."""
+    """The learnt words of a file or folder with their vectors [v, d]. `names`: for words without a name in the file."""
     row = recognise(file := open_file(path))
     return row.read("words", file, Context(words=names)) if "words" in row.holds else {}
 

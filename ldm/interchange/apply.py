@@ -1,4 +1,4 @@
-"""Changes of weights, as parameter name -> what is added: put into a model, several at once, and taken out exactly."""
+"""Adds changes, a mapping from parameter names to tensors, to the weights of a model, and takes them out exactly."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def lora_changes(lora: Lora, model: nn.Module, source: str = "the LoRA") -> dict[str, Tensor]:
-    """What a LoRA adds to the weights of a model. Raises `InputError` where it was made for another base model."""
+    """The changes of a LoRA for the weights of a model. Raises `InputError` if it was made for another base model."""
     return loras.changes(lora, parameters(model), source)
 
 
 def add(model: nn.Module, changes: Mapping[str, Tensor], strength: float = 1.0) -> dict[str, Tensor]:
-    """Add strength * change to the weights, computed in fp32; what they were, for `restore`.
+    """Add strength * change to the weights, computed in fp32. Returns the old weights, for `restore`.
 
-    The old values are set aside, not overwritten: they may lie in the pages of a checkpoint's file.
+    The old values are kept, not overwritten: they may be mapped from a checkpoint's file.
     """
     own = parameters(model)
     if lost := [name for name in changes if name not in own]:
@@ -41,7 +41,7 @@ def add(model: nn.Module, changes: Mapping[str, Tensor], strength: float = 1.0) 
 
 
 def restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
-    """Take out what `add` put in: bit for bit the old weights."""
+    """Put back the old weights, bit for bit."""
     own = parameters(model)
     for name, value in originals.items():
         own[name].data = value
@@ -49,7 +49,7 @@ def restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def added(model: nn.Module, changes: Mapping[str, Tensor], strength: float = 1.0) -> Iterator[None]:
-    """Within this context a model has changed weights."""
+    """Within this context, a model has changed weights."""
     originals = add(model, changes, strength)
     try:
         yield

@@ -1,7 +1,7 @@
 """LoRA files of cloneofsimo's lora: `.safetensors` with JSON metadata, and `.pt` lists of factors.
 
-Neither names its layers: they are numbered in the order in which a search of the model finds them, which differs
-between LDM's and diffusers' models. The `.safetensors` holds `up` with the scale multiplied in, the `.pt` without it.
+Neither format names its layers. They are numbered in the order in which a search of the model finds them, and this
+order differs between LDM's and diffusers' models. In the `.safetensors`, `up` includes the scale; in the `.pt` not.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ldm.modules.encoders.tokens import EMBEDDED, grouped
 log = logging.getLogger(__name__)
 
 PARTS = ("unet", "text_encoder")
-CLASSES_LENGTH = 10_000  # letters of the JSON that lists the classes
-# What the published code searches by default, and what it can be told to; the first that covers a LoRA is written.
+CLASSES_LENGTH = 10_000  # largest length of the JSON that lists the classes
+# The classes that the published code searches by default, then other choices. The first that covers a LoRA is written.
 CLASSES = {
     "unet": [
         ["Attention", "CrossAttention", "GEGLU"],
@@ -43,24 +43,24 @@ CLASSES = {
 
 @dataclass
 class Published:
-    """What such a file holds: for each part its factors in order and the classes searched, and learnt words."""
+    """The content of such a file: factors of each part in order, the classes that were searched, and learnt words."""
 
     factors: dict[str, list[Factors]]
     classes: dict[str, list[str]]
     tokens: dict[str, Tensor] = field(default_factory=dict)
-    order: str | None = None  # our own files say in which order their layers are
+    order: str | None = None  # the order of the layers, which only our own files say
 
 
 # --- files
 
 
 def is_published(file: Opened) -> bool:
-    """Whether a file is one of these, a `.safetensors`."""
+    """Whether a file is a `.safetensors` of this format."""
     return isinstance(file.content, Mapping) and any(part in file.metadata for part in PARTS)
 
 
 def read_safetensors(path: str | Path | Opened) -> Published:
-    """Read a `.safetensors` file. Raises `InputError` where its metadata and its tensors disagree."""
+    """Read a `.safetensors` file. Raises `InputError` if its metadata and its tensors disagree."""
     file = open_file(path)
     path, tensors, metadata = file.path, dict(file.content), file.metadata
     refuse_not_finite(tensors, str(path))
@@ -83,7 +83,7 @@ def read_safetensors(path: str | Path | Opened) -> Published:
 
 
 def _take_factors(tensors: dict[str, Tensor], part: str) -> list[Factors]:
-    """The factors of a part, in the order of their numbers, which are then gone from `tensors`."""
+    """Remove the factors of a part from `tensors` and return them in the order of their numbers."""
     count = len({name.split(":")[1] for name in tensors if name.startswith(part + ":")})
     return [Factors(tensors.pop(f"{part}:{i}:down"), tensors.pop(f"{part}:{i}:up")) for i in range(count)]
 
@@ -143,10 +143,10 @@ def read_pt(path: str | Path | Opened) -> Published:
 
 
 def write_pt(path: str | Path, content: Published) -> None:
-    """Write `.pt` lists in fp16. What scale there is goes into `up`: these files have no place for it.
+    """Write `.pt` lists in fp16. The scale is multiplied into `up`, because these files have no place for it.
 
-    A text encoder's list that lay beside an older file goes with that: whoever reads the new one would take it along.
-    Raises `InputError` for a LoRA of the text encoder alone, whose file would lack its beginning.
+    A text encoder's list beside an older file is deleted, because readers would use it with the new file.
+    Raises `InputError` for a LoRA of the text encoder alone, because such files begin with the UNet's layers.
     """
     if "unet" not in content.factors:
         raise InputError(f"{path}: a .pt LoRA begins with the UNet's layers, and this one has none; use another format")
@@ -170,8 +170,8 @@ def _save_list(path: Path, tensors: list[Tensor]) -> None:
 def to_lora(content: Published, model: nn.Module, source: str, order: str | None = None) -> Lora:
     """Give the factors the names of a model's layers.
 
-    The order is the given one, else the one that the file names, else the first whose shapes fit.
-    Raises `InputError` if none fits: the file was made for another base model.
+    The order is the given one, or the one in the file, or the first one whose shapes fit.
+    Raises `InputError` if none fits, because the file was made for another base model.
     """
     orders = [order or content.order] if order or content.order else list(layers.ORDERS)
     named: dict[str, Factors] = {}
@@ -204,7 +204,7 @@ def _fit(factors: Sequence[Factors], candidates: Sequence[dict], part: str, sour
 
 
 def from_lora(lora: Lora, model: nn.Module, order: str = "diffusers") -> Published:
-    """Number the layers as the format wants it. Layers of the searched classes that the LoRA leaves alone get zeros.
+    """Number the layers for the format. Layers of the searched classes that the LoRA does not change get zeros.
 
     Raises `InputError` for layers that no search of the published code finds.
     """
@@ -234,11 +234,11 @@ def _zeros(shape: torch.Size, rank: int) -> Factors:
     return Factors(torch.zeros(rank, *shape[1:]), torch.zeros(shape[0], rank, *ones))
 
 
-# --- the published merges. They work on numbered layers and need no model.
+# --- the published merges, which work on numbered layers and need no model
 
 
 def averaged(one: Published, two: Published, alpha_1: float = 0.5, alpha_2: float = 0.5) -> Published:
-    """Mode `lpl`: ups and downs are averaged separately, which is not the average of the changes: that is `sum`."""
+    """Mode `lpl`: averages ups and downs separately. This is not the average of the changes; use `sum` for that."""
     _same_shape(one, two)
     factors = {
         part: [
@@ -251,7 +251,7 @@ def averaged(one: Published, two: Published, alpha_1: float = 0.5, alpha_2: floa
 
 
 def joined(contents: Sequence[Published]) -> Published:
-    """Mode `ljl`: factors side by side, so that the changes add up; words become `<s{file}-{number}>`."""
+    """Mode `ljl`: puts factors side by side, so the changes add up. Words become `<s{file}-{number}>`."""
     first = contents[0]
     for other in contents[1:]:
         _same_shape(first, other, ranks=False)
@@ -292,7 +292,7 @@ def _same_shape(one: Published, two: Published, ranks: bool = True) -> None:
 
 
 def _orders_differ(one: Published, two: Published) -> bool:
-    """Published files do not name theirs; where all shapes agree with a file that does, it is taken to be the same."""
+    """The order of the layers. Published files do not say it; if all shapes agree with a file that does, it is used."""
     return len({one.order, two.order} - {None}) > 1
 
 
@@ -301,7 +301,7 @@ def _order(contents: Sequence[Published]) -> str | None:
 
 
 def numbered(content: Published) -> Lora:
-    """The neutral form with numbers (`unet:0`) for names, for what can be computed without a model."""
+    """The neutral form with numbers (`unet:0`) as names, for computations that need no model."""
     return Lora(
         {f"{part}:{i}": one for part, factors in content.factors.items() for i, one in enumerate(factors)},
         dict(content.tokens),
@@ -309,7 +309,7 @@ def numbered(content: Published) -> Lora:
 
 
 def alike(one: Published, two: Published) -> bool:
-    """Whether a number means the same layer in both, in the parts that both have."""
+    """Whether a number means the same layer in both files, in the parts that both have."""
 
     def searched(content: Published, part: str) -> tuple:
         shapes = [(factors.up.shape[0], factors.down.shape[1:]) for factors in content.factors[part]]
@@ -320,7 +320,7 @@ def alike(one: Published, two: Published) -> bool:
 
 
 def renumbered(lora: Lora, like: Sequence[Published]) -> Published:
-    """The way back from `numbered`, for what was computed from files that are `alike`: each part as a file has it."""
+    """The inverse of `numbered`, for a result that was computed from files that are `alike`."""
     parts = first_of(content.factors for content in like)
     factors = {part: [lora.layers[f"{part}:{i}"] for i in range(len(old))] for part, old in parts.items()}
     return Published(factors, first_of(content.classes for content in like), dict(lora.tokens), _order(like))
@@ -336,7 +336,7 @@ def _codec(
     reads: Mapping[str, Callable[[Opened, Context], Any]] | None = None,
     **others: Any,
 ) -> Codec:
-    """What the two formats share: layers by number where there is no model to name them."""
+    """The neutral form of a file: layers by name, or by number if there is no model to name them."""
 
     def lora(file: Opened, context: Context) -> Lora:
         content = read(file)

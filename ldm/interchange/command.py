@@ -1,4 +1,4 @@
-"""What the commands on files share: models by path, and outputs that are not overwritten by accident."""
+"""Shared by the commands on files: models by path, and outputs that are not overwritten by accident."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ldm.models import building
 
 
 def to_be_written(path: str | Path, force: bool, kind: str = "") -> Path:
-    """The path of an output. Raises `InputError` if it exists, with what `kind` has beside it, without `--force`."""
+    """The path of an output. Without `--force`, raises `InputError` if it or a file beside it of `kind` exists."""
     path = Path(path)
     for file in [path, *(by_name(kind).codec.beside(path) if kind else [])]:
         if file.exists() and not force:
@@ -32,20 +32,20 @@ def params_of(config: str | Path) -> Any:
 
 
 def skeleton(config: str | Path) -> nn.Module:
-    """The model of a config without its numbers."""
+    """The model of a config on the meta device, without values."""
     return layers.skeleton(load_config(find_file(config)))
 
 
 def read_model(path: str | Path) -> dict[str, Tensor]:
     """The weights of a whole model by the names of the model here, from a checkpoint or a diffusers folder.
 
-    Raises `InputError` for what cannot be read and for values that are not finite, which nothing is made of.
+    Raises `InputError` for files that cannot be read and for values that are not finite.
     """
     file = open_file(path)
     for row in FORMATS:
         if row.form == "model" and row.codec.recognises(file):
             return row.read("model", file)
-    weights = read_weights(path)  # what is in it is refused where it is used
+    weights = read_weights(path)  # its content is checked where it is used
     refuse_not_finite(weights, str(path))
     return weights
 

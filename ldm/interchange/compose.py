@@ -11,15 +11,15 @@ from torch import Tensor
 from ldm.errors import InputError
 from ldm.interchange.custom_diffusion import COMPRESSED, Delta, whole
 
-RIDGE = 1e-6  # of the mean square of the rows: without it, rounding would decide where rows leave the weight open
+RIDGE = 1e-6  # relative to the mean square of the rows; without it, rounding decides if there are too few rows
 
 
 def solve(weight: Tensor, regular: Tensor, target: Tensor, values: Tensor) -> Tensor:
     """The weight [out, in] nearest to a given one that maps target rows [t, in] to values [t, out].
 
     Nearness is measured on the regularisation rows [n, in]: minimise |(W' - W) C^T| subject to W' c = v, by Lagrange
-    multipliers. Computed in float64 and returned in the dtype of `weight`. Where there are fewer different rows than
-    inputs, many weights are equally near: of these the one that changes least (`RIDGE`).
+    multipliers. Computed in float64 and returned in the dtype of `weight`. With fewer different rows than inputs, many
+    weights are equally near; then `RIDGE` selects the one with the smallest change.
     """
     w, k, c, v = (tensor.double() for tensor in (weight, regular, target, values))
     square = k.T @ k
@@ -41,12 +41,12 @@ def token_features(encoder: Any, prompts: Sequence[str]) -> Tensor:
     rows = []
     for prompt in prompts:
         length = len(encoder.tokenizer(encoder.new_tokens.spell(prompt)).input_ids)
-        rows.append(encoder([prompt])[0, :length].cpu())  # where the weights are that will meet them
+        rows.append(encoder([prompt])[0, :length].cpu())  # the pretrained weights are on the CPU
     return torch.unique(torch.cat(rows), dim=0)
 
 
 def target_prompts(words: Sequence[str], category: str, prompts: Sequence[str] | None) -> list[str]:
-    """Prompts in which a concept is called `<new1> category`; `{}` in given ones stands for it."""
+    """Prompts that call a concept `<new1> category`; `{}` in given prompts stands for it."""
     name = " ".join([*words, category])
     if not prompts:
         return [name]
@@ -63,7 +63,7 @@ def compose(
 ) -> Delta:
     """One delta for several concepts. New words are renamed <new1>, <new2>, ... in the order of the deltas.
 
-    `encoder` is taught the new words. Raises `InputError` for deltas of different layers and lists of unequal length.
+    Adds the new words to `encoder`. Raises `InputError` for deltas of different layers and lists of unequal length.
     """
     if len(deltas) != len(categories) or len(deltas) < 2:
         raise InputError(
@@ -81,7 +81,7 @@ def compose(
         features.append(token_features(encoder, target_prompts(words, category, own)))
     regular = token_features(encoder, regularization)
     target = torch.cat(features)
-    # a row that several concepts share (the start token, for one) would be asked for several values: the first's counts
+    # Several concepts may share a row, e.g. the start token, with different target values: the first concept's counts.
     _, first = _first_of_each(target)
     target = target[first]
     weights = {}
@@ -92,7 +92,7 @@ def compose(
 
 
 def _layers(deltas: Sequence[Delta]) -> list[str]:
-    """The layers that the deltas have in common. Raises `InputError` where one has other layers than the first."""
+    """The layers of the deltas. Raises `InputError` if the deltas have different layers."""
     first, *others = ([name for name in delta.weights if COMPRESSED.search(name)] for delta in deltas)
     if any(set(other) != set(first) for other in others):
         raise InputError("the deltas change different layers: they were made for different base models")
@@ -100,7 +100,7 @@ def _layers(deltas: Sequence[Delta]) -> list[str]:
 
 
 def _first_of_each(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct rows, and where each occurs first."""
+    """The distinct rows, and the index of the first occurrence of each."""
     unique, place = torch.unique(rows, dim=0, return_inverse=True)
     first = torch.full((len(unique),), len(rows), dtype=torch.long)
     first.scatter_reduce_(0, place.cpu(), torch.arange(len(rows)), "amin")

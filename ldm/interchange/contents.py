@@ -1,7 +1,6 @@
-"""The neutral forms that every format is read into, a row each: LoRA, delta, words, whole weights, our folder.
+"""The neutral forms that formats are read into: LoRA, delta, words, whole weights, our folder. Each is a row.
 
-What can be done with a form is done alike for all its formats: put it into a model, fold it into weights, tell what is
-in it.
+A row says how to put its form into a model, fold it into weights and describe it, for all formats of that form.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Loading:
 
     source: str
     scale: float = 1.0
-    add: bool = False  # position adapters come beside those that the model has
+    add: bool = False  # position adapters are attached beside existing ones
     words: Sequence[str] = ()  # other names for the words
 
 
@@ -37,11 +36,11 @@ class Form:
     """A row; `value` is what the `reads` of the formats return.
 
     load: (model, value, loading)
-    facts: what `ldm inspect` tells of a value
-    summary: what commands report of a value that they have written
-    folded: (value, weights, model, strength, source) -> all weights with the value's change in them; `model()` is a
-        model with those weights
-    absent: what is said of a source that does not hold the form, where that is more than a wrong format
+    facts: a value as `ldm inspect` describes it
+    summary: a value as commands describe it after writing
+    folded: (value, weights, model, strength, source) -> all weights with the value's change added; `model()` is a
+    model with those weights
+    absent: the message for a source without the form, if it is more than a wrong format
     renames_words: whether `--modifier_token` names its words
     """
 

@@ -2,7 +2,7 @@
 
 Three layouts: the published LDM one {"state_dict": {full names..., "embed": rows}}, the published diffusers one
 {"unet": {...}, "modifier_token": {word: vector}}, and the flat one of diffusers' own script, which is only read.
-Compressed deltas hold {"u", "v"} in place of a weight: low-rank factors of what is added to the pretrained one.
+Compressed deltas hold {"u", "v"} instead of a weight: low-rank factors of the change of the pretrained weight.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ldm.interchange.names import (
 
 EMBEDDINGS = TEXT + "text_model.embeddings.token_embedding.weight"
 NEW_TOKENS = ".new_tokens.vectors."  # behind the name of a text encoder
-# What is saved of a checkpoint, by what was trained. The published code always saves keys and values only.
+# The layers to save, by `freeze_model`. The published code always saves only keys and values.
 SAVED = {"crossattn-kv": r"\.attn2\.to_[kv]\.weight$", "crossattn": r"\.attn2\."}
 COMPRESSED = re.compile(SAVED["crossattn-kv"])
 
 
 class LowRank(NamedTuple):
-    """What is added to a pretrained weight: u [out, r] @ v [r, in]; u holds the singular values."""
+    """The change of a pretrained weight: u [out, r] @ v [r, in]; u includes the singular values."""
 
     u: Tensor
     v: Tensor
@@ -70,7 +70,7 @@ def kind_of(content: Any) -> str | None:
 def read(path: str | Path | Opened, words: Sequence[str] = ()) -> Delta:
     """Read a delta of any layout. `words` name the rows of `embed`, which has none: by default <new1>, <new2>, ...
 
-    Raises `InputError` for another file, for names that are no layers, and for too few words.
+    Raises `InputError` for a file of another kind, for unknown layer names, and for too few words.
     """
     file = open_file(path)
     path, content = file.path, file.content
@@ -136,7 +136,7 @@ def split_words(words: str | None) -> list[str]:
 
 
 def content_of(delta: Delta, kind: str = "ldm") -> dict[str, Any]:
-    """A delta as a file of a layout (`ldm` or `diffusers`) holds it."""
+    """The content of a delta file in the layout `ldm` or `diffusers`."""
     state = {n: {"u": w.u, "v": w.v} if isinstance(w, LowRank) else w.detach() for n, w in delta.weights.items()}
     if several := [word for word, vectors in delta.tokens.items() if len(vectors) > 1]:
         raise InputError(f"a delta holds one vector for a word; {several[0]} has {len(delta.tokens[several[0]])}")
@@ -164,8 +164,8 @@ def extract(
 ) -> Delta:
     """The delta in a checkpoint's weights: its cross-attention, and its last `newtoken` words.
 
-    `freeze_model` tells what was trained; the published code saves keys and values in either case.
-    Words are the last rows of the embedding table or, where the checkpoint has them, the vectors beside it.
+    `freeze_model` says what was trained; the published code saves keys and values in either case.
+    Words are the last rows of the embedding table or, if the checkpoint has them, the vectors beside the table.
     """
     if newtoken < 0:
         raise InputError(f"--newtoken {newtoken}: expected how many new words there are, 0 or more")
@@ -182,11 +182,11 @@ def extract(
     return Delta(tuned, _named(rows[-newtoken:].clone() if newtoken else None, (), source))
 
 
-# --- what it does to a model
+# --- changes of a model
 
 
 def changes(delta: Delta, pretrained: Mapping[str, Tensor], source: str = "the delta") -> dict[str, Tensor]:
-    """What a delta adds to pretrained weights, by parameter name. Raises `InputError` if it does not fit."""
+    """The change of pretrained weights by parameter name. Raises `InputError` if the delta does not fit."""
     result = {}
     for name, value in delta.weights.items():
         base = pretrained.get(name)
@@ -204,7 +204,7 @@ def changes(delta: Delta, pretrained: Mapping[str, Tensor], source: str = "the d
 
 
 def whole(delta: Delta, pretrained: Mapping[str, Tensor], source: str = "the delta") -> Delta:
-    """A delta with whole weights in place of compressed ones."""
+    """The delta with whole weights instead of compressed ones."""
     added = changes(delta, pretrained, source)
     weights = {
         name: pretrained[name].float() + added[name] if isinstance(value, LowRank) else value
@@ -214,10 +214,10 @@ def whole(delta: Delta, pretrained: Mapping[str, Tensor], source: str = "the del
 
 
 def compress(delta: Delta, pretrained: Mapping[str, Tensor], ratio: float = 0.6, source: str = "the delta") -> Delta:
-    """Keys and values as low-rank changes that keep a share of the spectrum (arXiv 2212.04488, section 3.3).
+    """Keys and values as low-rank changes that keep a fraction of the spectrum (arXiv 2212.04488, section 3.3).
 
-    The rank is the published one: the index of the first singular value at which the cumulated share of the sum (not of
-    the squares) exceeds `ratio`. That value itself is left out, so that a little less than `ratio` is kept.
+    The rank is the published one: the index of the first singular value at which the cumulative fraction of the sum
+    (not of the squares) exceeds `ratio`. That value itself is left out, so slightly less than `ratio` is kept.
     """
     if not 0 < ratio <= 1:
         raise InputError(f"--compression_ratio must be above 0 and at most 1, got {ratio}")
@@ -231,7 +231,7 @@ def compress(delta: Delta, pretrained: Mapping[str, Tensor], ratio: float = 0.6,
 
 
 def kept_rank(singular_values: Tensor, ratio: float) -> int:
-    """How many singular values are kept, see `compress`; with a ratio of 1 all but the last."""
+    """The number of kept singular values, see `compress`; with a ratio of 1 all but the last."""
     share = singular_values.cumsum(0) / singular_values.sum()
     above = (share > ratio).nonzero() if ratio < 1 else share.new_zeros(0)
     return int(above[0]) if len(above) else len(singular_values) - 1

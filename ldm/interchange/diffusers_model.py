@@ -1,4 +1,4 @@
-"""Stable Diffusion v1 models as diffusers' folder (unet/, vae/, text_encoder/, tokenizer/, scheduler/) and back."""
+"""Stable Diffusion v1 models from and to diffusers' folders (unet/, vae/, text_encoder/, tokenizer/, scheduler/)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 
 def to_diffusers(weights: Mapping[str, Tensor], source: str = "the checkpoint") -> dict[str, dict[str, Tensor]]:
-    """The weights of a `LatentDiffusion` by diffusers' names, for each part. Raises `InputError` for other models."""
+    """The weights of a `LatentDiffusion` by part and diffusers' name. Raises `InputError` for other models."""
     unet, vae, text = (_below(weights, prefix) for prefix in (UNET, VAE, TEXT))
     if not (unet and vae and text):
         error = InputError(
@@ -90,7 +90,7 @@ def _modern(name: str) -> str:
 
 
 def _flat_if_attention(name: str, value: Tensor) -> tuple[int, ...]:
-    """LDM's autoencoder attends through 1x1 convolutions, diffusers' through linear layers of the same numbers."""
+    """Reshape attention weights: LDM's autoencoder has 1x1 convolutions where diffusers has linear layers."""
     inside = ".attentions." in name and value.dim() == 4
     return tuple(value.shape[:2]) if inside else tuple(value.shape)
 
@@ -128,7 +128,7 @@ def configurations(params: Mapping[str, Any], base: Base = DEFAULT) -> dict[str,
         parts["unet"].folder: {
             "_class_name": parts["unet"].cls,
             "act_fn": "silu",
-            # diffusers calls the number of heads so, for the sake of its first models
+            # this is diffusers' historical name for the number of heads
             "attention_head_dim": unet["num_heads"],
             "block_out_channels": [unet["model_channels"] * m for m in mult],
             "cross_attention_dim": unet["context_dim"],
@@ -190,7 +190,7 @@ def write_folder(
 ) -> None:
     """Write a diffusers folder for the weights of a `LatentDiffusion` and `model.params` of its config. Atomic.
 
-    Raises `InputError` for a model that is not of the Stable Diffusion v1 family, and for the config of another one.
+    Raises `InputError` for a model that is not of the Stable Diffusion v1 family, and for a config of another model.
     """
     base = _base_of(weights)
     parts, configs = to_diffusers(weights, source), configurations(params, base)
@@ -215,13 +215,13 @@ def write_folder(
 
 
 def _compare(weights: Mapping[str, Tensor], params: Mapping[str, Any], source: str) -> None:
-    """The folder's JSON comes from the config and its weights do not: only together do they load."""
+    """Raises `InputError` if the weights do not fit the config, from which the folder's JSON files are made."""
     model = layers.skeleton({"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}})
     wanted, found = (
         {n: list(v.shape) for n, v in state.items() if n.startswith((UNET, VAE, TEXT))}
         for state in (model.state_dict(), weights)
     )
-    names = [name for name in wanted | found if not name.endswith("position_ids")]  # which some versions leave out
+    names = [name for name in wanted | found if not name.endswith("position_ids")]  # some versions omit them
     if wrong := [name for name in names if wanted.get(name) != found.get(name)]:
         theirs, ours = (side.get(wrong[0], "none") for side in (found, wanted))
         error = InputError(
@@ -257,7 +257,7 @@ def read_folder(path: str | Path) -> dict[str, Tensor]:
 
 
 def _pipeline(index: Path) -> str | None:
-    """The pipeline's name, which chooses among the descriptions here and nothing else; None where it cannot be read."""
+    """The pipeline's name, which only selects a row of our table; None if it cannot be read."""
     try:
         found = read_json(index)
     except InputError:
@@ -267,7 +267,7 @@ def _pipeline(index: Path) -> str | None:
 
 
 def _base_of(weights: Mapping[str, Tensor]) -> Base:
-    """The base that says how a folder for these weights is laid out: their own, else that of Stable Diffusion v1."""
+    """The base that defines the folder layout for these weights: their own base, else Stable Diffusion v1."""
     base = base_of(weights)
     return base if base and base.pipeline else DEFAULT
 

@@ -15,11 +15,11 @@ from ldm.errors import InputError
 from ldm.interchange.formats import Codec, Context, Opened, open_file
 from ldm.modules.encoders.tokens import TOWERS, Vectors, embeddings_in
 
-WEB_UI = "*"  # what LDM's files and web UIs call the word inside; the word itself is then the name of the file
+WEB_UI = "*"  # the word's name inside files of LDM and web UIs; the file name is then the word
 
 
 def looks_like(content: Any) -> bool:
-    """Whether the content of a file is that of learnt words: a few vectors of one width under names that are words."""
+    """Whether a file holds learnt words: a few vectors of one width, with words as names."""
     if not isinstance(content, Mapping) or not content:
         return False
     if "string_to_param" in content or "emb_params" in content:
@@ -31,7 +31,7 @@ def looks_like(content: Any) -> bool:
 def read(path: str | Path | Opened) -> dict[str, Vectors]:
     """Words with their vectors [v, d], or those for each text encoder (SDXL).
 
-    A word called `*` or `emb_params` inside takes the file's own name, `<name>`.
+    If a word is called `*` or `emb_params` inside the file, its name is that of the file, `<name>`.
     """
     file = open_file(path)
     found, content = embeddings_in(file.content, file.metadata, file.path), file.content
@@ -41,16 +41,16 @@ def read(path: str | Path | Opened) -> dict[str, Vectors]:
 
 
 def write_diffusers(path: str | Path, words: Mapping[str, Vectors]) -> list[Path]:
-    """Write what diffusers' `load_textual_inversion` reads, see `diffusers_files`. Returns the files."""
+    """Write files for diffusers' `load_textual_inversion`, see `diffusers_files`. Returns the files."""
     files = diffusers_files(path, words)
     write_all(files)
     return list(files)
 
 
 def diffusers_files(path: str | Path, words: Mapping[str, Vectors]) -> dict[Path, Callable[[Path], None]]:
-    """One file for each word, and what writes it; several words go into a folder, `path`."""
+    """One file for each word and the function that writes it; several words go into a folder, `path`."""
     path = Path(path)
-    names = [re.sub(r"[^\w-]+", "_", word.strip("<>")) for word in words]  # a word may be no name for a file: `<a/b>`
+    names = [re.sub(r"[^\w-]+", "_", word.strip("<>")) for word in words]  # `<a/b>` cannot be a file name
     if len(set(names)) < len(names):
         names = [f"{number}-{name}" for number, name in enumerate(names)]
     several = {path / f"{name}.safetensors": {word: words[word]} for name, word in zip(names, words, strict=True)}
@@ -59,7 +59,7 @@ def diffusers_files(path: str | Path, words: Mapping[str, Vectors]) -> dict[Path
 
 
 def _save_words(path: Path, words: Mapping[str, Vectors]) -> None:
-    """One word of SDXL as `clip_l` and `clip_g`, else words by their names."""
+    """One word of SDXL as `clip_l` and `clip_g`; other words by their names."""
     named: dict[str, Tensor] = {}
     for word, vectors in words.items():
         named |= dict(zip(TOWERS, vectors, strict=True)) if isinstance(vectors, tuple) else {word: vectors}

@@ -1,4 +1,4 @@
-"""What is told about each neutral form by `ldm inspect`; no model is needed."""
+"""The description of each neutral form for `ldm inspect`; no model is needed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def of_delta(delta: Delta) -> dict[str, Any]:
 
 
 def of_model(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Tensors, parameters, the fingerprint by which folders of adapters name their base."""
+    """Tensors, parameters, and the fingerprint that folders of adapters store for their base."""
     unet = {name.removeprefix(UNET): value for name, value in weights.items() if name.startswith(UNET)}
     found = recognise(weights)
     return {
@@ -74,7 +74,7 @@ def of_model(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "tensors": len(weights),
         "parameters": sum(value.numel() for value in weights.values()),
         "parameters of the UNet": sum(value.numel() for value in unet.values()),
-        # what folders of adapters name as the base that they were trained on
+        # folders of adapters store this value for the base that they were trained on
         "base fingerprint": fingerprint({name: value for name, value in unet.items() if not names_adapter(name)}),
     }
 

@@ -1,7 +1,7 @@
-"""The formats of files and folders, a row each, and a file once it is open.
+"""The formats of files and folders, one row each, and opened files.
 
-A format is one file, which has its `Codec`, and one row of `FORMATS`. Nothing here imports torch, so that command lines
-can list the rows at once; a codec is imported where a file is opened.
+A format is a module with a `Codec`, and a row of `FORMATS`. This module does not import torch, so that command lines
+list the rows quickly; a codec is imported when a file is opened.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opened:
-    """A file that was opened once: what it holds, and the metadata of a `.safetensors` file; of a folder its path.
+    """An opened file: its content, and the metadata of a `.safetensors` file. For a folder, only its path.
 
-    `given` is the path as the user named it. `path` is the file that was read: PEFT's, where a folder holds one.
+    `given` is the path that the user named. `path` is the file that was read, e.g. PEFT's file in a folder.
     """
 
     given: Path
@@ -35,18 +35,18 @@ class Opened:
 
 @dataclass
 class Context:
-    """What a format may need beside the file. The model of `config` is only built for formats that ask for it."""
+    """What a format may need besides the file. The model of `config` is built only for formats that ask for it."""
 
-    layers: nn.Module | None = None  # whose layers a LoRA is named by
+    layers: nn.Module | None = None  # the model whose layers name a LoRA
     config: str | Path | None = None
-    order: str | None = None  # of layers without names, one of `layers.ORDERS`
+    order: str | None = None  # the order of layers without names, one of `layers.ORDERS`
     words: Sequence[str] = ()  # names for words that have none in the file
     source: str = "the input"  # for messages
-    finite: bool = True  # whether weights of a whole model that are not finite are refused
+    finite: bool = True  # whether to refuse weights of a whole model that are not finite
 
     @cached_property
     def model(self) -> nn.Module | None:
-        """The model that names the layers; None where neither a model nor a config is given."""
+        """The model that names the layers; None if neither a model nor a config is given."""
         if self.layers is not None or self.config is None:
             return self.layers
         from ldm.interchange import layers
@@ -77,12 +77,12 @@ class Context:
 class Codec:
     """How a format is recognised, read and written.
 
-    reads: for each form that it holds (of `CONTENTS`), a function of the opened file and a `Context`; without a model
-        layers keep the names that the file gives them
-    write: (path, value, context), the value in the first of those forms; may return the files that it has written
-    file_in: the file within a folder that another program wrote, or the path itself
-    beside: other files that belong to an output
-    notes: what `describe` tells about a file beside what it holds
+    reads: for each form in it (of `CONTENTS`), a function of the opened file and a `Context`; without a model, layers
+        keep their names in the file
+        write: (path, value, context), with a value of the first of those forms; may return the written files
+        file_in: the file within a folder of another program, or the path itself
+        beside: other files that belong to an output
+        notes: what `describe` says about a file besides its content
     """
 
     recognises: Callable[[Opened], bool]
@@ -95,9 +95,9 @@ class Codec:
 
 @dataclass(frozen=True)
 class Format:
-    """A row: the name that commands and `identify` use, what the format is, and its codec by dotted name.
+    """A row: the name for commands and `identify`, a description, and the dotted name of the codec.
 
-    `holds` are the forms that can be read from it; in the first it goes into a model, and is written.
+    `holds` are the forms that can be read from it. The first one is put into models and written.
     """
 
     name: str
@@ -113,21 +113,21 @@ class Format:
 
     @property
     def form(self) -> str:
-        """The form in which it goes into a model."""
+        """The form that is put into a model."""
         return self.holds[0]
 
     def read(self, form: str, file: Opened, context: Context | None = None) -> Any:
-        """A file of this format in one of the forms that it holds. Raises `InputError`."""
+        """Read one of the forms from a file of this format. Raises `InputError`."""
         return self.codec.reads[form](file, context or Context())
 
     def write(self, path: Path, value: Any, context: Context) -> Sequence[Path]:
-        """Write a value of the first form; the files written. Raises `InputError` for what the format cannot hold."""
+        """Write a value of the first form; returns the files. Raises `InputError` if the format cannot hold it."""
         return self.codec.write(path, value, context) or [path]
 
 
 HERE = "ldm.interchange"
 
-# A file is of the first format that recognises it.
+# The first format that recognises a file counts.
 FORMATS = [
     Format(
         "cloneofsimo", "a LoRA of cloneofsimo's lora, .safetensors", f"{HERE}.cloneofsimo.SAFETENSORS",
@@ -158,12 +158,12 @@ def by_name(name: str) -> Format:
 
 
 def written(*forms: str) -> tuple[str, ...]:
-    """The names of the formats that are written, of some forms or of all."""
+    """The names of the formats that can be written, of some forms or of all."""
     return tuple(row.name for row in FORMATS if not row.not_written and (not forms or row.form in forms))
 
 
 def open_file(path: str | Path | Opened) -> Opened:
-    """Open a file, or a folder in which a program keeps one. Raises `InputError`; unsafe files are refused, too."""
+    """Open a file, or a folder that holds one. Raises `InputError`, also for unsafe files."""
     if isinstance(path, Opened):
         return path
     given = path = Path(path)
@@ -177,7 +177,7 @@ def open_file(path: str | Path | Opened) -> Opened:
 
 
 def recognise(file: Opened) -> Format:
-    """The format of an opened file. Raises `InputError` for one of no known format."""
+    """The format of an opened file. Raises `InputError` for an unknown format."""
     for row in FORMATS:
         if row.codec.recognises(file):
             return row

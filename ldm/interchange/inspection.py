@@ -1,4 +1,4 @@
-"""What a file is and holds, told without a model."""
+"""Describes a file without a model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ldm.interchange.formats import Context, open_file, recognise
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Kind, size, and what is in it: routes, layers, ranks, words, norms, and what is known of its base model.
+    """Kind, size and content of a file: routes, layers, ranks, words, norms, and facts about its base model.
 
-    Raises `InputError` for what is of no known kind, damaged or unsafe.
+    Raises `InputError` for files of unknown kind, damaged files and unsafe files.
     """
     path = Path(path)
     row = recognise(file := open_file(path))

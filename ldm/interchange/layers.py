@@ -1,4 +1,4 @@
-"""The layers of a model that a LoRA can change: their names in each dialect, the orders that nameless files imply."""
+"""The layers of a model that a LoRA can change: their names in each dialect, and their orders in nameless files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm.models.building import untuned_model
 from ldm.modules.adapters import tapped_blocks
 
 LAYER_TYPES = (nn.Linear, nn.Conv2d)
-# Classes here whose counterpart in diffusers, which published files name, is called otherwise.
+# Our classes with another name in diffusers. Published files use diffusers' names.
 COUNTERPART = {
     "CrossAttention": "Attention",
     "ResBlock": "ResnetBlock2D",
@@ -28,10 +28,10 @@ def find_layers(
 ) -> dict[str, nn.Module]:
     """The linear and convolution layers inside modules of the named classes, each once, in the order of the modules.
 
-    This is the search of the published LoRA code, whose files say nothing but the classes and the order.
+    This is the search of the published LoRA code. Its files identify layers only by class and order.
     """
     found: dict[str, nn.Module] = {}
-    # what is attached to a layer (position adapters, peft's factors) is none of the model's own
+    # layers that tuning attached (position adapters, peft's factors) do not belong to the model itself
     adapters = tuple(f"{name}.{route.name}." for name, block in tapped_blocks(root) for route in block.routes)
     for prefix, module in root.named_modules():
         if type(module).__name__ in classes or COUNTERPART.get(type(module).__name__) in classes:
@@ -42,7 +42,7 @@ def find_layers(
 
 
 def parts(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
-    """The two parts of a `LatentDiffusion` that files speak of, with the prefix of their names."""
+    """The two parts of a `LatentDiffusion` in such files, with the prefix of their names."""
     found = {"unet": (UNET, model.model.diffusion_model)}
     if isinstance(text := getattr(model.cond_stage_model, "transformer", None), nn.Module):
         found["text_encoder"] = (TEXT + "text_model.", text)
@@ -55,7 +55,7 @@ def layers_of(model: nn.Module, part: str, classes: Collection[str] | None = Non
         return {}
     prefix, root = known[part]
     classes = {type(root).__name__} if classes is None else classes
-    # transformers 5 merged the level `text_model` into the encoder; names here are those of released checkpoints
+    # transformers 5 has no level `text_model`; these are the names of released checkpoints
     return {
         prefix + name.removeprefix("text_model."): layer.weight.shape
         for name, layer in find_layers(root, classes).items()
@@ -63,7 +63,7 @@ def layers_of(model: nn.Module, part: str, classes: Collection[str] | None = Non
 
 
 def skeleton(config: Mapping[str, Any]) -> nn.Module:
-    """The model of a config without its numbers: enough to know its layers, at no cost."""
+    """The model of a config on the meta device: it has layers but no values, and takes no memory."""
     with torch.device("meta"):
         return untuned_model(config)
 
@@ -85,7 +85,7 @@ def dialects(model: nn.Module) -> dict[str, dict[str, str]]:
     return {"diffusers": diffusers, "kohya": kohya}
 
 
-# --- orders. A sort is stable, so that within what a key does not tell apart LDM's own order stays.
+# --- orders. Sorts are stable, so LDM's own order decides between equal keys.
 
 SECTIONS = ["conv_in", "time_embedding", "down_blocks", "up_blocks", "mid_block", "conv_norm_out", "conv_out"]
 CHILDREN = ["attentions", "resnets", "downsamplers", "upsamplers"]

@@ -1,5 +1,5 @@
-"""One neutral form of a LoRA (arXiv 2106.09685): layer name -> (down, up, scale). Every file format is read into it and
-written from it; what can be computed with LoRAs is computed here.
+"""The neutral form of a LoRA (arXiv 2106.09685), layer name -> (down, up, scale), and computations with it.
+Every file format is read into this form and written from it.
 
 Names are those of LDM's modules, e.g. `model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k` and
 `cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj`.
@@ -35,13 +35,13 @@ class Factors(NamedTuple):
 
 @dataclass
 class Lora:
-    """The changes of some layers, and words that were learnt with them (word -> vectors [v, d])."""
+    """The changes of some layers, and learnt words (word -> vectors [v, d])."""
 
     layers: dict[str, Factors]
     tokens: dict[str, Tensor] = field(default_factory=dict)
 
     def ranks(self) -> list[int]:
-        """The different ranks of its layers, ascending."""
+        """The different ranks of the layers, ascending."""
         return sorted({factors.rank for factors in self.layers.values()})
 
 
@@ -53,23 +53,23 @@ def delta(factors: Factors) -> Tensor:
 
 
 def norm(factors: Factors) -> float:
-    """The Frobenius norm of the change, without a product that is much larger than the factors."""
+    """The Frobenius norm of the change, computed without the full product."""
     down, up = factors.down.float().flatten(1), factors.up.float().flatten(1)
     if len(up) * down.shape[1] <= max(2**24, down.numel() + up.numel()):
         return delta(factors).norm().item()
-    # |U D|^2 = tr((U^T U) (D D^T)); a rank above both widths would have had a small product
+    # |U D|^2 = tr((U^T U) (D D^T)); for a rank above both widths, the product is the smaller matrix
     return abs(factors.scale) * ((up.double().T @ up.double()) * (down.double() @ down.double().T)).sum().item() ** 0.5
 
 
 def from_delta(change: Tensor, rank: int) -> Factors:
-    """The best factors of a given rank for a change of a weight (Eckart-Young); u holds the singular values."""
+    """The best factors of a given rank for a change of a weight (Eckart-Young); u includes the singular values."""
     u, s, vh = torch.linalg.svd(change.float().flatten(1), full_matrices=False)
     rank = min(rank, len(s))
     return shaped(vh[:rank], u[:, :rank] * s[:rank], change.shape)
 
 
 def reduced(factors: Factors, rank: int) -> Factors:
-    """The best factors of a lower rank, without ever forming the product: up @ down = Q_u (R_u R_d^T) Q_d^T."""
+    """The best factors of a lower rank, without forming the product: up @ down = Q_u (R_u R_d^T) Q_d^T."""
     down, up, scale = factors
     q_up, r_up = torch.linalg.qr(up.float().flatten(1))
     q_down, r_down = torch.linalg.qr(down.float().flatten(1).T)
@@ -79,7 +79,7 @@ def reduced(factors: Factors, rank: int) -> Factors:
 
 
 def shaped(down: Tensor, up: Tensor, weight: Sequence[int], scale: float = 1.0) -> Factors:
-    """Factors [r, n] and [out, r] in the shapes that belong to a linear layer's or a convolution's weight."""
+    """Factors [r, n] and [out, r] in the shapes for the weight of a linear layer or a convolution."""
     ones = (1,) * (len(weight) - 2)
     return Factors(down.reshape(len(down), *weight[1:]), up.reshape(*up.shape[:2], *ones), scale)
 
@@ -92,7 +92,7 @@ def rank_of(down: Tensor, name: str, source: str) -> int:
 
 
 def fitted(factors: Factors, weight: Sequence[int], name: str, source: str) -> Factors:
-    """Factors in the shapes that a weight asks for. Raises `InputError` where they belong to another base model."""
+    """Factors in the shapes for a weight. Raises `InputError` if they belong to another base model."""
     down, up, scale = factors
     inputs, rank = torch.Size(weight[1:]).numel(), rank_of(down, name, source)
     if up.flatten(1).shape[1] != rank:
@@ -106,19 +106,19 @@ def fitted(factors: Factors, weight: Sequence[int], name: str, source: str) -> F
 
 
 def folded(factors: Factors) -> Factors:
-    """The same change with a scale of 1: what formats without an alpha need."""
+    """The same change with a scale of 1, for formats without an alpha."""
     return Factors(factors.down, factors.up * factors.scale, 1.0)
 
 
 def selected(factors: Factors, diagonal: Tensor) -> Factors:
-    """The change with its rank-one parts weighed: scale * up @ diag(diagonal) @ down, for convolutions as well."""
+    """The change with weighted rank-one parts: scale * up @ diag(diagonal) @ down, for convolutions as well."""
     return factors._replace(down=factors.down * diagonal.reshape(-1, *[1] * (factors.down.dim() - 1)))
 
 
 def weighted_sum(loras: Sequence[Lora], weights: Sequence[float], rank: int | None = None) -> Lora:
-    """sum of weight * delta, exactly (the factors side by side) or, with `rank`, as well as that rank allows.
+    """The sum of weight * delta, exactly (with the factors side by side) or, with `rank`, its best approximation.
 
-    Words come along unscaled; of a word that several have, the first's vectors.
+    Words are kept unscaled. If several LoRAs have a word, the first one's vectors count.
     """
     layers = {}
     for name in dict.fromkeys(name for lora in loras for name in lora.layers):
@@ -134,7 +134,7 @@ def weighted_sum(loras: Sequence[Lora], weights: Sequence[float], rank: int | No
 
 
 def first_of(mappings) -> dict:
-    """Mappings merged; where several have a key, the first one's value."""
+    """Merge mappings; if several have a key, the first one's value counts."""
     merged: dict = {}
     for mapping in mappings:
         merged = {**mapping, **merged}
@@ -144,10 +144,10 @@ def first_of(mappings) -> dict:
 def distilled(
     tuned: Tensor, base: Tensor, rank: int = 4, clamp_quantile: float = 0.99, signed: bool = False
 ) -> Factors:
-    """Low-rank factors of the difference of two weights, with the outermost entries clamped.
+    """Low-rank factors of the difference of two weights, with extreme entries clamped.
 
-    The limit is the quantile of the absolute entries of both factors. `signed=True` takes that of the signed ones, as
-    the published code does: its limit then depends on the signs that the SVD happens to pick for its vectors.
+    The limit is a quantile of the absolute entries of both factors. `signed=True` takes the quantile of the signed
+    entries, as the published code does; that limit depends on the arbitrary signs of the SVD's vectors.
     """
     factors = from_delta(tuned.float() - base.float(), rank)
     return clamped(factors, clamp_quantile, signed)
@@ -161,7 +161,7 @@ def clamped(factors: Factors, quantile: float, signed: bool = False) -> Factors:
 
 
 def changes(lora: Lora, weights: Mapping[str, Tensor], source: str = "the LoRA") -> dict[str, Tensor]:
-    """What a LoRA adds to the parameters of a model, by parameter name. Raises `InputError` if it does not fit."""
+    """The changes of a LoRA by parameter name. Raises `InputError` if it does not fit the model."""
     lost = [name for name in lora.layers if f"{name}.weight" not in weights]
     if lost:
         raise InputError(

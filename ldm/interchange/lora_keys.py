@@ -1,6 +1,6 @@
-"""LoRA files that name their layers: diffusers and PEFT (`unet.….lora_A.weight`), kohya (`….lora_down.weight`).
+"""LoRA files with layer names: diffusers and PEFT (`unet.….lora_A.weight`), kohya (`….lora_down.weight`).
 
-All spellings are read by one table: what a key ends in says its role, what is before it names the layer.
+One table reads all spellings: the end of a key is its role, the part before it is the layer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROLES = {
 for _old in (".lora_linear_layer", ".lora", "_lora"):
     ROLES["down"].append(f"{_old}.down.weight")
     ROLES["up"].append(f"{_old}.up.weight")
-# What PEFT's `save_pretrained` writes into its folder, beside `adapter_config.json`.
+# Files of PEFT's `save_pretrained`, beside `adapter_config.json`.
 PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 ENDS = sorted(((end, role) for role, ends in ROLES.items() for end in ends), key=lambda item: -len(item[0]))
 
@@ -53,15 +53,15 @@ def is_kohya(content: Any) -> bool:
 
 
 def file_of(path: str | Path) -> Path:
-    """The file that holds the weights: in a folder that PEFT wrote, the one within; else the path itself."""
+    """The file with the weights: in a folder of PEFT, the file inside; else the path itself."""
     return next((file for name in PEFT if (file := Path(path) / name).is_file()), Path(path))
 
 
 def read_factors(path: str | Path | Opened) -> dict[str, Factors]:
-    """The factors of a file by layer, as the file calls it, with the scale at which they act where they were trained.
+    """The factors of a file by its own layer names, with the scale that they were trained with.
 
-    That is alpha / rank by the file's own alpha, else what PEFT's configuration says, else 1, as in diffusers.
-    Raises `InputError` for keys that are no LoRA's and for a damaged configuration.
+    The scale is alpha / rank with the file's own alpha, else the one of PEFT's configuration, else 1, as in diffusers.
+    Raises `InputError` for keys that do not belong to a LoRA and for a damaged configuration.
     """
     file = open_file(path)
     path = file.path
@@ -105,9 +105,9 @@ def _unknown(path: str | Path, keys: list[str]) -> InputError:
 
 
 def _configurations(opened: Opened) -> dict[str, dict[str, Any]]:
-    """PEFT's configuration, by what the names of the layers that it is for begin with.
+    """PEFT's configurations by the prefix of the layers that they are for.
 
-    PEFT writes it beside its file, for all layers; diffusers into the metadata, as `unet.lora_alpha` and so on.
+    PEFT writes one beside its file, for all layers; diffusers writes them into the metadata, e.g. `unet.lora_alpha`.
     """
     file = opened.path
     beside = file.with_name("adapter_config.json")
@@ -151,13 +151,13 @@ def read(path: str | Path | Opened, model: nn.Module) -> Lora:
 
 
 def plain_name(layer: str) -> str:
-    """A layer as diffusers calls it now: without PEFT's wrapping, attention processors and a missing `.0`."""
+    """A layer's current name in diffusers: without PEFT's wrapping and attention processors, with a missing `.0`."""
     layer = layer.removeprefix("base_model.model.").replace(".processor.", ".")
     return re.sub(r"\.to_out$", ".to_out.0", layer)
 
 
 def _lookup(model: nn.Module) -> dict[str, str]:
-    """Every way in which LoRA files call a layer -> LDM's name."""
+    """Every name that LoRA files use for a layer -> LDM's name."""
     names = dialects(model)
     unet = [name for name in names["diffusers"] if name.startswith(UNET)]
     table = {"lora_unet_" + name.removeprefix(UNET).replace(".", "_"): name for name in unet}
@@ -170,7 +170,7 @@ def _lookup(model: nn.Module) -> dict[str, str]:
 
 
 def write_diffusers(path: str | Path, lora: Lora, model: nn.Module) -> None:
-    """Write what diffusers' `load_lora_weights` reads. The scale goes into `up`: the format has no alpha of its own."""
+    """Write a file for diffusers' `load_lora_weights`. `up` includes the scale, because the format has no alpha."""
     names = dialects(model)["diffusers"]
     tensors = {}
     for name, factors in lora.layers.items():
@@ -180,7 +180,7 @@ def write_diffusers(path: str | Path, lora: Lora, model: nn.Module) -> None:
 
 
 def write_kohya(path: str | Path, lora: Lora, model: nn.Module) -> None:
-    """Write what web UIs read: factors as they are and alpha = scale * rank."""
+    """Write a file for web UIs: the factors unchanged, and alpha = scale * rank."""
     names = dialects(model)["kohya"]
     tensors = {}
     for name, factors in lora.layers.items():

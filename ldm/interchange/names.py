@@ -1,6 +1,6 @@
 """The one mapping between the names of LDM's layers and those of diffusers: UNet, autoencoder, text encoder.
 
-A table maps dotted prefixes; the longest prefix of a name is replaced and the rest kept. The same tables serve modules
+A table maps dotted prefixes: the longest prefix of a name is replaced, the rest is kept. The same tables serve modules
 and parameters, in both directions.
 """
 
@@ -28,7 +28,7 @@ VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "p
 
 @dataclass(frozen=True)
 class UNetLayout:
-    """What the names of a UNet depend on: residual blocks at each level, and which levels (finest first) attend."""
+    """What the names of a UNet depend on: residual blocks per level, and which levels (finest first) have attention."""
 
     res_blocks: int = 2
     attention: tuple[bool, ...] = (True, True, True, False)  # Stable Diffusion v1
@@ -40,7 +40,7 @@ class UNetLayout:
 
 
 def layout_of(names: Iterable[str]) -> UNetLayout:
-    """The layout behind the names of a UNet's layers or parameters, in LDM's spelling. Raises `InputError`."""
+    """The layout of a UNet from LDM's names of its layers or parameters. Raises `InputError`."""
     names = [name.removeprefix(UNET) for name in names]
     blocks = {int(m[1]) for m in map(re.compile(r"input_blocks\.(\d+)\.").match, names) if m}
     downs = {int(m[1]) for m in map(re.compile(r"input_blocks\.(\d+)\.0\.op").match, names) if m}
@@ -57,7 +57,7 @@ def layout_of(names: Iterable[str]) -> UNetLayout:
 
 
 def layout_of_diffusers(names: Iterable[str]) -> UNetLayout:
-    """The layout behind the parameter names of a whole diffusers UNet. Raises `InputError`."""
+    """The layout of a UNet from diffusers' names of all its parameters. Raises `InputError`."""
     names = list(names)
     resnets = [m.groups() for m in map(re.compile(r"down_blocks\.(\d+)\.resnets\.(\d+)\.").match, names) if m]
     if not resnets:
@@ -68,7 +68,7 @@ def layout_of_diffusers(names: Iterable[str]) -> UNetLayout:
 
 
 def layout_of_attention(names: Iterable[str]) -> UNetLayout:
-    """The layout behind LDM's names of attention layers alone, for a UNet whose finest level attends."""
+    """The layout from LDM's names of attention layers alone, for a UNet with attention at its finest level."""
     names = [name.removeprefix(UNET) for name in names]
     ins, outs = (
         {int(m[1]) for m in map(re.compile(rf"{half}put_blocks\.(\d+)\.1\.").match, names) if m}
@@ -96,7 +96,7 @@ def layout_of_diffusers_attention(names: Iterable[str]) -> UNetLayout:
 
 
 def unet_table(layout: UNetLayout) -> dict[str, str]:
-    """Prefixes of LDM's UNet -> diffusers'. In attention blocks both name everything alike."""
+    """Prefixes of LDM's UNet -> diffusers'. Within attention blocks the names are the same."""
     table = {
         "input_blocks.0.0": "conv_in",
         "time_embed.0": "time_embedding.linear_1",
@@ -135,7 +135,7 @@ def vae_table(levels: int = 4, res_blocks: int = 2) -> dict[str, str]:
     ):
         resnets = {f"{half}.mid.block_{i + 1}": f"{half}.mid_block.resnets.{i}" for i in range(2)}
         for level in range(levels):
-            theirs = level if half == "encoder" else levels - 1 - level  # diffusers counts in the order of the path
+            theirs = level if half == "encoder" else levels - 1 - level  # diffusers counts in forward order
             ours, theirs = f"{half}.{blocks}.{level}", f"{half}.{blocks}_blocks.{theirs}"
             resnets |= {f"{ours}.block.{i}": f"{theirs}.resnets.{i}" for i in range(count)}
             table[f"{ours}.{sampler}sample.conv"] = f"{theirs}.{sampler}samplers.0.conv"
@@ -166,7 +166,7 @@ def translate(name: str, table: Mapping[str, str]) -> str | None:
 
 
 def translate_all(names: Iterable[str], table: Mapping[str, str], source: str) -> dict[str, str]:
-    """Every name with its translation. Raises `InputError` with the first few that have none."""
+    """Every name with its translation. Raises `InputError` for names without one."""
     found = {name: translate(name, table) for name in names}
     if lost := [name for name, value in found.items() if value is None]:
         raise InputError(

@@ -1,7 +1,7 @@
-"""The folders that training writes here (`ldm.tuning.files`), as the neutral forms that formats are written from.
+"""Reads the folders of our own trainings (`ldm.tuning.files`) into the neutral forms.
 
-A folder that holds more than a form has room for is refused: what came out would draw other pictures than the folder.
-Only its words can be taken out alone.
+If a folder holds more than a form can hold, it is refused, because the result would draw other pictures than the
+folder. Only its words can be taken out alone.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ WHOLE = "lora_add --mode upl-ckpt-v2 puts all of it into a model"  # what to do 
 
 
 def families(path: str | Path) -> list[tuple[str, dict[str, Any], dict[str, Tensor]]]:
-    """(target, parameters, tensors) of each family in a folder, position adapters left out.
+    """(target, parameters, tensors) of each family in a folder, without position adapters.
 
-    Raises `InputError` for a family that is not ours and not allowed, see `ldm.tuning.table`.
+    Raises `InputError` for an unknown family that is not allowed, see `ldm.tuning.table`.
     """
     held = read_folder(path)
     return [
@@ -45,7 +45,7 @@ def families(path: str | Path) -> list[tuple[str, dict[str, Any], dict[str, Tens
 def lora(path: str | Path) -> Lora:
     """The LoRAs and words of a folder.
 
-    Raises `InputError` for kinds that are no low-rank sum, for a folder that holds anything else, and if there is none.
+    Raises `InputError` for kinds that are not low-rank sums, for other content, and if there is no LoRA.
     """
     _without_adapters(path, "no LoRA file can hold")
     layers: dict[str, Factors] = {}
@@ -58,7 +58,7 @@ def lora(path: str | Path) -> Lora:
         if family.kind not in ("lora", "rslora"):
             raise InputError(f"{path}: {family.kind} is no low-rank sum, which is all that LoRA files can hold")
         for name, factors in _factors(family, tensors).items():
-            if name in layers:  # two families on one layer act side by side
+            if name in layers:  # the changes of two families on one layer add up
                 factors = weighted_sum([Lora({name: one}) for one in (layers[name], factors)], [1, 1]).layers[name]
             layers[name] = factors
     found = Lora(layers, words(path))
@@ -85,9 +85,9 @@ def _only(tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
 
 
 def folded(path: str | Path, model: nn.Module, strength: float = 1.0) -> dict[str, Tensor]:
-    """All weights of a model with a folder's changes in them: LoRA and its kin of every kind, tuned base weights.
+    """All weights of a model with a folder's changes added: LoRA of every kind, and tuned base weights.
 
-    Raises `InputError` for position adapters, which are no change of any weight.
+    Raises `InputError` for position adapters, because they do not change weights.
     """
     from ldm.tuning import files
     from ldm.tuning.lora import merge
@@ -106,7 +106,7 @@ def _without_adapters(path: str | Path, why: str) -> None:
 
 
 def words(path: str | Path) -> dict[str, Vectors]:
-    """The words that a folder holds, with their vectors [v, d], or those for each text encoder of its base."""
+    """The words of a folder with their vectors [v, d], or with the vectors for each text encoder of its base."""
     found: dict[str, Vectors] = {}
     for entry in families(path):
         if family := _inversion(*entry):
@@ -119,7 +119,7 @@ def words(path: str | Path) -> dict[str, Vectors]:
 
 
 def _by_encoder(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The vectors of words, those of each text encoder by themselves, in the order of the encoders."""
+    """The vectors of words for each text encoder, in the order of the encoders."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parts.setdefault(name.partition(NEW_TOKENS)[0], {})[name] = value
@@ -127,7 +127,7 @@ def _by_encoder(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _rows(tensors: Mapping[str, Tensor], number: int, path: str | Path) -> Iterator[Tensor]:
-    """The vectors of words, [1, d] each. Raises `InputError` for others, or for another number of them."""
+    """The vectors of words, [1, d] each. Raises `InputError` for other shapes or another number of vectors."""
     shapes = {tuple(value.shape) for value in tensors.values()}
     if len(tensors) != number or len(shapes) != 1 or any(len(shape) != 2 or shape[0] != 1 for shape in shapes):
         raise InputError(f"{path} is damaged: its {len(tensors)} tensors are not the {number} vectors of its words")
@@ -135,7 +135,7 @@ def _rows(tensors: Mapping[str, Tensor], number: int, path: str | Path) -> Itera
 
 
 def _inversion(target: str, params: dict[str, Any], tensors: Mapping[str, Tensor]) -> TextualInversion | None:
-    """The family of an entry if it is one of learnt words, such as Custom Diffusion's; no other one is built."""
+    """The family of an entry if it learns words, e.g. Custom Diffusion's; else None, and the family is not built."""
     if not all(NEW_TOKENS in name for name in tensors):
         return None
     family = choose({"target": target, "params": params}).family
@@ -145,7 +145,7 @@ def _inversion(target: str, params: dict[str, Any], tensors: Mapping[str, Tensor
 def delta(path: str | Path) -> Delta:
     """The tuned cross-attention of a folder as a Custom Diffusion delta, with its words.
 
-    Raises `InputError` for a folder that holds anything else, and if there is none.
+    Raises `InputError` for other content, and if there is no tuned cross-attention.
     """
     _without_adapters(path, "no delta can hold")
     tuned: dict[str, Tensor] = {}
@@ -165,7 +165,7 @@ def delta(path: str | Path) -> Delta:
 
 
 def is_folder(file: Opened) -> bool:
-    """Whether a folder is one of these, or of position adapters that the published code wrote."""
+    """Whether a folder is one of these, or has position adapters of the published code."""
     folder = file.path
     published = folder.is_dir() and any(names_adapter(f"{inner.stem}.") for inner in folder.glob("*.pt"))
     return published or (folder / "adapter_config.json").is_file()

@@ -1,7 +1,7 @@
-"""Position adapters (arXiv 2303.18181) put together: scaled, summed within a route, or stacked side by side.
+"""Combines position adapters (arXiv 2303.18181): scales them, sums them within a route, or stacks them.
 
-A bottleneck is not linear, so several cannot be averaged tensor by tensor. Their weighted sum is a bottleneck whose
-middle is theirs side by side:
+A bottleneck is not linear, so bottlenecks cannot be averaged tensor by tensor. But their weighted sum is one wider
+bottleneck:
 
     sum_i w_i (U_i a(D_i x + b_i) + c_i) = [w_1 U_1, ...] a([D_1; ...] x + [b_1; ...]) + sum_i w_i c_i
 """
@@ -30,7 +30,8 @@ SAME = ("kind", "din", "dout", "method", "form", "blocks")  # what must agree fo
 def read(path: str | Path) -> Folder:
     """A folder's description and tensors.
 
-    Raises `InputError` for one that does not name its routes, and for one with other families, which would be lost.
+    Raises `InputError` for a folder that does not name its routes, and for one with other families, which would be
+    lost.
     """
     folder = read_folder(path)
     if folder.config is None:
@@ -47,14 +48,14 @@ def read(path: str | Path) -> Folder:
 
 
 def scaled(folder: Folder, strength: float) -> Folder:
-    """The same adapters with another strength: only the scales of the routes change."""
+    """The same adapters with another strength, which only changes the scales of the routes."""
     config, tensors = folder
     entries = [{**entry, "scale": entry["scale"] * strength} for entry in config["adapters"]]
     return {**config, "adapters": entries}, dict(tensors)
 
 
 def stacked(folders: Sequence[Folder], strengths: Sequence[float]) -> Folder:
-    """All adapters of several folders side by side in each block: the sum of what each adds, whatever the routes."""
+    """All adapters of several folders stacked in each block. Their outputs add up, whatever the routes."""
     entries: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     count = dict.fromkeys(BLOCK_KINDS, 0)
@@ -74,8 +75,8 @@ def stacked(folders: Sequence[Folder], strengths: Sequence[float]) -> Folder:
 def summed(folders: Sequence[Folder], weights: Sequence[float]) -> Folder:
     """sum_i weight_i * adapter_i of adapters with the same routes, as one adapter for each route; mid_dims add up.
 
-    Exact. Raises `InputError` where the routes or the activations differ, and for residual-block adapters whose norms
-    do (one form has one norm): those can be stacked.
+    The result is exact. Raises `InputError` if routes or activations differ, and for residual-block adapters with
+    different norms, because one form has one norm. Such adapters can be stacked.
     """
     _check_summable([config["adapters"] for config, _ in folders])
     entries, tensors = [], {}
@@ -90,7 +91,7 @@ def summed(folders: Sequence[Folder], weights: Sequence[float]) -> Folder:
 
 
 def _check_summable(listed: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-    """Raises `InputError` unless all folders list the same routes and forms, and forms that a sum can be taken of."""
+    """Raises `InputError` unless all folders list the same routes and forms, and the forms can be summed."""
     first, *others = listed
     for other in others:
         if [[e.get(k) for k in SAME] for e in other] != [[e.get(k) for k in SAME] for e in first]:

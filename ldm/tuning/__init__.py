@@ -1,12 +1,12 @@
-"""Floor 2: what learns, in one answer.
+"""Floor 2: which parameters are trained.
 
 A family of parameter-efficient tuning is one file here and a row of `ldm.tuning.table`. YAML chooses it by name,
-`family: lora`, or by its dotted `target`, as it does a user's own family. It answers two questions: `install(model)`
-attaches what it needs, `trainable(model)` names what learns. The second answer freezes the rest, fills the optimizer,
-is saved, is loaded and is counted.
+`family: lora`, or by its dotted `target`; a user's own family has a target. A family has two methods. `install(model)`
+attaches what it needs. `trainable(model)` names the trainable parameters: they alone get gradients, go into the
+optimizer, are saved, loaded and counted.
 
 An entry of `tuning:` is `{family or target, params, learning_rate, steps}`. The last two are optional and mean the same
-for every family: a learning rate of its own, and `[first, end]`, the steps in which it learns (end excluded, null: no
+for every family: its own learning rate, and `[first, end]`, the steps in which it is trained (end excluded, null: no
 end).
 """
 
@@ -24,7 +24,7 @@ from ldm.config import get_obj_from_str, instantiate_from_config, plain
 from ldm.errors import InputError, short
 from ldm.tuning import table
 
-UNET = "model.diffusion_model."  # how the names of its weights begin
+UNET = "model.diffusion_model."  # prefix of the names of its weights
 
 # `train_level` of the published YAML files, as shorthand.
 LEVELS = {"adapter": "position", "unet": "unet", "embeder": "text-encoder"}
@@ -33,18 +33,19 @@ LEVELS = {"adapter": "position", "unet": "unet", "embeder": "text-encoder"}
 class Family(Protocol):
     """One way of tuning a latent diffusion model.
 
-    It may also have `adds(model, source)`, how many numbers `install` will put beside the model's at least, so that a
-    folder cannot ask for more than it holds, `strength(model, scale)`, which lets what it has learnt act `scale` times
-    as trained, `after_step(model, rate)`, called after each optimizer step in which it learns, with its learning rate,
-    `in_folder(model)`, the part of `trainable(model)` that folders hold, by default all of it, and
-    `finish(model, run)`, called when a training has come to its end, with the folder of the run.
+    Optional methods:
+    `adds(model, source)`: the least number of parameters that `install` will add, so that a folder cannot claim more
+    memory than it holds; `strength(model, scale)`: multiplies the effect of the training by `scale`;
+    `after_step(model, rate)`: called after each optimizer step in which it is trained, with its learning rate;
+    `in_folder(model)`: the part of `trainable(model)` that folders hold, by default all of it;
+    `finish(model, run)`: called at the end of a training with the folder of the run.
     """
 
     def install(self, model: nn.Module) -> None:
-        """Attach what the family needs to the model, whose base weights are there."""
+        """Attach what the family needs to the model, which has its base weights."""
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """What learns, by state-dict name; nothing before `install`, if it is not part of the base."""
+        """The trainable parameters by state-dict name. Parameters that the family adds exist only after `install`."""
 
 
 @dataclass
@@ -57,17 +58,17 @@ class Chosen:
     learning_rate: float | None = None  # None: the model's
     steps: tuple[int, int | None] = (0, None)
     weight_decay: float | None = None  # None: the optimizer's
-    rate_from: tuple[int, float] | None = None  # from this step on this learning rate
-    learns: bool = True  # else it is installed and stays as it starts
+    rate_from: tuple[int, float] | None = None  # (step, learning rate from that step on)
+    learns: bool = True  # False: it is installed but not trained
 
     @property
     def group(self) -> dict[str, Any]:
-        """What the optimizer's groups of its parameters have of their own beside the learning rate."""
+        """The options of its optimizer groups other than the learning rate."""
         own = {"weight_decay": self.weight_decay, "rate_from": self.rate_from}
         return {name: value for name, value in own.items() if value is not None}
 
     def learns_at(self, step: int) -> bool:
-        """Whether the family learns in a step, counted from 0."""
+        """Whether the family is trained in a step, counted from 0."""
         first, end = self.steps
         return first <= step and (end is None or step < end)
 
@@ -79,10 +80,10 @@ def families(
 ) -> list[Chosen]:
     """The families that a config names by `tuning: [{target, ...}, ...]` and/or by the shorthand `train_level`.
 
-    `adapter_config` is that of the UNet: its position adapters learn at the levels `adapter` and `unet`, and are
-    attached as they are without either.
+    `adapter_config` is that of the UNet. Its position adapters are trained at the levels `adapter` and `unet`; at other
+    levels they are attached but not trained.
 
-    Raises `InputError` for what is not an entry or not a family; the latter before anything of it is called.
+    Raises `InputError` for a malformed entry, and for a class that is not a family before it is called.
     """
     levels = [train_level] if isinstance(train_level, str) else list(train_level or [])
     asked_for = "adapter" in levels
@@ -102,7 +103,7 @@ def families(
 
 
 def choose(entry: Any) -> Chosen:
-    """The family of one entry of `tuning:`, in a config of the user's own: its `target` is imported.
+    """The family of one entry of `tuning:` in the user's own config, so its `target` is imported.
 
     Raises `InputError`.
     """
@@ -146,10 +147,10 @@ def _rate_from(entry: Mapping[str, Any], target: str) -> tuple[int, float] | Non
 
 
 class Tuning:
-    """What is tuned in one model: its families in their order, and what the model was before they came.
+    """The families that tune one model, in order, and a record of the base model.
 
-    `base` holds the state-dict names of the model before any family was installed, `released` the released values of
-    base weights that files have changed since, `fingerprint` the digest of the UNet's base weights that stay frozen.
+    `base`: the state-dict names before any family was installed. `released`: the released values of base weights that
+    files have changed since. `fingerprint`: the digest of the UNet's base weights that stay frozen.
     """
 
     def __init__(self, model: nn.Module, chosen: Iterable[Chosen] = ()) -> None:
@@ -159,7 +160,7 @@ class Tuning:
         self.fingerprint: str | None = None
 
     def install(self) -> None:
-        """Install the families on the base weights, which are there."""
+        """Install the families; the model must have its base weights."""
         before = self.model.state_dict()
         self.base = frozenset(before)
         for one in self.families:
@@ -167,11 +168,11 @@ class Tuning:
         self.fingerprint = unet_fingerprint(before, changed=self.parameters())
 
     def is_base(self, name: str) -> bool:
-        """Whether a state-dict name was there before any family was installed; the others are what tuning added."""
+        """Whether a state-dict name belongs to the base; tuning has added the others."""
         return self.base is None or name in self.base
 
     def by_family(self) -> list[tuple[Chosen, dict[str, nn.Parameter]]]:
-        """The families with what each lets learn, by state-dict name; what several name, under the first of them."""
+        """The families with their trainable parameters by state-dict name; a shared one belongs to the first family."""
         taken: set[str] = set()
         result = []
         for one in self.families:
@@ -181,11 +182,11 @@ class Tuning:
         return result
 
     def parameters(self, of: Callable[[Chosen], bool] = lambda one: True) -> dict[str, nn.Parameter]:
-        """What learns, or what some of the families let learn; each parameter once, by state-dict name."""
+        """The trainable parameters of all families, or of some, by state-dict name."""
         return {name: value for one, own in self.by_family() if of(one) for name, value in own.items()}
 
     def remember(self, names: Iterable[str]) -> Mapping[str, Tensor]:
-        """Keep the released values of base weights before the first file changes them; all that are kept."""
+        """Keep the released values of base weights before the first file changes them. Returns all kept values."""
         own = self.model.state_dict(keep_vars=True)
         for name in names:
             if name in own and self.is_base(name):
@@ -200,14 +201,14 @@ def unet_fingerprint(state: Mapping[str, Tensor], changed: Container[str] = ()) 
 
 
 def freeze_rest(model: nn.Module, learning: Mapping[str, nn.Parameter]) -> None:
-    """Gradients for the given parameters and for no others."""
+    """Turn gradients on for the given parameters and off for all others."""
     model.requires_grad_(False)
     for parameter in learning.values():
         parameter.requires_grad_(True)
 
 
 def named(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Parameter]:
-    """The parameters whose state-dict name is wanted; one that several names share, under the first."""
+    """The parameters whose state-dict name is wanted. A parameter with several names appears under the first."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, nn.Parameter) and wanted(name):

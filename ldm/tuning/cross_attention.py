@@ -1,4 +1,4 @@
-"""Custom Diffusion: the cross-attention of the UNet learns to read a new concept (arXiv 2212.04488, section 3.2)."""
+"""Custom Diffusion: tunes the cross-attention of the UNet for a new concept (arXiv 2212.04488, section 3.2)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from ldm.modules.encoders.tokens import readers
 from ldm.tuning.full import ByName
 from ldm.tuning.textual_inversion import TextualInversion, word_ids
 
-# `freeze_model` of the published YAML names what is *not* frozen.
+# `freeze_model` of the published YAML names the part that is *not* frozen.
 PARTS = {"crossattn-kv": r"\.attn2\.to_[kv]\.weight$", "crossattn": r"\.attn2\."}
 
-# Where new tokens start, the last one first: rare words of CLIP's vocabulary.
+# Initial words of new tokens, from the last token to the first: rare words of CLIP's vocabulary.
 RARE_WORDS = ("ktn", "pll", "ucd")
 
 
 class CrossAttention(ByName):
-    """`crossattn-kv`: keys and values, which read the text; `crossattn`: all weights of the cross-attention."""
+    """`crossattn-kv`: the keys and values of the cross-attention; `crossattn`: all its weights."""
 
     def __init__(self, freeze_model: str = "crossattn-kv") -> None:
         if freeze_model not in PARTS:
@@ -26,9 +26,9 @@ class CrossAttention(ByName):
 
 
 class ModifierTokens(TextualInversion):
-    """New tokens beside the cross-attention, `<new1>+<new2>`, from `init_word` (`cat+dog`), by default `RARE_WORDS`.
+    """New tokens, `<new1>+<new2>`, that start at the vectors of `init_word` (`cat+dog`), by default `RARE_WORDS`.
 
-    An encoder whose vocabulary lacks a rare word starts that token at random, as `TextualInversion` does.
+    If the vocabulary lacks a rare word, the token starts at random, as in `TextualInversion`.
     """
 
     def __init__(self, modifier_token: str, init_word: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Everything that learnt in one folder, and that folder onto a fresh base model.
+"""Saves all trained parameters of a model in one folder, and loads such a folder onto a base model.
 
 `adapter_config.json` names the families (`ldm.tuning.table`) with their parameters and tensors. Position adapters lie
 in `adapters.safetensors` as `ldm.modules.adapter_files` has them, the tensors of all others in `tuned.safetensors`
@@ -21,9 +21,9 @@ from ldm.tuning import UNET, Chosen, Tuning, choose, table, unet_fingerprint
 
 
 def save(model: nn.Module, folder: str | Path, notes: Mapping[str, Any] | None = None) -> None:
-    """Write what the families of a model have learnt, atomically. `notes` (step, class word, ...) go into the JSON.
+    """Write the trained parameters of all families, atomically. `notes` (step, class word, ...) go into the JSON.
 
-    Raises `InputError` if the model is not tuned, and for values that are not finite; an older folder there then stays.
+    Raises `InputError` if the model is not tuned or a value is not finite; then an older folder stays.
     """
     unet = model.model.diffusion_model
     adapters = adapter_files.describe(unet)
@@ -47,12 +47,12 @@ def save(model: nn.Module, folder: str | Path, notes: Mapping[str, Any] | None =
 
 
 def load(model: nn.Module, folder: str | Path, scale: float = 1.0, add: bool = False) -> None:
-    """Rebuild what a folder holds on a model with base weights; also reads folders of the published code.
+    """Load a folder onto a model with base weights. It may be a folder of the published code.
 
-    `scale` is its strength: it multiplies the scale of position adapters and of LoRA; base weights that were tuned go
-    that share of their way; words have none. A family that the model has already, with the same parameters, is filled
-    in, unless `add`: then those of the folder come beside it. Raises `InputError` if the folder does not fit the model,
-    which then answers as before, and for a family that is not ours and not allowed, before anything is imported.
+    `scale` is its strength: it multiplies the scale of position adapters and LoRA, and the change of base weights; it
+    has no effect on words. If the model has the same family already, the folder fills it; with `add`, the folder's
+    family is installed beside it. Raises `InputError` if the folder does not fit; then the model is as before. Also
+    raises it for an unknown family that the user has not allowed, before anything is imported.
     """
     held = read_folder(folder)
     own = [one.target for one in model.tuning.families]
@@ -64,7 +64,7 @@ def load(model: nn.Module, folder: str | Path, scale: float = 1.0, add: bool = F
         state = {**model.state_dict(), **tuning.released}
         base = {name: value for name, value in state.items() if tuning.is_base(name)}
         adapter_files.check_base(held.config, unet_fingerprint(base, changed=tensors), str(folder))
-    added = [_installed(model, entry, tensors, scale, add, str(folder)) for entry in entries]  # changes no answer yet
+    added = [_installed(model, entry, tensors, scale, add, str(folder)) for entry in entries]  # without effect yet
     if held.config is None or held.config["adapters"]:
         adapter_files.put(unet, held, scale, add)
     for entry, (chosen, own) in zip(entries, added, strict=True):
@@ -73,7 +73,7 @@ def load(model: nn.Module, folder: str | Path, scale: float = 1.0, add: bool = F
 
 
 def settle(model: nn.Module) -> None:
-    """Make a model a base to tune: it keeps its averaged weights for good, and nothing of it learns."""
+    """Make a model a base to tune: it takes its averaged weights, and all parameters are frozen."""
     if model.use_ema:
         model.model_ema.copy_to(model.model)
         model.use_ema = False
@@ -84,7 +84,7 @@ def settle(model: nn.Module) -> None:
 def _installed(
     model: nn.Module, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], scale: float, add: bool, source: str
 ) -> tuple[Chosen, dict[str, nn.Parameter]]:
-    """The family of an entry, on the model at this strength but with its start; its parameters in the entry's order."""
+    """Install the family of an entry at this strength, with untrained values. Returns its parameters in file order."""
     same = [one for one in model.tuning.families if (one.target, one.params) == (entry["target"], entry["params"])]
     if same and not add:
         chosen = same[0]
@@ -106,18 +106,18 @@ def _installed(
 
 @torch.no_grad()
 def _fill(tuning: Tuning, own: Mapping[str, nn.Parameter], values: list[Tensor], scale: float) -> None:
-    """Put values into parameters: what tuning added takes them, base weights go a share of their way to them."""
+    """Put values into parameters. Added parameters take them; base weights move towards them by the strength."""
     released = tuning.remember(own)
     for (name, parameter), value in zip(own.items(), values, strict=True):
         value = value.to(parameter.device, parameter.dtype)
         start = released.get(name)
         alone = start is None or (scale == 1 and torch.equal(parameter, start))
-        # Not in place: the released value is set aside and may lie in the pages of a checkpoint's file.
+        # Not in place: the released value is kept, and it may be mapped from a checkpoint's file.
         parameter.data = value.clone() if alone else parameter + scale * (value - start)
 
 
 def _matched(chosen: Chosen, model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, nn.Parameter]:
-    """The parameters of a family in the order of its tensors, whose names may count the families otherwise."""
+    """The parameters of a family in the order of its tensors. The numbers of families in the names may differ."""
     own = chosen.family.trainable(model)
     if own.keys() == tensors.keys():
         own = {name: own[name] for name in tensors}

@@ -1,4 +1,4 @@
-"""Full fine-tuning, the baseline that the others are measured against; and a part of the base weights, by name."""
+"""Full fine-tuning, the baseline of the other families, and fine-tuning of some base weights by name."""
 
 from __future__ import annotations
 
@@ -45,4 +45,4 @@ class ConditionStage(ByName):
         super().__init__(r"^(cond_stage_model|conditioner)\.")
 
     def install(self, model: nn.Module) -> None:
-        pass  # a condition may have nothing to learn
+        pass  # an encoder may have no parameters

@@ -1,4 +1,4 @@
-"""Tuning in weight space: LoRA and its kin, by the `peft` library, on linear and convolution layers.
+"""Tuning in weight space: LoRA and its variants, by the `peft` library, on linear and convolution layers.
 
 LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), LoHa (2108.06098), LoKr (2212.10650), OFT (2306.07280),
 BOFT (2311.06243). The base weights keep their released names in the state dict, whatever is wrapped around them.
@@ -20,7 +20,7 @@ from ldm.devices import forked_rng
 from ldm.errors import InputError, short
 from ldm.tuning import named
 
-# kind: peft's configuration, and our words for rank, alpha and dropout in its words (None: it has no such thing).
+# kind: peft's configuration, its names for rank, alpha and dropout (None: it has none), and further arguments.
 KINDS: dict[str, tuple[str, tuple[str, str | None, str], dict[str, Any]]] = {
     "lora": ("LoraConfig", ("r", "lora_alpha", "lora_dropout"), {}),
     "rslora": ("LoraConfig", ("r", "lora_alpha", "lora_dropout"), {"use_rslora": True}),
@@ -31,8 +31,8 @@ KINDS: dict[str, tuple[str, tuple[str, str | None, str], dict[str, Any]]] = {
     "boft": ("BOFTConfig", ("boft_block_size", None, "boft_dropout"), {}),
 }
 
-# Arguments of peft's configurations that are numbers and switches of the method. Others have peft import a module that
-# they name (`megatron_core`), read files, or change another model than ours; and folders from elsewhere hold options.
+# Arguments of peft's configurations that are numbers or switches. Other arguments make peft import a module
+# (`megatron_core`), read files, or change another model, and a folder from elsewhere may hold any options.
 OPTIONS = (
     "rank_pattern", "alpha_pattern", "init_lora_weights", "init_weights", "bias", "lora_bias", "use_rslora", "use_dora",
     "module_dropout", "rank_dropout", "rank_dropout_scale", "use_effective_conv2d", "decompose_both",
@@ -41,7 +41,7 @@ OPTIONS = (
 )  # fmt: skip
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
-# What a folder may bring along of them: fewer than Python's cache of patterns holds, and none that can take long.
+# Limits for the patterns of a folder: fewer than Python's cache of patterns holds, and none that takes long to match.
 MOST_PATTERNS = 256
 PLAIN_PATTERN = re.compile(r"[\w.\\^$-]{0,200}([*+][\w.\\^$-]{0,200})?")
 
@@ -54,17 +54,17 @@ class LoRA:
 
     Args:
         targets: shell patterns of layer names without `.weight` (`*` crosses dots), as a list, or as a mapping to
-            `{rank, alpha}` of their own; of several that match a layer, the last counts. By default all attention
+            their own `{rank, alpha}`; if several match a layer, the last one counts. By default all attention
             projections of the UNet (`UNET_ATTENTION`); `TEXT_ATTENTION` are those of the text encoder.
         rank: of the factors; for `oft` and `boft`, the size of the rotated blocks.
         alpha: the change is scaled by alpha / rank (`rslora`: by alpha / sqrt(rank)); by default the rank.
         kind: one of `KINDS`.
-        dropout: on the input of the factors (`lora`, `dora`, `rslora`), else as peft has it for the kind.
-        seed: of the random start, which changes nothing yet: one of the factors is zero.
+        dropout: on the input of the factors (`lora`, `dora`, `rslora`); for other kinds as peft defines it.
+        seed: of the random start. One of the factors starts at zero, so an untrained LoRA changes nothing.
         options: further arguments of peft's configuration, of those in `OPTIONS`; for instance `{decompose_both: true}`
             for `lokr`.
 
-    Raises `InputError` for an unknown kind, a pattern that matches no layer, and what peft refuses.
+    Raises `InputError` for an unknown kind, a pattern that matches no layer, and arguments that peft refuses.
     """
 
     def __init__(
@@ -86,16 +86,16 @@ class LoRA:
             raise InputError(f"LoRA: options: unknown {short(foreign[0])}; expected some of {', '.join(OPTIONS)}")
         self.kind, self.dropout, self.seed, self.options = kind, dropout, seed, dict(options or {})
         self.name: str | None = None
-        self.scaling: dict[str, float] = {}  # of each layer as trained, before another strength was given
+        self.scaling: dict[str, float] = {}  # of each layer as trained, at strength 1
 
     def install(self, model: nn.Module) -> None:
         self.name = _free_name(model)
         with forked_rng(next(model.parameters()).device, self.seed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft speaks of other models than these
+            warnings.simplefilter("ignore")  # peft's warnings are about other kinds of models
             for (rank, alpha), layers in self._match(model).items():
                 self._inject(model, layers, rank, alpha)
         for _, layer in wrapped(model):
-            layer.set_adapter(adapters_of(layer))  # all of them act, not only the latest
+            layer.set_adapter(adapters_of(layer))  # all of them are active, not only the latest
             _keep_released_names(layer)
             if self.kind == "oft":
                 from ldm.tuning.rotation import rotate_filters
@@ -103,7 +103,7 @@ class LoRA:
                 rotate_filters(layer)
 
     def adds(self, model: nn.Module, source: str) -> int:
-        """The numbers in the factors of low-rank kinds; others are no larger than the layers that they change."""
+        """The size of the factors of low-rank kinds; other kinds are not larger than the layers that they change."""
         for patterns in (self.targets, *(self.options.get(name) or {} for name in PATTERNS)):
             if not isinstance(patterns, Mapping) or len(patterns) > MOST_PATTERNS:
                 raise InputError(f"{source}: LoRA: expected at most {MOST_PATTERNS} patterns, got {short(patterns)}")
@@ -119,7 +119,7 @@ class LoRA:
         return total
 
     def _ranks(self, source: str) -> dict[str, int]:
-        """`rank_pattern` of a folder. peft matches patterns for as long as that takes, so they must be plain."""
+        """`rank_pattern` of a folder. peft sets no time limit for matching patterns, so they must be simple."""
         for name in PATTERNS:
             for pattern, value in (self.options.get(name) or {}).items():
                 is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -135,7 +135,7 @@ class LoRA:
         return named(model, lambda name: own.search(name) is not None)
 
     def strength(self, model: nn.Module, scale: float) -> None:
-        """The change is `scale` times as trained from now on; of `dora`, its low-rank part.
+        """Multiply the trained change by `scale` from now on; for `dora`, its low-rank part.
 
         Raises `InputError` for rotations.
         """
@@ -149,7 +149,7 @@ class LoRA:
                 layer.scaling[self.name] = as_trained * scale
 
     def _match(self, model: nn.Module) -> dict[tuple[int, float | None], list[str]]:
-        """The layers to change, by their rank and alpha, as they are called in the model."""
+        """The layers to change, grouped by rank and alpha, by their names in the model."""
         layers = dict(_layers(model))  # released name -> name in the model
         chosen: dict[str, str] = {}
         for pattern in self.targets:
@@ -178,13 +178,13 @@ class LoRA:
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"LoRA ({self.kind}, rank {rank}): peft refuses: {' '.join(str(error).split())}") from None
         finally:
-            vars(model).pop("peft_config", None)  # the layers know what they need
+            vars(model).pop("peft_config", None)  # the layers do not need it
 
 
 def _sizes(
     targets: str | Sequence[str] | Mapping[str, Mapping | None], given: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """`{rank, alpha}` of each pattern: its own, or those that are given for all. Raises `InputError`."""
+    """`{rank, alpha}` of each pattern: its own values, or those given for all. Raises `InputError`."""
     targets = [targets] if isinstance(targets, str) else targets
     own = targets if isinstance(targets, Mapping) else dict.fromkeys(targets)
     if unknown := {key for chosen in own.values() for key in chosen or {}} - {"rank", "alpha"}:
@@ -203,20 +203,20 @@ def _check_size(pattern: str, rank: Any, alpha: Any = 1) -> None:
 
 
 def wrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that peft has wrapped, by their names in the model; the outer one first where it did so twice."""
+    """The layers that peft has wrapped, by their names in the model. Of two around one layer, the outer comes first."""
     for name, module in model.named_modules():
         if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer"):
             yield name, module
 
 
 def adapters_of(layer: nn.Module) -> list[str]:
-    """The names of the changes that a wrapped layer has, in the order in which they came."""
+    """The names of the changes of a wrapped layer, in the order of installation."""
     return list(dict.fromkeys(key for part in layer.adapter_layer_names for key in getattr(layer, part, {})))
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Fold every change into the weights that it belongs to; the model is then as plain as it was before `install`."""
+    """Fold every change into its weights. The model is then plain again, as before `install`."""
     for name, layer in list(wrapped(model))[::-1]:  # inner ones first
         parent, _, child = name.rpartition(".")
         layer.merge(safe_merge=True)
@@ -226,7 +226,7 @@ def merge(model: nn.Module) -> None:
 def _layers(model: nn.Module) -> Iterator[tuple[str, str]]:
     """(released name, name in the model) of every linear and convolution layer, wrapped or not."""
     released = {id(value): name.removesuffix(".weight") for name, value in model.state_dict(keep_vars=True).items()}
-    inside: tuple[str, ...] = ()  # of wrapped layers
+    inside: tuple[str, ...] = ()  # prefixes of wrapped layers
     for name, module in model.named_modules():
         is_wrapped = hasattr(module, "base_layer")
         if (is_wrapped or isinstance(module, (nn.Linear, nn.Conv2d))) and not name.startswith(inside or "\0"):
@@ -235,12 +235,12 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _free_name(model: nn.Module) -> str:
-    """`default`, or `default_1`, ... where that is taken."""
+    """`default`, or `default_1`, ... if that name is taken."""
     taken = {name for _, layer in wrapped(model) for name in adapters_of(layer)}
     return next(name for i in range(len(taken) + 1) if (name := f"default_{i}" if i else "default") not in taken)
 
 
-# --- names: peft moves `to_q.weight` to `to_q.base_layer.weight`; state dicts are kept as they were
+# --- names: peft moves `to_q.weight` to `to_q.base_layer.weight`; state dicts keep the released names
 
 
 def _keep_released_names(layer: nn.Module) -> None:

@@ -8,7 +8,7 @@ from ldm.tuning import named
 
 
 class Norms:
-    """Weight and bias of every group norm and layer norm of the UNet, but for norms that tuning added."""
+    """Weight and bias of every group norm and layer norm of the UNet, without norms that tuning added."""
 
     def install(self, model: nn.Module) -> None:
         pass

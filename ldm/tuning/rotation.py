@@ -1,7 +1,7 @@
-"""OFT on convolutions: the filters are rotated, as in the paper.
+"""OFT on convolutions that rotates the filters, as in the paper.
 
-peft 0.21 rotates patches of the picture instead and adds up where they overlap, so that a 3 x 3 convolution which has
-learnt nothing already gives another result than its base; its `merge` rotates the filters. Forward does so here, too.
+peft 0.21 rotates patches of the picture instead and sums overlapping patches, so an untrained 3 x 3 convolution already
+differs from its base. peft's `merge` rotates the filters. Here the forward pass does the same.
 """
 
 from __future__ import annotations
@@ -27,6 +27,6 @@ class RotatedConv2d(Conv2d):
 
 
 def rotate_filters(layer: nn.Module) -> None:
-    """Let a convolution of peft's rotate its filters."""
+    """Make a convolution of peft rotate its filters."""
     if type(layer) is Conv2d:
         layer.__class__ = RotatedConv2d

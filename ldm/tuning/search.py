@@ -1,8 +1,8 @@
-"""Routes that are found in one training instead of swept: every route gets a narrow adapter and a learnt gate.
+"""Finds routes in one training instead of a sweep: every route gets a narrow adapter and a learnt gate.
 
-In each block the value at `writes` gains `gate * form(value at reads)` for every route. The gates are a softmax over
-the routes, as in DARTS (arXiv 1806.09055, eq. 2), which grows sharper from step to step; a penalty on their entropy
-speeds that up. At the end the routes with the largest gates are written as configs of their own, ready to train.
+In each block, `gate * form(value at reads)` is added to the value at `writes` for every route. The gates are a softmax
+over the routes, as in DARTS (arXiv 1806.09055, eq. 2). The softmax becomes sharper from step to step, and a penalty on
+its entropy speeds that up. At the end, the routes with the largest gates are written as configs, ready to train.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ SHARED = ("all", "width")
 
 
 class RouteGates(nn.Module):
-    """Gates [groups, routes] = keep * softmax(speed * logits), so that every group of blocks has `keep` to give away.
+    """Gates [groups, routes] = keep * softmax(speed * logits), so the gates of each group of blocks sum to `keep`.
 
-    `speed` makes the gates learn that much faster than the adapters: an optimizer such as AdamW moves every parameter
-    by about its learning rate.
+    `speed`: how much faster the gates are trained than the adapters, since an optimizer such as AdamW moves every
+    parameter by about its learning rate.
     """
 
     def __init__(self, groups: int, routes: int, keep: int, speed: float) -> None:
@@ -47,7 +47,7 @@ class RouteGates(nn.Module):
     def sharpen(self, rate: float, sparsity: float, growth: float) -> None:
         """A step down the entropy H = -sum g log g of each group, decoupled from the loss; then logits * `growth`.
 
-        The second is the same as a temperature that falls by `growth`.
+        The multiplication equals a temperature that falls by `growth`.
         """
         probabilities = (self.speed * self.logits).softmax(-1)
         logs = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
@@ -57,7 +57,7 @@ class RouteGates(nn.Module):
 
 
 class Gate:
-    """One gate as the scale of a route: it multiplies what the adapter gives."""
+    """One gate as the scale of a route: it multiplies the output of the adapter."""
 
     def __init__(self, gates: RouteGates, group: int, number: int) -> None:
         self.gates, self.group, self.number = gates, group, number
@@ -76,15 +76,15 @@ class RouteSearch:
         routes: names `<input>-<output>`, or `all`: every route of transformer blocks (17) and residual blocks (3).
         mid_dim: width of each adapter while searching.
         found_mid_dim: width in the configs that are written at the end.
-        keep: how many routes to find; the gates of a block add up to it.
-        shared: `all`: one gate per route for the whole UNet; `width`: one for each width of blocks, so that levels of
-            the UNet may differ.
-        steps: over how many steps the gates become sharp; the length of the training.
-        sharpening: by how much their logits are multiplied over these steps.
+        keep: how many routes to find; the gates of a block sum to it.
+        shared: `all`: one gate per route for the whole UNet; `width`: one gate per route and width of blocks, so that
+            levels of the UNet may differ.
+            steps: the number of steps in which the gates become sharp; usually the length of the training.
+            sharpening: the factor by which their logits grow over these steps.
         sparsity: weight of the penalty on the entropy of the gates.
-        gate_speed: how many times faster than the adapters the gates learn.
+        gate_speed: how many times faster the gates are trained than the adapters.
 
-    Folders hold the adapters with their gates as constant scales: they load as position adapters.
+    Folders hold the adapters with the gates as constant scales, so they load as position adapters.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class RouteSearch:
         gates = RouteGates(max(groups.values()) + 1, len(self.routes), self.keep, self.speed)
         modules = dict(tapped_blocks(unet))
         attached: list[str] = []
-        with forked_rng():  # what is drawn after this does not depend on the adapters
+        with forked_rng():  # later random numbers do not depend on the adapters
             for number, (route, kind) in enumerate(self.routes.items()):
                 reads, writes = route.split("-")
                 entry = check_entry(kind, {"din": reads, "dout": writes, "mid_dim": self.mid_dim})
@@ -153,14 +153,14 @@ class RouteSearch:
         return named(model, lambda name: name.startswith((*self.prefixes, f"{GATES}.")))
 
     def in_folder(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """What a folder holds: the adapters. Their scales are the gates of that moment."""
+        """The parameters that a folder holds: the adapters, with the current gates as scales."""
         return {name: value for name, value in self.trainable(model).items() if not name.startswith(f"{GATES}.")}
 
     def after_step(self, model: nn.Module, rate: float) -> None:
         getattr(model, GATES).sharpen(rate, self.sparsity, self.growth)
 
     def gates(self, model: nn.Module) -> dict[str, float]:
-        """The gate of each route, as a mean over its blocks; the largest first."""
+        """The mean gate of each route over its blocks, the largest first."""
         table = getattr(model, GATES)().detach().cpu()
         means = {
             route: float(table[self.blocks[kind], number].mean())
@@ -169,7 +169,7 @@ class RouteSearch:
         return dict(sorted(means.items(), key=lambda item: -item[1]))
 
     def finish(self, model: nn.Module, run: Path) -> None:
-        """Write `routes/gates.json` and a config `routes/<input>-<output>.yaml` of each route that was found."""
+        """Write `routes/gates.json` and a config `routes/<input>-<output>.yaml` for each found route."""
         gates = self.gates(model)
         best = dict(list(gates.items())[: self.keep])
         table = getattr(model, GATES)().detach().cpu()
@@ -181,14 +181,14 @@ class RouteSearch:
 
 
 def width_of(block: TappedBlock) -> int:
-    """The width of what a block puts out."""
+    """The width of a block's output."""
     return block.width(list(block.positions)[-1])
 
 
 def chosen_routes(unet: nn.Module, asked: str | Iterable[str]) -> dict[str, str]:
-    """The routes that are searched, with the kind of their blocks, in the order of the data path.
+    """The routes to search and the kind of their blocks, in the order of the data path.
 
-    Raises `InputError` for one that no block of the UNet has.
+    Raises `InputError` for a route that no block of the UNet has.
     """
     present: dict[str, str] = {}
     for kind in BLOCK_KINDS:

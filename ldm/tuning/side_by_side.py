@@ -1,9 +1,9 @@
-"""Several tunings of one base that answer in one call: each sees its own share of the batch.
+"""Several tunings of one base in one call of the model: each gets its own part of the batch.
 
-A *view* of a model has modules of its own and shares every tensor with it, so that each tuning is installed on a view
-as if it were alone. `joined` makes one more view that answers for all of them: wherever their modules are still those
-of the base they are called once for the whole batch, and wherever a tuning changed something each share of the batch
-goes its own way. That holds for any family, since the views are compared and nothing is known of families.
+A *view* of a model has its own modules and shares every tensor with the model, so each tuning can be installed on a
+view as if it were alone. `join` turns one more view into a model of all tunings. A module that no tuning has changed is
+called once for the whole batch. Where a tuning has changed a module, each part of the batch goes through its own
+module. This works for any family, because `join` compares the views and knows nothing about families.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ldm.modules.taps import TappedBlock
 
-# Within its context random numbers on a device are those of one training.
+# A context in which random numbers on a device come from one training's generator.
 Drawing = Callable[[torch.device], AbstractContextManager]
 
 
@@ -30,7 +30,7 @@ def view(model: nn.Module) -> nn.Module:
 
 
 def own_copies(model: nn.Module, names: Iterable[str]) -> None:
-    """Give a view its own copies of the named parameters, which it is about to change."""
+    """Give a view its own copies of the named parameters, because its tuning will change them."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     copies = {id(parameters[name]): nn.Parameter(parameters[name].detach().clone()) for name in names}
     for module in model.modules():
@@ -42,15 +42,15 @@ def own_copies(model: nn.Module, names: Iterable[str]) -> None:
 class SplitBatch(nn.Module):
     """One module for each training; the batch is cut into as many equal parts, in their order.
 
-    Every tensor that the modules are called with has the batch as its first dimension. None stands for a training that
-    has no module here: its part of the answer is zero.
+    Every tensor argument has the batch as its first dimension. None stands for a training without a module here: its
+    part of the output is zero.
     """
 
     def __init__(self, parts: Sequence[nn.Module | None]) -> None:
         super().__init__()
         self.parts = nn.ModuleDict({str(number): part for number, part in enumerate(parts) if part is not None})
         self.count = len(parts)
-        self.drawing: Sequence[Drawing] | None = None  # of each training, where modules draw random numbers
+        self.drawing: Sequence[Drawing] | None = None  # of each training, if modules draw random numbers
         self.draws = any(map(_draws, self.parts.values()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,12 +65,12 @@ class SplitBatch(nn.Module):
 
 
 def _draws(module: nn.Module) -> bool:
-    """Whether a module may draw random numbers in training: it drops something out."""
+    """Whether a module may draw random numbers in training, i.e. has dropout."""
     return any(isinstance(m, nn.Dropout) and m.p > 0 or hasattr(m, "rank_dropout") for m in module.modules())
 
 
 def _share(value: Any, number: int, count: int) -> Any:
-    """The part of (nested) arguments that is of one training."""
+    """The part of (nested) arguments that belongs to one training."""
     if isinstance(value, Tensor):
         return value.chunk(count)[number]
     if isinstance(value, dict):
@@ -81,7 +81,7 @@ def _share(value: Any, number: int, count: int) -> Any:
 
 
 def join(base: nn.Module, tuned: Sequence[nn.Module]) -> None:
-    """Let `base`, a fresh view, answer for all of `tuned`, views of the same model. They stay as they are."""
+    """Turn `base`, a fresh view, into a model of all of `tuned`, views of the same model, which do not change."""
     children = list(base.named_children())
     if isinstance(base, TappedBlock):
         _join_adapters(base, tuned)
@@ -94,7 +94,7 @@ def join(base: nn.Module, tuned: Sequence[nn.Module]) -> None:
 
 
 def _alike(base: nn.Module, other: nn.Module) -> bool:
-    """Whether a module is still that of the base, but for what lies below it."""
+    """Whether a module itself is that of the base; its child modules may differ."""
     own, theirs = ([id(t) for t in (*one._parameters.values(), *one._buffers.values())] for one in (base, other))
     adapters = {route.name for route in other.routes} if isinstance(other, TappedBlock) else set()
     children = [name for name in other._modules if name not in adapters]
@@ -102,7 +102,7 @@ def _alike(base: nn.Module, other: nn.Module) -> bool:
 
 
 def _join_adapters(base: TappedBlock, tuned: Sequence[TappedBlock]) -> None:
-    """Attach the position adapters of all trainings; those with the same route and scale share a place."""
+    """Attach the position adapters of all trainings. Adapters with the same route and scale share one `SplitBatch`."""
     places: dict[tuple, dict[int, nn.Module]] = {}  # (reads, writes, scale, which of the same) -> training -> form
     for number, block in enumerate(tuned):
         same: dict[tuple, int] = {}

@@ -1,6 +1,6 @@
-"""The families of tuning by name, and which family a folder means.
+"""The families of tuning by name, and the family that an entry of a folder means.
 
-A folder of adapters is data that may come from anywhere: what it names is looked up here before anything is imported.
+A folder of adapters may come from anywhere, so its names are looked up here before anything is imported.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ FAMILIES = {
 
 
 def name_of(target: str) -> str:
-    """What a folder calls the family with this dotted target: its name here or as installed, else the target itself."""
+    """The name of a family in folders: its name here or of its entry point, else its dotted target."""
     names = {dotted: name for name, dotted in (trust.installed_families() | FAMILIES).items()}
     return names.get(target, target)
 
 
 def named(family: Any) -> str:
-    """The dotted target of a family that the user's own YAML calls by name. Raises `InputError` for an unknown one."""
+    """The dotted target of a family that the user's own YAML names. Raises `InputError` for an unknown name."""
     known = trust.installed_families() | FAMILIES
     if not isinstance(family, str) or family not in known:
         raise InputError(
@@ -45,9 +45,9 @@ def named(family: Any) -> str:
 def target_in(entry: Any, source: str, present: Iterable[str] = ()) -> str:
     """The dotted target of the family that an entry of a folder means, by its `family` or, in older folders, `target`.
 
-    `present` are targets that the model has already, from the user's own config. Nothing is imported. Raises
-    `InputError` for a family that is neither in the table, nor installed (the entry points `ldm.families`), nor allowed
-    by the user (`--allow_family`), nor present.
+    `present` are the targets of families that the model has already from the user's own config. Nothing is imported.
+    Raises `InputError` for a family that is not in the table, not installed (the entry points `ldm.families`), not
+    allowed by the user (`--allow_family`) and not present.
     """
     asked = entry["family"] if "family" in entry else entry["target"]
     if isinstance(asked, str):

@@ -1,4 +1,4 @@
-"""Textual inversion: new words whose vectors learn beside the frozen embedding table (arXiv 2208.01618, section 4)."""
+"""Textual inversion: trains the vectors of new words; the embedding table is frozen (arXiv 2208.01618, section 4)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ldm.modules.encoders.tokens import readers, teach
 
 
 class TextualInversion:
-    """New words of the text encoder, or of each of them where a model has two; nothing else moves.
+    """New words of the text encoder, or of both text encoders if a model has two. Nothing else is trained.
 
     Args:
-        words: one, several, or a mapping from words to `{init_word, vectors}` of their own.
-        init_word: where the vectors start: at those of this word, which must have one token, or one for each vector;
-            a number draws them from N(0, number^2); by default N(mean, variance) of the whole table.
+        words: one, several, or a mapping from words to their own `{init_word, vectors}`.
+        init_word: the vectors start at those of this word, which must have one token, or one token for each vector.
+        A number draws them from N(0, number^2). By default they come from N(mean, variance) of the whole table.
         vectors: how many vectors a word has; a prompt is that much longer.
-        norm_weight: after each step at learning rate r, norms go the share min(1, norm_weight * r) of the way to the
-            mean norm of the released table, beside the loss, as weight decay in arXiv 1711.05101. 0: free norms.
+        norm_weight: after each step at learning rate r, the norms move by the fraction min(1, norm_weight * r) towards
+            the mean norm of the released table, decoupled from the loss as in arXiv 1711.05101. 0: no change.
         seed: of random starts.
 
-    Raises `InputError` for a word that the encoder knows already, and for an `init_word` that it does not know.
+    Raises `InputError` for a word that the encoder already knows, and for an `init_word` that it does not know.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TextualInversion:
             raise InputError(f"{kind} reads no words, so it can learn none; use FrozenCLIPEmbedder")
         for number, (word, how) in enumerate(self.words.items()):
             if any(len(word_ids(encoder, word)) == 1 for encoder in encoders.values()):
-                raise InputError(f"the text encoder knows {word!r} already; name the new word otherwise, e.g. <{word}>")
+                raise InputError(f"the text encoder knows {word!r} already; choose another name, e.g. <{word}>")
             starts = [self._start(encoder, word, number, **how) for encoder in encoders.values()]
             teach(encoders, word, tuple(starts))
 
@@ -87,7 +87,7 @@ class TextualInversion:
                 vector.mul_(1 + share * (target / vector.norm() - 1))
 
     def _start(self, encoder: nn.Module, word: str, number: int, init_word: Any, vectors: int) -> Tensor:
-        """The vectors [v, d] that a word begins with."""
+        """The initial vectors [v, d] of a word."""
         table = released_table(encoder)
         if isinstance(init_word, str):
             ids = word_ids(encoder, init_word)
@@ -103,7 +103,7 @@ class TextualInversion:
 
 
 def released_table(encoder: nn.Module) -> Tensor:
-    """The embedding table [n, d] that the encoder was released with."""
+    """The released embedding table [n, d] of the encoder."""
     return encoder.token_embedding.weight.detach()
 
 

@@ -78,7 +78,7 @@ def test_norms_go_towards_those_of_other_words():
 @pytest.mark.parametrize(
     "params,message",
     [
-        ({"words": "dog"}, "knows 'dog' already; name the new word otherwise, e.g. <dog>"),
+        ({"words": "dog"}, "knows 'dog' already; choose another name, e.g. <dog>"),
         ({"words": ["<a>", "<a> b"]}, "words without spaces such as <new1>"),
         ({"vectors": 0}, "vectors of <sks> must be a whole number of at least 1"),
         ({"words": []}, "at least one word"),
