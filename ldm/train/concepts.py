@@ -37,8 +37,11 @@ def asked(options: argparse.Namespace) -> list[dict[str, str]]:
     return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
 
 
-def fill_in(config: DictConfig, settings: Mapping[str, Any]) -> None:
-    """Put the concepts into the data section; without any, the photographs and class word of DreamBooth as one."""
+def fill_in(config: DictConfig, settings: Mapping[str, Any], repeat: int | None = None) -> None:
+    """Put the concepts into the data section; without any, the photographs and class word of DreamBooth as one.
+
+    `repeat`: how often an epoch shows each picture, where it is not the config that says so.
+    """
     sets, word = config.data.params, first_word(config)
     concepts = settings.get("concepts")
     if not concepts:
@@ -51,10 +54,11 @@ def fill_in(config: DictConfig, settings: Mapping[str, Any]) -> None:
         concepts = [concept]
     if not concepts[0].get("datapath"):
         raise InputError("no photographs: name their folder with --datapath and --caption, or with --data_root")
+    again = {} if repeat is None else {"repeat": repeat}
     given = list(sets.train) if OmegaConf.is_list(sets.train) else [sets.train]
     kinds = [*given, *[sets.get("train2") or given[0]] * len(concepts)][: len(concepts)]  # all are given on a resume
     sets.train = [
-        OmegaConf.merge(kind, {"params": {**concept, "seed": settings["seed"]}})
+        OmegaConf.merge(kind, {"params": {**concept, "seed": settings["seed"], **again}})
         for kind, concept in zip(kinds, concepts, strict=True)
     ]
     sets.train2 = None

@@ -50,8 +50,12 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
     if OmegaConf.select(config, "data.params.train") is None:
         raise InputError("data.params.train.target is missing: it names the class that shows the photographs")
     concepts.fill_in_words(config, options)
+    if batch_size := getattr(options, "batch_size", None):
+        config.data.params.batch_size = batch_size
     if has_concepts(config):
-        concepts.fill_in(config, settings)
+        concepts.fill_in(config, settings, getattr(options, "repeat", None))
+    elif getattr(options, "repeat", None):
+        raise InputError("--repeat is for Custom Diffusion; here it is data.params.train.params.repeats=N")
     elif asked["concepts"]:
         raise InputError("--datapath and --concepts_list are for Custom Diffusion; here --data_root names the pictures")
     else:

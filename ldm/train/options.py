@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ldm import schema
-from ldm.cli import Parser, add_allow_family, add_compile, boolean, seed_number, text
+from ldm.cli import Parser, add_allow_family, add_compile, boolean, count, seed_number, text
 from ldm.config import parse_overrides, plain
 from ldm.errors import InputError, did_you_mean
 
@@ -80,8 +80,9 @@ def add_dreambooth(p: Parser, several: bool = False) -> None:
     each = {"nargs": "+"} if several else {}
     subject = p.add_argument_group("DreamBooth")
     subject.add_argument(
-        "--actual_resume", metavar="CKPT", help=help_of(schema.DreamBooth, "base")
-    )
+        "--actual_resume", "--resume-from-checkpoint-custom",  # so Custom Diffusion calls it
+        metavar="CKPT", help=help_of(schema.DreamBooth, "base"),
+    )  # fmt: skip
     subject.add_argument("--data_root", metavar="DIR", help=help_of(schema.DreamBooth, "data_root"), **each)
     subject.add_argument("--reg_data_root", metavar="DIR", help=help_of(schema.DreamBooth, "reg_data_root"), **each)
     subject.add_argument("--class_word", type=text, help=help_of(schema.DreamBooth, "class_word"), **each)
@@ -112,6 +113,11 @@ def add_dreambooth(p: Parser, several: bool = False) -> None:
                              help="what they show, e.g. dog")  # fmt: skip
     concept.add_argument("--concepts_list", metavar="JSON", help="the same as a file")
     concept.add_argument("--modifier_token", metavar="<new1>+<new2>", help="words that learn")
+    if not several:
+        concept.add_argument("--batch_size", type=count, metavar="N",
+                             help="pictures in a batch, as data.params.batch_size")  # fmt: skip
+        concept.add_argument("--repeat", type=count, metavar="N",
+                             help="how often an epoch shows each picture of a concept")  # fmt: skip
     concept.add_argument("--freeze_model", help="crossattn-kv or crossattn: the part of the UNet that learns")
 
 

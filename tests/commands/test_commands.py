@@ -34,6 +34,7 @@ PUBLISHED = {
     "scripts.inspect_adapter": "inspect",
     "scripts.merge_adapters": "merge",
     "scripts.compose": "compose",
+    "scripts.composenW": "compose",
     "scripts.compress": "compress",
     "scripts.get_deltas": "deltas",
     "scripts.lora_add": "lora-add",
