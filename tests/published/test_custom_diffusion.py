@@ -40,8 +40,8 @@ def trained(work, name, words):
 def test_the_readme_from_training_to_pictures(work, tmp_path):
     """python -u train.py --base configs/custom-diffusion/finetune_addtoken.yaml -t --gpus 0,1
     --resume-from-checkpoint-custom <ckpt> --caption "<new1> cat" --datapath data/cat
-    --reg_datapath real_reg/samples_cat --reg_caption "cat" --modifier_token "<new1>" --name "cat-sdv4"; then sample.py, get_deltas.py, compress.py and
-    composenW.py."""
+    --reg_datapath real_reg/samples_cat --reg_caption "cat" --modifier_token "<new1>" --name "cat-sdv4"; then
+    sample.py, get_deltas.py and compress.py."""
     ckpt = f"--resume-from-checkpoint-custom {work}/sd-v1-4.ckpt"
     run = trained(
         work, "cat-sdv4",
