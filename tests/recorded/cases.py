@@ -130,7 +130,8 @@ def concepts(inputs: Path, work: Path, config: str, words: tuple[str, ...] = (),
                   "--reg_caption", name]  # fmt: skip
     sizes = ["data.params.train.params.size=32", "data.params.train2.params.size=32"]
     base = ["--base", MINI / f"custom-diffusion-{config}.yaml", HERE / "small.yaml"]
-    return tuned(dreambooth(inputs, work, *base, *roots, *words, *sizes))
+    told = ["--class_word", "dog"]  # which only the metadata have: at the time of the recording it was so by default
+    return tuned(dreambooth(inputs, work, *base, *roots, *words, *told, *sizes))
 
 
 def resumed(inputs: Path, work: Path) -> dict:

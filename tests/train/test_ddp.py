@@ -15,7 +15,7 @@ from ldm.data.sampling import ResumableBatches, SharedBatches
 from ldm.errors import InputError
 from tests.conftest import ROOT
 from tests.models.test_published_models import narrow
-from tests.runs import TINY, arguments, command, differences, events, find_run, last, pictures, resume, start, train
+from tests.runs import arguments, command, differences, events, find_run, last, pictures, resume, start, train
 
 pytestmark = pytest.mark.slow
 
@@ -153,17 +153,6 @@ def test_a_killed_process_ends_the_other(tmp_path, victim):
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-
-
-def test_class_pictures_are_made_once_for_all(tmp_path):
-    pictures(tmp_path / "photos", 2)
-    words = ["--base", TINY, "-t", "--data_root", tmp_path / "photos", "--logdir", tmp_path / "logs"]
-    words += ["--class_word", "dog"]
-    words += ["--reg_data_root", tmp_path / "class", "--num_class_images", 2, "-n", "run", *TWO, "--max_steps", 1]
-    done = command("main_dream_booth.py", *words)
-    assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "class").iterdir()) == ["00000.png", "00001.png"]
-    assert last(find_run(tmp_path, "run"))["global_step"] == 1
 
 
 def test_an_autoencoder_and_its_discriminator_train_in_two_processes(tmp_path):

@@ -140,15 +140,6 @@ def test_an_error_of_a_callback_leaves_the_last_finished_step(tmp_path, hook):
     assert differences(whole_of(tmp_path, 6), last(run)) == []
 
 
-def test_an_error_in_the_midst_of_accumulated_batches_leaves_the_last_finished_step(tmp_path):
-    code = FAILS_AT_3.format(hook="on_after_backward")
-    done, run = run_with(code, tmp_path, "--accumulate_grad_batches", 2)
-    assert done.returncode == 1 and "RuntimeError: what was learnt up to step 3 is saved" in done.stderr
-    resume(run, "--max_steps", 6)
-    whole = train(tmp_path / "whole", "whole", "--max_steps", 6, *ENDLESS, "--accumulate_grad_batches", 2)
-    assert differences(last(whole), last(run)) == []
-
-
 def test_an_error_within_a_step_of_the_optimizer_saves_no_half_step(tmp_path):
     code = """
     step, count = torch.optim.AdamW.step, []
