@@ -47,28 +47,29 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _turn(self, parameters: Sequence[Tensor], rate: float, decay: float) -> None:
-        """One step of parameters that are matrices of one shape."""
-        ahead = torch.stack([self._ahead(parameter) for parameter in parameters])
-        size = 0.2 * rate * math.sqrt(max(ahead.shape[1:]))
-        for parameter, direction in zip(parameters, orthogonal(ahead), strict=True):
-            parameter.mul_(1 - rate * decay).sub_(direction.view_as(parameter), alpha=size)
+        """One step of parameters that are matrices of one shape, in as few calls as there can be: on a GPU each costs
+        more than its arithmetic."""
+        states, gradients = [self._begun(parameter) for parameter in parameters], [p.grad for p in parameters]
+        means = [state["momentum_buffer"] for state in states]
+        torch._foreach_add_([state["step"] for state in states], 1)
+        torch._foreach_lerp_(means, gradients, 1 - self.momentum)
+        ahead = torch.stack(torch._foreach_lerp(gradients, means, self.momentum)).flatten(2)  # Nesterov's look ahead
+        directions = [d.view_as(p) for d, p in zip(orthogonal(ahead), parameters, strict=True)]
+        torch._foreach_mul_(parameters, 1 - rate * decay)
+        torch._foreach_add_(parameters, directions, alpha=-0.2 * rate * math.sqrt(max(ahead.shape[1:])))
 
-    def _ahead(self, parameter: Tensor) -> Tensor:
-        """The gradient as a matrix, with Nesterov's look ahead along its mean, which is brought up to date."""
+    def _begun(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
-        if not state:
-            state |= {"step": torch.tensor(0.0), "momentum_buffer": torch.zeros_like(parameter)}  # AdamW reads `step`
-        state["step"] += 1
-        mean = state["momentum_buffer"]
-        mean.lerp_(parameter.grad, 1 - self.momentum)
-        return parameter.grad.lerp(mean, self.momentum).flatten(1)
+        if not state:  # AdamW reads `step`
+            state |= {"step": torch.tensor(0.0), "momentum_buffer": torch.zeros_like(parameter)}
+        return state
 
 
 def _by_shape(parameters: Sequence[Tensor]) -> Iterable[list[Tensor]]:
-    """Parameters of one shape, device and dtype as a matrix: they are iterated together, which saves small products."""
+    """Parameters of one shape, device and dtype: they are iterated together, which saves small products."""
     alike: dict[tuple, list[Tensor]] = {}
     for p in parameters:
-        alike.setdefault((len(p), p.numel(), p.device, p.dtype), []).append(p)
+        alike.setdefault((p.shape, p.device, p.dtype), []).append(p)
     return alike.values()
 
 

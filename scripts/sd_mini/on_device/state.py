@@ -65,8 +65,11 @@ def load_state(folder: Path, optimizer: Muon, averages: Averages) -> int:
             target.copy_(tensors[name])
         prefix = f"optimizer.{i}."
         kept = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        # A fused AdamW counts on the device; otherwise, and for matrices, the count is read by the host.
+        is_counted_there = bool(optimizer.defaults.get("fused")) and parameter.dim() < 2
+        host = torch.device("cpu")
         optimizer.state[parameter] = {
-            key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+            key: value.to(parameter.device if key != "step" or is_counted_there else host, copy=True)
             for key, value in kept.items()
         }
     averages.updates = int(tensors["updates"])

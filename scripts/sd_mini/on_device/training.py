@@ -39,8 +39,7 @@ class Averages:
     def update(self) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for value, parameter in zip(self.values, self.parameters, strict=True):
-            value.lerp_(parameter, 1 - decay)
+        torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
