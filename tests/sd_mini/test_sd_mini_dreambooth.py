@@ -11,7 +11,7 @@ from scripts.sd_mini.evaluate_dreambooth import measure, parser
 pytestmark = pytest.mark.slow
 
 SUBJECT = find_file("examples/subjects") / "noto_woman"
-STEPS, MARGIN = 100, 0.15  # the rise with seeds 1, 2, 3: 0.322, 0.320, 0.314; among class samples 0.083, 0.023, -0.051
+STEPS, MARGIN = 100, 0.1  # the rise with seeds 1, 2, 3: 0.194, 0.220, 0.186; among class samples 0.015, -0.053, 0.063
 
 
 @pytest.mark.skipif(
