@@ -1,7 +1,7 @@
 """First stages, LDM (arXiv 2112.10752) Sec. 3.1: [b, c, h, w] in -1 .. 1 to latents [b, d, h/f, w/f] and back.
 
-`AutoencoderKL` encodes in a Gaussian, `VQModel` in entries of a codebook, `VQModelInterface` is the latter as diffusion
-models want it, and `IdentityFirstStage` leaves pictures as they are.
+`AutoencoderKL` encodes as a Gaussian, `VQModel` as entries of a codebook. `VQModelInterface` is a `VQModel` for
+diffusion models, and `IdentityFirstStage` leaves pictures unchanged.
 """
 
 from __future__ import annotations
@@ -27,16 +27,15 @@ from ldm.modules.losses.adversarial import from_taming
 
 
 class FirstStage(module_class()):
-    """Encoder, decoder and the training that all first stages share: an autoencoder against a discriminator.
+    """Encoder, decoder and the common training of first stages: an autoencoder against a discriminator.
 
-    Two optimizers take turns in every batch; both see the same reconstruction. A subclass has `quant_conv` and
-    `comparison`. `learning_rate` is an attribute that the training run sets.
-    Raises `InputError` for a `ddconfig` that makes no sense.
+    In every batch, two optimizers make a step each, with the same reconstruction. A subclass has `quant_conv` and
+    `comparison`. The training run sets the attribute `learning_rate`. Raises `InputError` for an invalid `ddconfig`.
     """
 
     learning_rate = 4.5e-6
-    betas: Sequence[float] = (0.5, 0.9)  # of both Adams, as published: those of training against a discriminator
-    discriminator_factor = 1.0  # of the discriminator's learning rate against the autoencoder's
+    betas: Sequence[float] = (0.5, 0.9)  # of both Adam optimizers, as published
+    discriminator_factor = 1.0  # the discriminator's learning rate relative to the autoencoder's
     scheduler_config: Mapping | None = None
 
     def __init__(
@@ -62,11 +61,11 @@ class FirstStage(module_class()):
             self.monitor = monitor
 
     def comparison(self, inputs: Tensor) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
-        """Reconstruct, and give the loss of it as a function of (optimizer_idx, step, last_layer=, split=)."""
+        """Reconstruct, and return the loss as a function of (optimizer_idx, step, last_layer=, split=)."""
         raise NotImplementedError
 
     def init_from_ckpt(self, path: str, ignore_keys: Iterable[str] = ()) -> None:
-        """Load the weights of a checkpoint but for names that begin with one of `ignore_keys`. The loss may be absent.
+        """Load the weights of a checkpoint, except names that begin with one of `ignore_keys`. The loss may be absent.
 
         Raises `InputError` for a file that cannot be read and for weights that are missing or of another shape.
         """
@@ -89,12 +88,12 @@ class FirstStage(module_class()):
         return self.get_input(batch, self.image_key)
 
     def get_last_layer(self) -> Tensor:
-        """The weight by whose gradients the discriminator's part of the loss is balanced."""
+        """The weight whose gradients balance the discriminator's part of the loss."""
         return self.decoder.conv_out.weight
 
     @property
     def batches_seen(self) -> int:
-        """The step that `disc_start` counts: Lightning's counts every step of both optimizers."""
+        """The step for `disc_start`; Lightning's counter counts the steps of both optimizers."""
         return self.global_step // 2
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -123,7 +122,7 @@ class FirstStage(module_class()):
             self.log_dict({f"{split}/{name}": loss, **log}, batch_size=len(inputs), sync_dist=True)
 
     def configure_optimizers(self) -> tuple[list, list]:
-        """Adam for the autoencoder and Adam for the discriminator. Raises `InputError` without a loss to train with."""
+        """One Adam for the autoencoder and one for the discriminator. Raises `InputError` if the loss cannot train."""
         if not hasattr(self.loss, "discriminator"):
             raise InputError(
                 f"lossconfig {type(self.loss).__name__} cannot train a first stage: "
@@ -142,7 +141,7 @@ class FirstStage(module_class()):
 
     @torch.no_grad()
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Many channels, such as a segmentation's, as random colours: [b, c, h, w] -> [b, 3, h, w] in -1 .. 1."""
+        """Map many channels, e.g. a segmentation, to random colours: [b, c, h, w] -> [b, 3, h, w] in -1 .. 1."""
         weight = getattr(self, "colorize", None)
         if weight is None:
             weight = torch.randn(3, x.shape[1], 1, 1, generator=torch.Generator().manual_seed(0))
@@ -150,15 +149,15 @@ class FirstStage(module_class()):
         return 2 * (x - x.min()) / (x.max() - x.min()) - 1
 
     def shown(self, pictures: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Pictures that can be drawn: those with more than three channels go through `to_rgb`."""
+        """Pictures that can be shown; `to_rgb` converts those with more than three channels."""
         return {name: self.to_rgb(x) if x.shape[1] > 3 else x for name, x in pictures.items()}
 
 
 class AutoencoderKL(FirstStage):
-    """The first stage that encodes a picture in a diagonal Gaussian. LDM's constructor arguments,
-    `scheduler_config`, the factor of both learning rates by batch, and the `betas` of both Adams.
+    """The first stage that encodes a picture as a diagonal Gaussian, with LDM's constructor arguments.
+    New arguments: `scheduler_config` for both learning rates by batch, and the `betas` of both Adam optimizers.
 
-    Raises `InputError` for a `ddconfig` that makes no sense and for weights that do not fit.
+    Raises `InputError` for an invalid `ddconfig` and for weights that do not fit.
     """
 
     def __init__(
@@ -206,11 +205,11 @@ class AutoencoderKL(FirstStage):
 
 
 class VQModel(FirstStage):
-    """The first stage that encodes a picture in entries of a codebook: VQGAN (arXiv 2012.09841). LDM's arguments.
+    """The first stage that encodes a picture as entries of a codebook: VQGAN (arXiv 2012.09841), LDM's arguments.
 
-    `batch_resize_range` (low, high): training pictures are resized to a random multiple of 16 in it. `lr_g_factor`
-    multiplies, as published, the learning rate of the discriminator.
-    Raises `InputError` if taming-transformers is missing, and as `AutoencoderKL` does.
+    `batch_resize_range` (low, high): training pictures are resized to a random multiple of 16 in this range. As
+    published, `lr_g_factor` multiplies the learning rate of the discriminator. Raises `InputError` if
+    taming-transformers is missing, and as `AutoencoderKL` does.
     """
 
     def __init__(
@@ -246,7 +245,7 @@ class VQModel(FirstStage):
 
     def init_from_ckpt(self, path: str, ignore_keys: Iterable[str] = ()) -> None:
         super().init_from_ckpt(path, ignore_keys)
-        if self.use_ema and self.model_ema.num_updates == 0:  # the file has no averages: start from its weights
+        if self.use_ema and self.model_ema.num_updates == 0:  # the file has no averages, so start them at its weights
             self.model_ema = LitEma(self)
 
     @contextmanager
@@ -263,7 +262,7 @@ class VQModel(FirstStage):
             self.model_ema.restore(self.parameters())
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """As for all first stages; then the averages follow, before any callback saves them."""
+        """As in all first stages; then update the averages, before any callback saves them."""
         super().training_step(batch, batch_idx)
         if self.use_ema:
             self.model_ema(self)
@@ -287,7 +286,7 @@ class VQModel(FirstStage):
         if self.batch_resize_range is None:
             return x
         low, high = self.batch_resize_range
-        # The largest size first, so that a lack of memory shows at once.
+        # The largest size first, so that missing memory shows at once.
         size = high if self.batches_seen <= 4 else low + 16 * int(torch.randint(0, (high - low) // 16 + 1, ()))
         return x if size == x.shape[2] else F.interpolate(x, size=size, mode="bicubic")
 
@@ -330,9 +329,9 @@ class VQModelInterface(VQModel):
 
 
 class IdentityFirstStage(nn.Module):
-    """The first stage of diffusion in pixels: pictures are their own latents. Takes any arguments."""
+    """The first stage for diffusion in pixels: pictures are their own latents. Takes any arguments."""
 
-    replaces_weights = True  # of the autoencoder in a checkpoint of the whole model, which are left out
+    replaces_weights = True  # the autoencoder's weights in a checkpoint of the whole model are left out
 
     def __init__(self, *args: Any, vq_interface: bool = False, **kwargs: Any):
         super().__init__()

@@ -1,8 +1,8 @@
-"""The base models that are known, a description each, and what else is given in their place.
+"""Descriptions of the known base models, and of other files that users give by mistake.
 
-A `Base` says which config builds the model (UNet, first stage, conditioner, prediction, schedule), how released files
-and diffusers' folders call its parts, and by which names and shapes a checkpoint of it is recognised. Another base is
-another row of `BASES`; `docs/adding-a-base.md` shows one. Nothing here imports torch.
+A `Base` names the config that builds the model (UNet, first stage, conditioner, prediction, schedule), the names of its
+parts in released files and diffusers' folders, and the names and shapes that identify a checkpoint. Another base is
+another row of `BASES`; `docs/adding-a-base.md` shows one. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 from ldm.errors import InputError
 
-# How the parts are called in the model here, whatever files call them: `LatentDiffusion` has attributes of these names.
+# Prefixes of the parts in our models, after the attributes of `LatentDiffusion`; files may use other names.
 UNET = "model.diffusion_model."
 FIRST_STAGE = "first_stage_model."
 CONDITIONER = "cond_stage_model."
 TEXT = CONDITIONER + "transformer."
 
-# Names in checkpoints of LDM's code that the model need not have: averages, constants of the schedule, position ids,
-# losses and discriminators of autoencoders, and the scale of CLIP's contrast. Matched whole.
+# Names in checkpoints of LDM's code that a model may lack: averages, constants of the schedule, position ids, losses
+# and discriminators of autoencoders, and CLIP's logit scale. The pattern matches whole names.
 EMA = "model_ema."
 LDM_IGNORED = (
     rf"(.*\.)?({re.escape(EMA)}.+|loss\..+|position_ids|logit_scale|attn_mask|scale_factor|logvar|lvlb_weights"
@@ -30,16 +30,16 @@ LDM_IGNORED = (
     r"|global_step|num_updates|cond_ids|ddim_\w+)"
 )
 
-Shapes = Mapping[str, Any]  # weights by name: all that matters here are names and shapes
+Shapes = Mapping[str, Any]  # weights by name; only names and shapes are used
 
 
 @dataclass(frozen=True)
 class Part:
     """A part of a model in files.
 
-    prefix: how its weights begin in the model here; released: in checkpoints, where they are called otherwise
-    folder, file: where diffusers keeps it; older: how the file was called in older versions, as a torch file
-    library, cls: how diffusers' `model_index.json` names its class
+    prefix: the prefix of its weights in our model; released: the prefix in checkpoints, if it differs
+    folder, file: its place in diffusers' folders; older: the torch file of older versions
+    library, cls: its class in diffusers' `model_index.json`
     """
 
     prefix: str
@@ -52,7 +52,7 @@ class Part:
 
     @property
     def in_files(self) -> str:
-        """How its weights begin in checkpoints."""
+        """The prefix of its weights in checkpoints."""
         return self.prefix if self.released is None else self.released
 
 
@@ -60,16 +60,16 @@ class Part:
 class Base:
     """A family of base models.
 
-    config: the shipped config that builds it, by its path from the top of the repository
+    config: the shipped config that builds it, as a path in the repository
     size: side of its pictures in pixels
-    parts: `unet`, `vae` and, where it has one, `text_encoder`
-    marks: names of weights, as the model here has them, with the shapes by which a checkpoint is recognised
-    pipeline: its class in diffusers; None where its folders are not read or written here
+    parts: `unet`, `vae` and, if it has one, `text_encoder`
+    marks: names and shapes of weights that identify a checkpoint, with our names
+    pipeline: its class in diffusers; None if its folders are not supported
     others: further entries of the folder's `model_index.json`
-    text_model: the released text encoder that a config means which names none
-    ema: how the names of averages begin in its checkpoints
-    ignored: a pattern of the names that released files have and the model need not have
-    note: what no weight tells, for whoever gives a file of it
+    text_model: the released text encoder, for configs that name none
+    ema: the prefix of averages in its checkpoints
+    ignored: a pattern of names in released files that the model may lack
+    note: advice for users of such a file that its weights cannot tell
     """
 
     name: str
@@ -87,27 +87,27 @@ class Base:
 
     @property
     def what(self) -> str:
-        """A file of it, for messages."""
+        """A phrase for such a file, for messages."""
         return f"a checkpoint of {self.title}"
 
     @property
     def instead(self) -> str:
-        """What to do with a file of it."""
+        """A phrase that says what to do with such a file."""
         return f"use --config {self.config} or another one of that model"
 
     def recognises(self, weights: Shapes) -> bool:
-        """Whether weights are of this base, under the names of the model here or of released files."""
+        """Whether weights belong to this base, with our names or those of released files."""
         return any(
             all(_shape(weights, name) == shape for name, shape in marks.items())
             for marks in (self.marks, {self.released_name(name): shape for name, shape in self.marks.items()})
         )
 
     def released_name(self, name: str) -> str:
-        """A name of the model here as released files have it."""
+        """Our name of a weight as the name in released files."""
         return _renamed(name, [(part.prefix, part.in_files) for part in self.parts.values()])
 
     def model_name(self, name: str) -> str:
-        """A name in a released file as the model here has it."""
+        """A name in released files as our name."""
         return _renamed(name, [(part.in_files, part.prefix) for part in self.parts.values()])
 
 
@@ -120,7 +120,7 @@ def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
 
 @dataclass(frozen=True)
 class Foreign:
-    """What people give in place of a checkpoint of a base above, recognised to say so."""
+    """A file that users may give instead of a base checkpoint; it is recognised for a helpful message."""
 
     what: str
     recognises: Callable[[Shapes], bool]
@@ -204,7 +204,7 @@ BASES = [
 DEFAULT = BASES[0]
 
 
-# --- what is none of them
+# --- other files
 
 NO_TRANSFORMER = "this program has UNets alone; use a Stable Diffusion v1 checkpoint"
 USE_SDXL = "use a checkpoint of SDXL's base, or the config of this model if you have one"
@@ -268,42 +268,42 @@ FOREIGN = [
 
 
 def base_of(weights: Shapes) -> Base | None:
-    """The base that weights are of, by names and shapes; None for others."""
+    """The base of the weights, by names and shapes; None if it is unknown."""
     return next((base for base in BASES if base.recognises(weights)), None)
 
 
 def recognise(weights: Shapes) -> Base | Foreign | None:
-    """What weights are, by names and shapes."""
+    """The base or other kind of the weights, by names and shapes."""
     return base_of(weights) or next((one for one in FOREIGN if one.recognises(weights)), None)
 
 
 def holds_unet(names: Iterable[Any]) -> bool:
-    """Whether names are those of a whole model's weights: some begin as the UNet's of a base do."""
+    """Whether names belong to a whole model: some have the prefix of a base's UNet."""
     prefixes = tuple({base.parts["unet"].in_files for base in BASES})
     return any(str(name).startswith(prefixes) for name in names)
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a name is one that released files have and models need not have."""
+    """Whether a name in released files may be absent from a model."""
     return any(re.fullmatch(pattern, name) for pattern in dict.fromkeys(base.ignored for base in BASES))
 
 
 def in_model_names(weights: Shapes) -> Shapes:
-    """The weights of a released file under the names of the model here."""
+    """The weights of a released file with our names."""
     base = base_of(weights)
     return weights if base is None else {base.model_name(name): value for name, value in weights.items()}
 
 
 def in_released_names(weights: Shapes) -> Shapes:
-    """The weights of a model here under the names of released files."""
+    """The weights of our model with the names of released files."""
     base = base_of(weights)
     return weights if base is None else {base.released_name(name): value for name, value in weights.items()}
 
 
 def explained(error: InputError, weights: Shapes, source: str, model: Shapes | None = None) -> InputError:
-    """An error about weights that do not fit, which begins with what they are where that explains it.
+    """An error about weights that do not fit. If their kind explains it, the message begins with that.
 
-    `model` is the state of the model that they were meant for: weights of its own base are not named.
+    `model` is the state of the model that they were loaded into; its own base is not mentioned.
     """
     found = recognise(weights)
     if found is None or (model is not None and found is recognise(model)):

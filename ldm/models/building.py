@@ -1,6 +1,6 @@
-"""Models built from a config and filled with weights.
+"""Builds models from a config and fills them with weights.
 
-A model is built without initialising what is then overwritten, so that loading costs about what reading costs.
+Parameters that are overwritten later are not initialised, so loading takes about as long as reading the file.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 
 
 class skip_init(TorchFunctionMode):
-    """Within this context modules are built with uninitialised parameters: the caller overwrites every one of them."""
+    """Within this context, modules have uninitialised parameters. The caller must overwrite all of them."""
 
-    INITS = ("torch.nn.init", "transformers.initialization")  # transformers puts its functions in the place of torch's
+    INITS = ("torch.nn.init", "transformers.initialization")  # transformers replaces torch's functions by its own
     FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -49,9 +49,9 @@ class skip_init(TorchFunctionMode):
 def load_weights(
     model: nn.Module, weights: Mapping[str, Tensor], source: str, may_lack: Callable[[str], bool] = lambda name: False
 ) -> None:
-    """Put `weights` into a model, without copying where the dtype is the model's; each of them, see `filled`.
+    """Put all `weights` into a model, without a copy if the dtype agrees, see `filled`.
 
-    Raises `InputError` where the model has no place for a tensor.
+    Raises `InputError` if the model has no place for a tensor.
     """
     refuse_unknown(filled(model, weights, source, may_lack), source)
 
@@ -59,12 +59,11 @@ def load_weights(
 def filled(
     model: nn.Module, weights: Mapping[str, Tensor], source: str, may_lack: Callable[[str], bool]
 ) -> dict[str, Tensor]:
-    """Put `weights` into a model; the answer is those that it has no place for.
+    """Put `weights` into a model. Returns the weights that it has no place for.
 
-    Of names that the model does not have, those that released files have (`bases.is_ignored`) are left out. Buffers may
-    be absent: the model has computed its own, or does so when its `weights_loaded(names of what is absent)` is called
-    at the end. Parameters may be absent if `may_lack(name)`.
-    Raises `InputError`, with the first few names, if other parameters are absent, shapes differ or one is not finite.
+    Names that models may lack (`bases.is_ignored`) are left out. Buffers may be absent from `weights`: the model has
+    computed its own, or does so in `weights_loaded(absent names)`, which is called at the end. Parameters may be absent
+    if `may_lack(name)`. Raises `InputError` if other parameters are absent, shapes differ or a value is not finite.
     """
     parameters = dict(model.named_parameters())
     dtypes = {name: value.dtype for name, value in (*parameters.items(), *model.named_buffers())}
@@ -89,7 +88,7 @@ def filled(
 
 @contextmanager
 def _shapes_explained(source: str) -> Iterator[None]:
-    """Errors of `load_state_dict` about shapes, which list all of them, as one line about the first."""
+    """Within this context, errors of `load_state_dict` about shapes become one line about the first."""
     try:
         yield
     except RuntimeError as error:
@@ -107,7 +106,7 @@ def _shapes_explained(source: str) -> Iterator[None]:
 
 
 def refuse_unknown(names: Iterable[str], source: str) -> None:
-    """Raises `InputError` for names of weights that a model has no place for and that are not ignored."""
+    """Raises `InputError` for names without a place in the model, except ignored names."""
     unknown = [name for name in names if not is_ignored(name)]
     if unknown:
         raise InputError(
@@ -117,9 +116,9 @@ def refuse_unknown(names: Iterable[str], source: str) -> None:
 
 
 def load_base(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """`load_weights` for the base of a model; the tensors that only its tuning, once installed, has a place for.
+    """`load_weights` for the base of a model. Returns the tensors that belong to its tuning, for `fill_added`.
 
-    They go into the model by `fill_added`. A tuned model may lack in the file what tuning added to it.
+    The file may lack parameters that tuning added to the model.
     """
     weights = without_replaced(model, weights, source)
     tuning = getattr(model, "tuning", None)
@@ -130,7 +129,7 @@ def load_base(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> d
 
 
 def without_replaced(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
-    """The weights but for those of parts that the config replaces by something without weights, which is said."""
+    """The weights without those of parts that the config replaces by modules without weights; logs them."""
     prefixes = tuple(f"{n}." for n, part in model.named_modules() if getattr(part, "replaces_weights", False))
     kept = {name: value for name, value in weights.items() if not name.startswith(prefixes or "\0")}
     if len(kept) < len(weights):
@@ -141,10 +140,10 @@ def without_replaced(model: nn.Module, weights: Mapping[str, Tensor], source: st
 def build_model(
     config: Mapping, ckpt: str | Path | None, random_seed: int | None = None, tuned: bool = True
 ) -> nn.Module:
-    """The model of a config with the weights of a checkpoint, or with seeded random ones where `ckpt` is None.
+    """The model of a config with the weights of a checkpoint; if `ckpt` is None, with seeded random weights.
 
-    `config` is a whole config (its `model` is built). What its tuning adds starts fresh; it is not installed unless
-    `tuned`. Raises `InputError`.
+    `config` is a whole config; its section `model` is built. With `tuned`, its tuning is installed with initial values.
+    Raises `InputError`.
     """
     if "model" not in config:
         raise InputError(f"the config has no 'model' section; its keys are {list(config)}")
@@ -160,9 +159,9 @@ def build_model(
 
 
 def filled_model(config: Mapping, weights: Mapping[str, Tensor], source: str, tuned: bool = True) -> nn.Module:
-    """The model of a config with these weights. What its tuning adds starts fresh where they lack it.
+    """The model of a config with these weights. Tuned parameters that they lack have initial values.
 
-    Raises `InputError`, which names the base that the weights are of where it is another one.
+    Raises `InputError`; if the weights are of another base, the message names it.
     """
     with skip_init():
         model = untuned_model(config)
@@ -178,13 +177,13 @@ def filled_model(config: Mapping, weights: Mapping[str, Tensor], source: str, tu
 
 
 def untuned_model(config: Mapping) -> nn.Module:
-    """The model of a config before its tuning is installed, which may start from weights that are loaded first."""
+    """The model of a config without its tuning, which is installed after the base weights are loaded."""
     waits = "install_tuning" in (parameters_of(get_obj_from_str(str(config["model"].get("target"))))[1] or [])
     return instantiate_from_config(config["model"], **({"install_tuning": False} if waits else {}))
 
 
 def untuned(config: Any) -> Any:
-    """A config without the tuning of its training: files bring their own. Routes of position adapters stay."""
+    """A config without its `tuning`, for files that bring their own. Routes of position adapters stay."""
     params = config.get("model", {}).get("params", {})
     for name in ("tuning", "add_token"):
         params.pop(name, None)
@@ -199,7 +198,7 @@ def tune(model: nn.Module) -> None:
 
 @torch.no_grad()
 def fill_added(model: nn.Module, added: Mapping[str, Tensor], source: str) -> None:
-    """Put what tuning added to the model of a whole checkpoint into a model that its config tunes in the same way."""
+    """Put the tuned parameters of a whole checkpoint into a model with the same tuning."""
     if not added:
         return
     own = model.state_dict()
@@ -212,21 +211,21 @@ def fill_added(model: nn.Module, added: Mapping[str, Tensor], source: str) -> No
                 f"{list(own[name].shape)}; use the config that the checkpoint was made with"
             )
         own[name].copy_(value)
-    log.info("%s: %d tensors of what was tuned are loaded, too", source, len(added))
+    log.info("%s: %d tuned tensors are loaded, too", source, len(added))
 
 
 def reinit_zero_layers(model: nn.Module) -> None:
-    """Give a random base what training would: layers that start at zero block every gradient; draw N(0, 1/fan_in)."""
+    """Replace zero layers of a random base by N(0, 1/fan_in), because zero layers block all gradients."""
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.detach().any():
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 
 def choose_checkpoint(config: Mapping, given: str | None) -> tuple[str | None, int | None]:
-    """Which checkpoint to start from: the one given, else the config's `checkpoint: {path, random_seed}`.
+    """The checkpoint to start from: the given one, else the config's `checkpoint: {path, random_seed}`.
 
-    Returns (path, None), or (None, seed) where the config's own file is absent and it allows a random base.
-    Raises `InputError` where there is neither.
+    Returns (path, None), or (None, seed) if the config's file is absent and the config allows a random base.
+    Raises `InputError` otherwise.
     """
     if given:
         return given, None

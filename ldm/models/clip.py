@@ -1,4 +1,4 @@
-"""CLIP, trained by contrast: Radford et al., arXiv 2103.00020. The networks are those of transformers."""
+"""Contrastive training of CLIP (Radford et al., arXiv 2103.00020) with the networks of transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ldm.modules.encoders.tokenizers import read_tokenizer, refuse_code
 class CLIP(module_class()):
     """The two towers of a CLIP folder (`config.json`, tokenizer, and weights if it has them), and their training.
 
-    Pictures are [b, 3, h, w] in -1 .. 1, as everywhere here. `learning_rate` is set by the training run.
+    Pictures are [b, 3, h, w] in -1 .. 1. The training run sets `learning_rate`.
     Raises `InputError` for a folder without a CLIP `config.json`.
     """
 
@@ -52,7 +52,7 @@ class CLIP(module_class()):
             load_weights(self.clip, weights, str(self.folder / "model.safetensors"))
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Token ids [b, n], padded and cut to the length that the text tower knows."""
+        """Token ids [b, n], padded and cut to the length of the text tower."""
         length = self.clip.config.text_config.max_position_embeddings
         how = {"truncation": True, "max_length": length, "padding": "max_length", "return_tensors": "pt"}
         return self.tokenizer(list(captions), **how)["input_ids"]
@@ -95,7 +95,7 @@ class CLIP(module_class()):
         self.clip.logit_scale.clamp_(max=torch.tensor(100.0).log())  # arXiv 2103.00020, Sec. 2.5
 
     def configure_optimizers(self) -> Any:
-        """AdamW that decays matrices only, with the config's schedule per step."""
+        """AdamW with weight decay only for matrices, and the config's schedule per step."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.weight_decay},
@@ -119,8 +119,8 @@ class CLIP(module_class()):
 def contrastive_loss(pictures: Tensor, texts: Tensor, logit_scale: Tensor, same: Tensor) -> Tensor:
     """The symmetric loss of arXiv 2103.00020, Fig. 3, for unit vectors [b, d].
 
-    `same` [b, b] tells which pairs have the same caption: they share the target, as in UniCL (arXiv 2204.03610, Eq. 3),
-    for "a photo of a dog" is no wrong caption of another dog.
+    `same` [b, b] marks pairs with the same caption. They share the target, as in UniCL (arXiv 2204.03610, Eq. 3),
+    because "a photo of a dog" is correct for every dog.
     """
     logits = logit_scale.exp() * pictures @ texts.T
     target = same.float() / same.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Position adapters of a UNet into a folder (`ldm.modules.folders`) and back; published `.pt` folders too."""
+"""Writes the position adapters of a UNet to a folder (`ldm.modules.folders`), and reads them; `.pt` folders too."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ldm.modules.taps import Route, TappedBlock
 
 log = logging.getLogger(__name__)
 
-SMALL = 2**20  # numbers that a folder may claim without having them: what does not fit is told better later
-COMPARED = ("kind", "din", "dout", "mid_dim", "method", "form")  # what must agree between a folder and a model
+SMALL = 2**20  # smaller claims are not checked, because later checks give better messages
+COMPARED = ("kind", "din", "dout", "mid_dim", "method", "form")  # keys that must agree between a folder and a model
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "position-adapters-ldm")
 
 
@@ -49,13 +49,13 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def check_base(config: Mapping[str, Any], fingerprint: str | None, source: str) -> None:
-    """Warn if what a folder holds was trained on another UNet than the one with this fingerprint."""
+    """Warn if a folder was trained on a UNet with another fingerprint."""
     if config.get("base_fingerprint") not in (None, fingerprint):
         log.warning("%s was trained on another base model (fingerprint %s)", source, config["base_fingerprint"])
 
 
 def own_fingerprint(model: nn.Module) -> str | None:
-    """The digest of a UNet to which nothing but position adapters was added."""
+    """The digest of a UNet's base weights; only position adapters may have been added to it."""
     adapters = adapter_tensors(model)
     return fingerprint({name: value for name, value in model.state_dict().items() if name not in adapters})
 
@@ -69,7 +69,7 @@ def save(model: nn.Module, path: str | Path, notes: Mapping[str, Any]) -> None:
 
 
 def metadata(entries: list[dict], notes: Mapping[str, Any], base_fingerprint: str | None) -> dict[str, Any]:
-    """What the JSON of a folder says beside its tensors: adapters, notes, the base and the packages."""
+    """The JSON of a folder without its tensors: adapters, notes, the base and the packages."""
     return {
         "format": "position-adapters-1",
         "adapters": entries,
@@ -87,12 +87,12 @@ def _version(package: str) -> str | None:
 
 
 def load(model: nn.Module, path: str | Path, scale: float = 1.0, add: bool = False) -> None:
-    """Put the adapters of a folder into a UNet; all of them or, with an `InputError`, none.
+    """Put the adapters of a folder into a UNet: all of them or, with an `InputError`, none.
 
-    A model without adapters takes those of the folder. One that has some must have the same, unless `add`: then those
-    of the folder are attached beside them. A folder of the published code does not say what its routes are, so the
-    model must have them. `scale` multiplies the scale of each route. A folder in which other families have learnt too
-    is refused: it is for a whole model, `ldm.tuning.files.load`.
+    A model without adapters takes those of the folder. A model with adapters must have the same ones; with `add`, those
+    of the folder are attached beside them. A folder of the published code does not name its routes, so the model must
+    have them. `scale` multiplies the scale of each route. A folder with other families too is refused, because they
+    need a whole model; use `ldm.tuning.files.load`.
     """
     folder = read_folder(path)
     if folder.families:
@@ -106,12 +106,12 @@ def load(model: nn.Module, path: str | Path, scale: float = 1.0, add: bool = Fal
 
 
 def told_families(folder: Folder) -> list[str]:
-    """What the families of a folder are called in it."""
+    """The names of the families in a folder."""
     return [str(entry.get("family", entry.get("target"))) for entry in folder.families]
 
 
 def put(model: nn.Module, folder: Folder, scale: float = 1.0, add: bool = False) -> None:
-    """`load` with a folder that has been read, whatever else it holds."""
+    """`load` for a folder that has been read. Other content of the folder is ignored."""
     path, config, tensors = folder.path, folder.config, folder.adapters
     present = describe(model)
     if config is None and (add or not present):
@@ -158,7 +158,7 @@ def _attach_and_fill(
             for prefix in entry["blocks"]:
                 if prefix not in blocks:
                     raise InputError(
-                        f"{source} does not fit this model: it wants an adapter in {prefix}, which this model has not"
+                        f"{source} does not fit this model, which has no block {prefix} for its adapter"
                     )
                 old = f"{prefix}.{entry['name']}."
                 own = {key.removeprefix(old): value for key, value in tensors.items() if key.startswith(old)}
@@ -179,7 +179,7 @@ def _attach_and_fill(
 
 
 def _checked(entry: dict, source: str) -> dict:
-    """The entry of `adapter_config` that an entry of a folder stands for. Raises `InputError`."""
+    """An entry of a folder as an entry of `adapter_config`. Raises `InputError`."""
     kind = entry["kind"]
     if kind not in BLOCK_KINDS:
         raise InputError(f"{source} holds an adapter of the unknown kind {kind!r}: expected {', '.join(BLOCK_KINDS)}")
@@ -191,7 +191,7 @@ def _form_of(entry: dict, block: TappedBlock, own: Mapping[str, Tensor], what: s
     reads, writes = entry["din"], entry["dout"]
     block.check_route(reads, writes)
     width = block.width(reads), block.width(writes)
-    with torch.device("meta"):  # what it claims, without the memory
+    with torch.device("meta"):  # its size, without the memory
         claimed = sum(value.numel() for value in new_form(entry, *width).parameters())
     if claimed > max(sum(value.numel() for value in own.values()), SMALL):
         raise InputError(

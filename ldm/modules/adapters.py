@@ -32,7 +32,7 @@ class Activation(nn.Module):
 
 
 def start(layers: nn.Sequential, init: str) -> None:
-    """The start of training: torch's own initialisation; with `init="zero"` zeros in the last layer.
+    """The initialisation: torch's own; with `init="zero"`, zeros in the last layer.
 
     Then the untrained adapter changes nothing. `init="default"` is the random start of the published code.
     """
@@ -45,14 +45,14 @@ def start(layers: nn.Sequential, init: str) -> None:
 
 
 def in_own_dtype(function: Callable[[Tensor], Tensor], x: Tensor, like: Tensor) -> Tensor:
-    """`function(x)` computed in the dtype of its weights: fp32 adapters learn beside a base in half precision."""
+    """`function(x)` in the dtype of its weights, so fp32 adapters can be trained on a base in half precision."""
     return function(x.to(like.dtype)).to(x.dtype)
 
 
 class BottleneckMLP(nn.Module):
     """Down-projection, activation, up-projection: [b, n, dim_in] to [b, n, dim_out] (arXiv 2303.18181, section 3.2)."""
 
-    dims = 3  # of the values that it takes
+    dims = 3  # dimensions of the values
     layers = ("adp.0", "adp.2")  # names of the two projections
 
     def __init__(self, dim_in: int, dim_out: int, mid_dim: int, method: str = "default", init: str = "zero") -> None:
@@ -92,12 +92,12 @@ class BottleneckConv(nn.Sequential):
         return in_own_dtype(super().forward, x, like=self[2].weight)
 
 
-# What `form` in the YAML can name.
+# The values of `form` in the YAML.
 FORMS: dict[str, type[nn.Module]] = {"mlp": BottleneckMLP, "conv": BottleneckConv}
 
 
 class Kind(NamedTuple):
-    """The blocks that a key of `adapter_config` speaks of: class, usual form, dimensions of their values."""
+    """The blocks that a key of `adapter_config` means: class, default form, dimensions of their values."""
 
     block: str
     form: str
@@ -108,7 +108,7 @@ BLOCK_KINDS = {
     "transformer_adp_config": Kind("BasicTransformerBlock", form="mlp", dims=3),
     "resblock_adp_config": Kind("ResBlock", form="conv", dims=4),
 }
-# An entry below such a key; None: required, or for `form` that of the kind.
+# The keys of an entry and their defaults. None: required; for `form`: the default form of the kind.
 ENTRY = {
     "type": "inout", "din": None, "dout": None, "mid_dim": None, "method": "default", "scale": 1.0, "init": "zero",
     "form": None,
@@ -128,24 +128,24 @@ def tapped_blocks(model: nn.Module, kind: str | None = None) -> Iterator[tuple[s
 
 
 def attach_adapters(model: nn.Module, adapter_config: Mapping | None) -> list[str]:
-    """Attach every adapter of an `adapter_config` to every block of its kind; the names of the new adapter modules.
+    """Attach every adapter of an `adapter_config` to every block of its kind. Returns the names of the new modules.
 
     `{"transformer_adp_config": [entry, ...], "resblock_adp_config": entry or [entry, ...]}` with entries
     `{type: inout, din, dout, mid_dim, method, scale, init}`. Raises `InputError` naming the key that is wrong.
     """
     entries = [(kind, entry) for kind, own in read_adapter_config(adapter_config).items() for entry in own]
-    with forked_rng():  # what is drawn after this does not depend on the adapters
+    with forked_rng():  # later random numbers do not depend on the adapters
         state = torch.get_rng_state()
         attached = [name for kind, entry in entries for name in attach_one(model, kind, entry)]
         torch.set_rng_state(state)
-        for name, module in model.named_modules():  # block by block, however many adapters each has
+        for name, module in model.named_modules():  # block by block, for any number of adapters
             if name in attached:
                 module.reset_parameters()
     return attached
 
 
 def attach_one(model: nn.Module, kind: str, entry: Mapping) -> list[str]:
-    """Attach one checked entry to every block of its kind; the names of the new adapter modules."""
+    """Attach one checked entry to every block of its kind. Returns the names of the new modules."""
     names = []
     for prefix, block in tapped_blocks(model, kind):
         name = block.next_adapter_name()
@@ -205,7 +205,7 @@ def _one_of(names: Collection[str]) -> tuple[Callable[[Any], bool], str]:
     return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}"
 
 
-# What the values of an entry must be, and how a refusal says so.
+# The checks of the values of an entry, and their names in messages.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "din": (_is_name, "a name"),
     "dout": (_is_name, "a name"),

@@ -1,6 +1,6 @@
-"""Stand-ins for frozen encoders whose answers are known already: they give the same numbers and do no work.
+"""Replacements for frozen encoders that return cached results.
 
-The encoders themselves are kept out of the module tree: they do not follow the model to its device.
+The encoders themselves are not in the module tree, so they do not move to the device with the model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 
 class CachedPosteriors(nn.Module):
-    """A first stage whose "pictures" [b, 2c, h, w] are the parameters of its posterior; it draws anew at every call."""
+    """A first stage whose "pictures" [b, 2c, h, w] are posterior parameters. Every call samples from the posterior."""
 
     def __init__(self, first_stage: nn.Module) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class CachedPosteriors(nn.Module):
         return DiagonalGaussianDistribution(moments)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents to pictures, by the first stage itself, which comes to the device for it."""
+        """Latents to pictures, by the first stage itself, which moves to the device first."""
         [first_stage] = self._encoder
         pictures = first_stage.to(z.device).decode(z)
         first_stage.cpu()
@@ -36,12 +36,12 @@ Encoding = Tensor | tuple[Tensor, ...]  # of a prompt, [tokens, d]; SDXL's secon
 
 
 def each(function: Callable[[Tensor], Tensor], encoding: Encoding) -> Encoding:
-    """`function` of a tensor, or of each one of several."""
+    """Apply `function` to a tensor, or to each of several tensors."""
     return tuple(map(function, encoding)) if isinstance(encoding, tuple) else function(encoding)
 
 
 class CachedPrompts(nn.Module):
-    """A text encoder that looks known prompts up, and asks the encoder itself for others."""
+    """A text encoder that looks up known prompts and calls the encoder itself for others."""
 
     def __init__(self, encoder: nn.Module, known: dict[str, Encoding]) -> None:
         super().__init__()
@@ -61,6 +61,6 @@ class CachedPrompts(nn.Module):
         return self.known[prompt]
 
     def _apply(self, fn, recurse: bool = True):
-        """Known encodings follow the model from device to device."""
+        """Move the known encodings with the model."""
         self.known = {prompt: each(fn, encoding) for prompt, encoding in self.known.items()}
         return super()._apply(fn, recurse)

@@ -1,4 +1,4 @@
-"""Keys and values of a text, computed once instead of at every step of a sampler."""
+"""Computes the keys and values of a text once instead of at every step of a sampler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.modules.attention import BasicTransformerBlock
 
 
 class Once:
-    """A function of one tensor that is not computed again as long as it is given the same tensor."""
+    """A function of one tensor that keeps its last result and returns it again for the same tensor."""
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         self.function = function
@@ -27,11 +27,11 @@ class Once:
 
 @contextmanager
 def cached_text(unet: nn.Module) -> Iterator[None]:
-    """Within this context the cross-attention of `unet` keeps the keys and values of the text that it saw last.
+    """Within this context, the cross-attention of `unet` caches the keys and values of the last text.
 
-    For sampling: weights must not change meanwhile, nor the text in place. What an adapter makes of the text in each
-    block (route attn2c-attn2c) is another tensor at each step, and so computed anew. A compiled UNet is left as it is:
-    its graph knows values, not which tensor they came in.
+    Use it for sampling: the weights must not change, and the text must not change in place. An adapter on the text
+    (route attn2c-attn2c) makes a new tensor at each step, so its keys and values are computed again. A compiled UNet is
+    left as it is, because its graph cannot compare the identity of tensors.
     """
     compiled = getattr(unet, "_compiled_call_impl", None) is not None
     layers = [] if compiled else [m.attn2 for m in unet.modules() if isinstance(m, BasicTransformerBlock)]

@@ -1,4 +1,4 @@
-"""Convolutions of the UNet: those of few pixels and many channels are matrix products on a CPU."""
+"""Convolutions of the UNet, which on a CPU become matrix products if there are few pixels and many channels."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d`, faster on CPUs where a picture has few pixels: a third of the time at 4 x 4 with 1280 channels.
+    """`nn.Conv2d` that is faster on CPUs for few pixels: a third of the time at 4 x 4 with 1280 channels.
 
-    There, all time goes into the weights, which a convolution first puts into an order of its own, at every call. A
-    matrix product takes them as they lie. Results differ by rounding.
+    For few pixels, a convolution spends most time on reordering its weights at every call. A matrix product uses the
+    weights directly. Results differ by rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        pixels = x.numel() // self.in_channels  # of all pictures together; the bound is measured
+        pixels = x.numel() // self.in_channels  # of all pictures together; the bound was measured
         if x.device.type == "cpu" and 8 * pixels <= self.out_channels:
             return self.as_product(x)
         return super().forward(x)

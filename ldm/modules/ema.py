@@ -13,10 +13,10 @@ from ldm.errors import InputError
 class LitEma(nn.Module):
     """Shadow copies of the trainable parameters of `model`; frozen ones are not tracked.
 
-    The copies are buffers named as the parameters with the dots removed, which is how released checkpoints have them,
-    beside `decay` and `num_updates`. With `use_num_upates` (LDM's spelling) the decay starts low and grows.
+    The copies are buffers. Their names are those of the parameters without dots, as in released checkpoints; further
+    buffers are `decay` and `num_updates`. With `use_num_upates` (LDM's spelling) the decay starts low and grows.
 
-    Copies that `known`, averages of the same model, has already are taken from there.
+    Copies that exist in `known`, averages of the same model, are taken over.
     Raises `InputError` unless 0 <= decay <= 1.
     """
 
@@ -38,19 +38,19 @@ class LitEma(nn.Module):
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
         """One update: shadow <- d shadow + (1 - d) parameter, d = min(decay, (1 + n) / (10 + n)) at the n-th update."""
-        self.num_updates += self.num_updates >= 0  # -1: no counting. Tensors throughout, so that a GPU need not wait.
+        self.num_updates += self.num_updates >= 0  # -1: no counting. Only tensors, so the GPU is never waited for.
         warm_up = (1 + self.num_updates) / (10 + self.num_updates)
         decay = torch.where(self.num_updates < 0, self.decay, torch.minimum(self.decay, warm_up))
         for shadow, parameter in self._pairs(model):
             shadow.sub_((1 - decay).to(shadow.dtype) * (shadow - parameter))
 
     def tracks(self, model: nn.Module) -> bool:
-        """Whether the copies are of exactly those parameters of `model` that have gradients now."""
+        """Whether the copies are of exactly the parameters of `model` that are trainable now."""
         return set(self.m_name2s_name) == {name for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def begin(self, model: nn.Module, shadows: Container[str]) -> None:
-        """Start the named shadow copies at the model's present parameters."""
+        """Set the named shadow copies to the model's current parameters."""
         for name, shadow_name in self.m_name2s_name.items():
             if shadow_name in shadows:
                 self.get_buffer(shadow_name).copy_(model.get_parameter(name))
@@ -62,12 +62,12 @@ class LitEma(nn.Module):
             parameter.copy_(shadow)
 
     def store(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Remember the present values of `parameters`, to bring them back by `restore`."""
+        """Store the current values of `parameters` for `restore`."""
         self.collected_params = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
     def restore(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Bring back the values remembered by `store`."""
+        """Put back the values that `store` kept."""
         for stored, parameter in zip(self.collected_params, parameters, strict=True):
             parameter.copy_(stored)
         self.collected_params = []

@@ -1,8 +1,8 @@
-"""A folder of what was tuned, as a file format: written whole, read whole, and nothing of it left unclaimed.
+"""The file format of folders with tuned parameters. They are written and read atomically and checked completely.
 
-`adapter_config.json` tells what the tensors are: position adapters in `adapters.safetensors`, everything else that
-learnt in `tuned.safetensors`. It holds the digest of both, so that files of two writings are never taken for one.
-Folders of the published code are `.pt` files alone.
+`adapter_config.json` describes the tensors: position adapters in `adapters.safetensors`, all others in
+`tuned.safetensors`. It holds the digests of both, so files of two different saves are never mixed.
+Folders of the published code have only `.pt` files.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from ldm.errors import InputError, short
 from ldm.files import read_json
 
 TENSORS, TUNED, CONFIG = "adapters.safetensors", "tuned.safetensors", "adapter_config.json"
-ATTEMPTS = 20  # at reading a folder that is being replaced
+ATTEMPTS = 20  # to read a folder that is being replaced
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder held at one moment.
+    """The content of a folder at one moment.
 
-    `config` is its JSON, None in folders of the published code; `adapters` are the tensors of position adapters by
-    their names in the UNet; `tuned` all others by their names in the model.
+    `config` is its JSON; None for folders of the published code. `adapters` are the tensors of position adapters by
+    their names in the UNet, `tuned` all other tensors by their names in the model.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class Folder:
 
 
 def names_adapter(name: str) -> bool:
-    """Whether a name in a file is of a position adapter: `...adapter_inout.adp.0.weight`, `...adapter_1.2.bias`."""
+    """Whether a name belongs to a position adapter: `...adapter_inout.adp.0.weight`, `...adapter_1.2.bias`."""
     return re.search(r"(^|\.)adapter(_inout)?(_\d+)?\.", name) is not None
 
 
@@ -61,9 +61,9 @@ def write_folder(
     adapters: Mapping[str, Tensor],
     tuned: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a folder from what its JSON tells and its tensors, atomically.
+    """Write a folder from its JSON and its tensors, atomically.
 
-    Raises `InputError` for a tensor that is not finite; what was at `path` stays.
+    Raises `InputError` for a tensor that is not finite; then the old folder at `path` stays.
     """
     parts = {name: held for name, held in ((TENSORS, adapters), (TUNED, tuned or {})) if held}
     for held in parts.values():
@@ -78,10 +78,10 @@ def write_folder(
 
 
 def read_folder(path: str | Path) -> Folder:
-    """Read a folder that training wrote, of one moment even while it is being replaced.
+    """Read a folder of a training, consistently even while it is being replaced.
 
-    Raises `InputError` for a folder that is none, is damaged, holds a tensor that its JSON does not claim or one that
-    is not finite, and for one that changes while it is read.
+    Raises `InputError` if it is not such a folder, is damaged, holds a tensor that its JSON does not name or that is
+    not finite, or changes again and again while it is read.
     """
     path = Path(path)
     if not path.is_dir():
@@ -96,7 +96,7 @@ def read_folder(path: str | Path) -> Folder:
             except (InputError, OSError) as error:
                 if is_current():
                     raise InputError(str(error).replace(str(inside), str(path))) from None
-                continue  # it was replaced, and its old files went away
+                continue  # the folder was replaced, and its old files are gone
             if is_whole:
                 return found
     raise InputError(f"{path} changes again and again while it is read; try again when nothing writes to it")
@@ -138,7 +138,7 @@ def _read(inside: Path, path: Path) -> Folder:
 
 
 def _tensors(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of one file, if it is the one that the JSON was written with."""
+    """The tensors of one file. Raises `InputError` if the digest in the JSON differs."""
     listed, is_there = config.get("files"), file.is_file()
     entry = (listed or {}).get(file.name)
     if entry is None and listed is not None and is_there:
@@ -149,7 +149,7 @@ def _tensors(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _check_claims(folder: Folder) -> None:
-    """Every tensor belongs to an adapter or a family of the JSON, and every family has its tensors."""
+    """Raises `InputError` unless each tensor belongs to an adapter or family of the JSON, and none is missing."""
     claimed = {name for family in folder.families for name in family["tensors"]}
     if lacking := sorted(claimed - folder.tuned.keys()):
         raise InputError(f"{folder.path} is damaged: {TUNED} lacks {short(lacking[0])}")
@@ -172,11 +172,11 @@ def _check_claims(folder: Folder) -> None:
 def _published(inside: Path) -> dict[str, Tensor]:
     """The tensors of a folder without JSON by their names in the UNet: the `.pt` files of the published code.
 
-    A transformer adapter is there twice, as `<name>.pt` and `<name>.adp.pt`, with the same full names.
+    Each transformer adapter is stored twice, as `<name>.pt` and `<name>.adp.pt`, with the same full names.
     """
     if (inside / TUNED).is_file():
         raise InputError(f"{inside} lacks {CONFIG}, which tells what its {TUNED} is")
-    if (inside / TENSORS).is_file():  # whose names say where they belong, in a model that has the routes
+    if (inside / TENSORS).is_file():  # its names are enough for a model that has the routes
         return _finite(read_weights(inside / TENSORS), inside)
     files = sorted(inside.glob("*.pt"))
     if not files:

@@ -1,4 +1,4 @@
-"""What transformer blocks and residual blocks share: a start as the identity, and activations computed again."""
+"""Common to transformer blocks and residual blocks: zero initialisation and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def zero_module(module: nn.Module) -> nn.Module:
     return module
 
 
-# What selective checkpointing keeps: results that take long to compute again. Norms and activation functions do not.
+# The results that selective checkpointing keeps, because they are expensive to compute again.
 ATTENTIONS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
 COSTLY = [torch.ops.aten.convolution.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default] + [
     getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
@@ -34,10 +34,10 @@ CHECKPOINTS = {
 
 
 def checkpoint(function: Callable, inputs: tuple, kind: bool | str):
-    """`function(*inputs)`; with `kind` True its activations are computed again in the backward pass instead of kept.
+    """`function(*inputs)`; with `kind` True its activations are recomputed in the backward pass instead of stored.
 
-    "selective" keeps the results of matrix products, convolutions and attention, and computes the rest again.
-    The non-reentrant kind: parameters need not be listed, frozen ones get no gradient, `torch.compile` takes it.
+    "selective" stores the results of matrix products, convolutions and attention, and recomputes the rest. This is the
+    non-reentrant variant: parameters need not be listed, frozen ones get no gradient, `torch.compile` supports it.
     Raises `InputError` for another kind.
     """
     if kind not in (False, *CHECKPOINTS):

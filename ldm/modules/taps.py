@@ -1,8 +1,7 @@
-"""How an adapter meets a block: the route of arXiv 2303.18181 (where it reads, where it writes, with what scale).
+"""Routes of adapters through a block (arXiv 2303.18181): where they read, where they write, and their scale.
 
-A block names the values on its data path by passing them through `tap(position, value)`. Adapters attached to the
-block read and write there; the block itself knows nothing of them, and with none attached its graph is that of the
-plain block.
+A block passes the values on its data path through `tap(position, value)`, which names them. Attached adapters read and
+write there. The block itself does not know the adapters; without any, its graph is that of the plain block.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ Tap = Callable[[str, Tensor], Tensor]
 
 
 class Route(NamedTuple):
-    """One adapter's way through a block: the value at `writes` gains `scale * form(value at reads)`.
+    """One adapter's route through a block: `scale * form(value at reads)` is added to the value at `writes`.
 
-    The scale is a number, or an object whose `scale * tensor` and `float(scale)` are a learnt one's.
+    The scale is a number, or an object with `scale * tensor` and `float(scale)`, for a learnt scale.
     """
 
     name: str  # attribute of the block that holds the form
@@ -51,7 +50,7 @@ class TappedBlock(nn.Module):
         self.adapters_enabled = True
 
     def attach(self, name: str, form: nn.Module, reads: str, writes: str, scale: float = 1.0) -> None:
-        """Wire `form` in as the attribute `name`. It maps the value at `reads` to the shape of the value at `writes`.
+        """Attach `form` as the attribute `name`. It maps the value at `reads` to the shape of the value at `writes`.
 
         Raises `InputError` if the route is not one of this block's or the name is taken.
         """
@@ -70,7 +69,7 @@ class TappedBlock(nn.Module):
 
     @classmethod
     def adapter_name(cls, number: int) -> str:
-        """The state-dict name of a block's adapters in their order: `adapter_inout`, `adapter_inout_1`, ..."""
+        """The state-dict name of a block's adapter by its number: `adapter_inout`, `adapter_inout_1`, ..."""
         return cls.first_adapter + (f"_{number}" if number else "")
 
     def next_adapter_name(self) -> str:
@@ -89,7 +88,7 @@ class TappedBlock(nn.Module):
         return [p for p in after if p in self.writable and self.positions[p] == self.positions[reads]]
 
     def check_route(self, reads: str, writes: str) -> None:
-        """Raises `InputError` for a route that this kind of block does not have, naming those that it has."""
+        """Raises `InputError` for a route that this kind of block does not have; the message names valid routes."""
         route = f"adapter route {reads}-{writes}"
         if reads not in self.positions:
             raise InputError(f"{route}: unknown input {reads!r}, expected one of {', '.join(self.positions)}")
@@ -105,7 +104,7 @@ class TappedBlock(nn.Module):
             raise InputError(f"{route} writes before it reads: {writes} comes before {reads} in the block; {valid}")
 
     def taps(self) -> Tap:
-        """The tap for one call of `forward`. What is owed lives in it, so that the block stays re-entrant."""
+        """The tap for one call of `forward`. It holds the contributions of adapters, so the block stays re-entrant."""
         if not (self.routes and self.adapters_enabled):
             return untouched
         owed: dict[str, Tensor] = {}

@@ -104,7 +104,7 @@ MISFITS = {
         lambda f: unet(model_channels=64),
         "4 tensors have another shape|tensors have another shape, e.g.",
     ),
-    "a smaller model": (lambda f: unet(channel_mult=[1]), "it wants an adapter in .* which this model has not"),
+    "a smaller model": (lambda f: unet(channel_mult=[1]), "which has no block .* for its adapter"),
     "a bad width": (
         lambda f: damaged(f, lambda a: a[0].update(mid_dim="x")) or unet(),
         "mid_dim must be a whole number",

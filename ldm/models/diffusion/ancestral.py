@@ -1,7 +1,6 @@
-"""Sampling by the diffusion process itself, step by step, and pictures of how a model does: LDM's methods of models.
+"""Ancestral sampling through all steps, and diagnostic pictures: LDM's methods of models.
 
-What programs draw with is in `samplers.py`; this is Algorithm 2 of DDPM (arXiv 2006.11239), as the model classes of LDM
-offer it.
+This is Algorithm 2 of DDPM (arXiv 2006.11239) as methods of LDM's model classes. Programs use `samplers.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ Intermediates = list[Tensor]
 
 
 class AncestralSampling:
-    """For a `DiffusionProcess` with `apply_model`, `prediction`, `channels` and `image_size`."""
+    """A mixin for a `DiffusionProcess` with `apply_model`, `prediction`, `channels` and `image_size`."""
 
-    clips_x0 = True  # to -1 .. 1; latents have no such bounds
+    clips_x0 = True  # to -1 .. 1; False for latents, which have no bounds
 
     def p_mean_variance(
         self, x: Tensor, t: Tensor, cond: Any = None, clip_denoised: bool | None = None
@@ -60,7 +59,7 @@ class AncestralSampling:
         log_every_t: int | None = None,
         generator: Generators = None,
     ) -> Any:
-        """A sample [b, c, h, w] of that shape from noise, through every step; with its way if asked for.
+        """A sample of this shape, [b, c, h, w], from noise through every step; optionally with intermediate results.
 
         timesteps, start_T: begin at this step instead of the last one; mask, x0: see `keep_known`; callback(t) and
         img_callback(x, t) after every step. Raises `InputError` for a mask without x0.
@@ -89,7 +88,7 @@ class AncestralSampling:
     def progressive_denoising(
         self, cond: Any, shape: Sequence[int], verbose: bool = True, log_every_t: int | None = None, **more: Any
     ) -> tuple[Tensor, Intermediates]:
-        """A sample, and what the model takes x_0 to be on the way (DDPM, section 4.3). `more`: of `p_sample_loop`."""
+        """A sample and the intermediate estimates of x_0 (DDPM, section 4.3). `more`: arguments of `p_sample_loop`."""
         estimates: Intermediates = []
         every = log_every_t or self.log_every_t
 
@@ -110,13 +109,13 @@ class AncestralSampling:
         shape: Sequence[int] | None = None,
         **more: Any,
     ) -> Any:
-        """`p_sample_loop` for a batch in the model's own size; a condition of more rows is cut to the batch."""
+        """`p_sample_loop` for a batch of the model's own size; a longer condition is cut to the batch."""
         shape = shape or (batch_size, self.channels, self.image_size, self.image_size)
         return self.p_sample_loop(_first(cond, batch_size), shape, return_intermediates, **more)
 
     @torch.no_grad()
     def sample_log(self, cond: Any, batch_size: int, ddim: bool, ddim_steps: int, **more: Any) -> tuple[Tensor, Any]:
-        """A batch by DDIM or, without it, through every step; and the way there."""
+        """A batch by DDIM or, without `ddim`, through every step; and the intermediate results."""
         if not ddim:
             return self.sample(cond, batch_size, return_intermediates=True, **more)
         from ldm.models.diffusion.ddim import DDIMSampler
@@ -139,11 +138,11 @@ class AncestralSampling:
         plot_progressive_rows: bool = True,
         plot_diffusion_rows: bool = True,
     ) -> dict[str, Tensor]:
-        """Pictures [n, 3, H, W] in [-1, 1] of how the model does on a batch, under LDM's names.
+        """Diagnostic pictures [n, 3, H, W] in [-1, 1] for a batch, under LDM's names.
 
-        `inputs`, `reconstruction` (through the first stage), `diffusion_row` (noised), `samples`, `denoise_row` (on the
-        way), `samples_inpainting` and `samples_outpainting` (a centre square left open, or kept), `progressive_row`
-        (estimates of x_0). ddim_steps None: through every step. `return_keys`: these alone.
+        `inputs`, `reconstruction` (through the first stage), `diffusion_row` (noised), `samples`, `denoise_row`
+        (intermediate), `samples_inpainting` and `samples_outpainting` (the centre square is painted, or kept),
+        `progressive_row` (estimates of x_0). ddim_steps None: through every step. `return_keys`: only these.
         """
         batch = {key: value[:N] for key, value in batch.items()}
         latents, cond = self.clean(batch)
@@ -171,7 +170,7 @@ class AncestralSampling:
         return {name: value for name, value in shown.items() if name in wanted} or shown
 
     def _noised(self, latents: Tensor) -> Tensor:
-        """Latents at every `log_every_t`-th step and at the last one, one step after the other."""
+        """Noised latents at every `log_every_t`-th step and at the last one, concatenated step by step."""
         last = self.num_timesteps - 1
         steps = [t for t in range(self.num_timesteps) if t % self.log_every_t == 0 or t == last]
         return torch.cat([
@@ -179,7 +178,7 @@ class AncestralSampling:
         ])  # fmt: skip
 
     def _shown(self, x: Tensor) -> Tensor:
-        """What the diffusion works on, as pictures."""
+        """Latents, or whatever the diffusion works on, as pictures."""
         decode = getattr(self, "decode_first_stage", None)
         return x if decode is None else decode(x)
 
@@ -193,7 +192,7 @@ def _around_the_centre(latents: Tensor) -> Tensor:
 
 
 def _first(cond: Any, count: int) -> Any:
-    """The first rows of a condition, whatever its form."""
+    """The first rows of a condition of any form."""
     if isinstance(cond, Tensor):
         return cond[:count]
     if isinstance(cond, Mapping):

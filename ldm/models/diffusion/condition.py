@@ -1,4 +1,4 @@
-"""What latent diffusion is conditioned on: text, class labels, pictures or nothing."""
+"""The condition of latent diffusion: text, class labels, pictures or nothing."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ldm.modules.encoders.prompts import window_count
 
 
 class Condition:
-    """For a model with a `cond_stage_model`, `cond_stage_key`, `cond_stage_forward` and `get_input`."""
+    """A mixin for a model with `cond_stage_model`, `cond_stage_key`, `cond_stage_forward` and `get_input`."""
 
-    condition_name = "cond_stage_model"  # of the attribute, and so of its weights in checkpoints
+    condition_name = "cond_stage_model"  # the attribute, and so the prefix of its weights in checkpoints
 
     def get_learned_conditioning(self, c: Any) -> Any:
-        """The condition as the UNet takes it, e.g. prompts to [b, tokens, d]."""
+        """Encode a condition for the UNet, e.g. prompts to [b, tokens, d]."""
         encode = getattr(self.cond_stage_model, self.cond_stage_forward or "encode", self.cond_stage_model)
         encoded = encode(c)
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
     def text_encoders(self) -> dict[str, nn.Module]:
-        """What reads text, by its name in the state dict."""
+        """The text encoders by their names in the state dict."""
         return {} if self.cond_stage_model is None else {self.condition_name: self.cond_stage_model}
 
     def replace_text_encoder(self, name: str, encoder: nn.Module) -> None:
-        """Put another encoder, or what stands for it, in the place of one of `text_encoders`."""
+        """Replace one of `text_encoders` by another encoder or a cache."""
         setattr(self, name, encoder)
 
     def conditions(
@@ -42,8 +42,8 @@ class Condition:
     ) -> tuple[Any, Any]:
         """The conditions of prompts and, if `guided`, of negative ones, for pictures of `size` (height, width) pixels.
 
-        `negative`: one for each prompt, by default empty. `weighted`: `(word:1.3)` is read as a weight. Prompts longer
-        than the text encoder's window take several windows (`ldm.modules.encoders.prompts`), where it can do that.
+        `negative`: one for each prompt, by default empty. `weighted`: `(word:1.3)` is a weight. Prompts that are longer
+        than the text encoder's window use several windows (`ldm.modules.encoders.prompts`) if the encoder supports it.
         """
         against = list(negative or [""] * len(prompts))
         encoder = self.cond_stage_model

@@ -1,4 +1,4 @@
-"""Custom Diffusion as its published YAML files name it; everything it does is in the families that it chooses."""
+"""The class that Custom Diffusion's published YAML files name. It only chooses families of tuning."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 
 
 class CustomDiffusion(LatentDiffusion):
-    """`LatentDiffusion` with the shorthands of arXiv 2212.04488 for `tuning`.
+    """`LatentDiffusion` with the arguments of arXiv 2212.04488 as shorthand for `tuning`.
 
-    `freeze_model` names the part of the UNet that learns (see `ldm.tuning.cross_attention`). With `add_token` the words
-    in `cond_stage_config.params.modifier_token` learn, too, from `init_word` on (by default rare words); of the text
-    encoder nothing else does, whatever `cond_stage_trainable` says. Without it, that lets all of it learn.
+    `freeze_model` names the part of the UNet that is trained (see `ldm.tuning.cross_attention`). With `add_token`, the
+    words in `cond_stage_config.params.modifier_token` are trained too; they start at `init_word` (by default rare
+    words). Then the rest of the text encoder is frozen; without `add_token`, `cond_stage_trainable` trains all of it.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from ldm.models.diffusion.samplers import Generators, Step, ddim, draw
 
 
 class DDIMSampler(DDIMSchedule):
-    """LDM's DDIM sampler: `sample`, and for pictures as a start `stochastic_encode` and `decode`."""
+    """LDM's DDIM sampler: `sample`, and `stochastic_encode` and `decode` to start from a picture."""
 
     name = "ddim"
 
@@ -27,11 +27,11 @@ class DDIMSampler(DDIMSchedule):
         noise: Tensor | None = None,
         generator: Generators = None,
     ) -> Tensor:
-        """x0 [b, c, h, w] with the noise of step number t [b]: of `make_schedule`, or of training if asked for.
+        """x0 [b, c, h, w] with the noise of step number t [b] of `make_schedule`, or of training.
 
-        `decode` then starts at t_start = t. As in LDM the noise is that of the step after the one where decoding
-        starts; t equal to the number of steps, for which there is none after, takes the last step.
-        Raises `InputError` for other t outside 0 .. number of steps.
+        `decode` then starts at t_start = t. As in LDM, the noise is that of the step after the start of decoding; if t
+        equals the number of steps, it is that of the last step. Raises `InputError` for other t outside 0 .. number of
+        steps.
         """
         alphas = self.model.alphas_cumprod if use_original_steps else self.ddim_alphas
         t = torch.as_tensor(t).to(alphas.device)

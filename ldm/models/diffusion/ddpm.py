@@ -1,6 +1,6 @@
 """Denoising diffusion, in the space of the batch itself (arXiv 2006.11239) and in latents (arXiv 2112.10752).
 
-The models under LDM's names. What they share when they train is in `training.py`.
+The models have LDM's names. Their common training is in `training.py`.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.tuning import Tuning, families, freeze_rest
 
-DDPM_OBJECTIVE = Objective()  # all time steps alike, plain noise
+DDPM_OBJECTIVE = Objective()  # equal weights of all time steps, plain noise
 
 
 class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
-    """Denoising diffusion in the space of the batch itself. Constructor arguments and buffer names are LDM's.
+    """Denoising diffusion in the space of the batch itself, with LDM's constructor arguments and buffer names.
 
-    `learning_rate` is an attribute that the training run sets. `loss` says what steps draw and how errors weigh
+    The training run sets the attribute `learning_rate`. `loss` says what steps draw and how errors are weighted
     (`ldm.schema.Loss`); `min_snr_gamma: 5` is short for `loss: {weighting: min_snr, gamma: 5}`. `zero_terminal_snr`
-    changes the schedule so that nothing of the picture is left at its last step (see `zero_terminal`); the prediction
-    must then be v or x0. Raises `InputError` for values that make no sense.
+    changes the schedule so that its last step is pure noise (see `zero_terminal`); then the prediction must be v or x0.
+    Raises `InputError` for invalid values.
     """
 
     ema_decay = 0.9999
@@ -112,11 +112,11 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
         self._install(use_ema, ckpt_path)
 
     def _network(self, unet_config: Mapping, conditioning_key: str | None) -> nn.Module:
-        """The UNet in what hands it the condition."""
+        """The UNet in the wrapper that passes it the condition."""
         return DiffusionWrapper(unet_config, conditioning_key)
 
     def _install(self, use_ema: bool, ckpt_path: str | None) -> dict[str, Tensor]:
-        """What comes after all parts are there; the tensors of the checkpoint that only tuning has a place for."""
+        """The last steps of construction. Returns the tensors of the checkpoint that belong to tuning."""
         if use_ema:
             self.model_ema = LitEma(self.model, self.ema_decay)
         return {} if ckpt_path is None else self._load_base(ckpt_path)
@@ -125,17 +125,17 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
         return load_base(self, read_weights(path), source=str(path))
 
     def init_from_ckpt(self, path: str) -> None:
-        """Load the weights of a checkpoint; what tuning added and the checkpoint lacks stays as it is."""
+        """Load the weights of a checkpoint. Tuned parameters that the checkpoint lacks stay as they are."""
         fill_added(self, self._load_base(path), path)
 
     def weights_loaded(self, lacking: Set[str]) -> None:
-        """Averages that a checkpoint lacks begin at the weights that it has; `load_weights` calls this."""
+        """Start averages that a checkpoint lacks at its weights; `load_weights` calls this."""
         if self.use_ema:
             self.model_ema.begin(self.model, {name.removeprefix("model_ema.") for name in lacking})
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Within this context the UNet has its averaged weights, if averages are kept."""
+        """Within this context, the UNet has its averaged weights if there are any."""
         if not self.use_ema:
             yield
             return
@@ -149,7 +149,7 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
     # --- the model and its loss
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any = None) -> Tensor:
-        """What the UNet predicts for x_t: the noise, x_0 or the velocity, as `parameterization` says.
+        """The UNet's prediction for x_t: the noise, x_0 or the velocity, according to `parameterization`.
 
         `cond`: a tensor, a list of tensors, or LDM's `{"c_concat": [...], "c_crossattn": [...]}`.
         """
@@ -159,14 +159,14 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
         return self.model(x_noisy, t, **cond)
 
     def predict_noise(self, x_noisy: Tensor, t: Tensor, cond: Any = None) -> Tensor:
-        """The predicted noise, whatever the network predicts; what samplers ask for. t [b] may be fractional."""
+        """The predicted noise, which samplers need, for any `parameterization`. t [b] may be fractional."""
         predicted = self.apply_model(x_noisy, t, cond)
         return self.prediction.to_epsilon(predicted, x_noisy, *self.level(t, x_noisy))
 
     def loss_of(
         self, predicted: Tensor, x_start: Tensor, noise: Tensor, t: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts for logging, from what the UNet predicted; only where the mask [b, 1, h, w] is 1."""
+        """The loss of a prediction and its parts for logging, only where the mask [b, 1, h, w] is 1."""
         target = self.prediction.target(x_start, noise, *self.level(t, x_start))
         snr = self.signal_to_noise(t)
 
@@ -184,7 +184,7 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
         )
 
     def simple_weight(self, t: Tensor) -> float | Tensor:
-        """What the errors at time steps t [b] weigh in the loss: one number for all, or [b]."""
+        """The weight of errors at time steps t [b] in the loss: one number for all, or [b]."""
         return self.l_simple_weight * self.objective.weight(self.signal_to_noise(t))
 
     def signal_to_noise(self, t: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
     def p_losses(
         self, x_start: Tensor, cond: Any, t: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss at steps t [b] for clean x_0 under a condition (arXiv 2112.10752, eqs. 2 and 3), and its parts."""
+        """The loss at steps t [b] for clean x_0 with a condition (arXiv 2112.10752, eqs. 2 and 3), and its parts."""
         noise = torch.randn_like(x_start) if noise is None else noise
         predicted = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
         loss, parts = self.loss_of(predicted, x_start, noise, t)
@@ -205,7 +205,7 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
         return {f"{'train' if self.training else 'val'}/{name}": value for name, value in parts.items()}
 
     def forward(self, x: Tensor, cond: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss for clean x_0 [b, c, h, w] at steps drawn at random."""
+        """The loss for clean x_0 [b, c, h, w] at random steps."""
         t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
         return self.p_losses(x, cond, t)
 
@@ -219,9 +219,9 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
         return self.get_input(batch, self.first_stage_key), None
 
     def draw(self, batch: Mapping[str, Any]) -> Drawn:
-        """x_0, condition, steps t [b], noise and x_t for one batch, drawn in the order of the published code.
+        """x_0, condition, steps t [b], noise and x_t for one batch, sampled in the order of the published code.
 
-        Validation draws as DDPM does, so that its losses compare whatever the objective draws.
+        Validation samples as DDPM does, so that its losses are comparable between objectives.
         """
         objective = self.objective if self.training else DDPM_OBJECTIVE
         x_start, cond = self.clean(batch)
@@ -230,13 +230,13 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
         return x_start, cond, t, noise, self.q_sample(x_start, t, objective.added(self.draws, noise))
 
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """LDM's name for the loss of a batch and its parts, at steps drawn at random."""
+        """LDM's name for the loss of a batch and its parts, at random steps."""
         return self(*self.clean(batch))
 
     def losses_of(
         self, drawn: Sequence[Drawn], masks: Sequence[Tensor | None] | None = None
     ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """The losses for what `draw` gave, from one call of the UNet."""
+        """The losses for several results of `draw`, from one call of the UNet."""
         if len({x_start.shape[1:] for x_start, *_ in drawn}) > 1:
             raise InputError(
                 "pictures of the subject and of its class must have one size; set data.params.*.params.size"
@@ -248,17 +248,17 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
         return [self.loss_of(*parts) for parts in zip(*columns, masks or [None] * len(drawn), strict=True)]
 
     def rest(self, step: int) -> None:
-        """Take the gradients away from what does not learn in this step."""
+        """Remove the gradients of parameters that are not trained in this step."""
 
     def after_step(self, step: int, optimizer: Any) -> None:
-        """What follows on the optimizer's step number `step`."""
+        """A hook after the optimizer's step number `step`."""
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """What learns, by state-dict name."""
+        """The trainable parameters by state-dict name."""
         return dict(self.named_parameters())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What learns, as the groups of an optimizer; none where nothing does."""
+        """The trainable parameters as groups of an optimizer; empty if there are none."""
         learning = self.trainable_parameters()
         usual = getattr(self, "learning_rate", None)
         return grouped([(None, learning, {})], self.learning_rates, usual) if learning else []
@@ -267,8 +267,8 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
 class LatentDiffusion(Condition, DDPM):
     """Diffusion in the latents of a frozen autoencoder, conditioned on text, class labels, pictures or nothing.
 
-    What learns: the families of `tuning` and `train_level` (see `ldm.tuning`); without either, the UNet and, if
-    `cond_stage_trainable`, the encoder of the condition. `reg_weight` weighs the class pictures of DreamBooth.
+    Trainable are the families of `tuning` and `train_level` (see `ldm.tuning`); without either, the UNet and, if
+    `cond_stage_trainable`, the encoder of the condition. `reg_weight` is the weight of DreamBooth's class pictures.
     """
 
     clips_x0 = False
@@ -316,7 +316,7 @@ class LatentDiffusion(Condition, DDPM):
         is_first_stage = cond_stage_config == "__is_first_stage__"
         encoder = self.first_stage_model if is_first_stage else instantiate_from_config(cond_stage_config)
         setattr(self, self.condition_name, encoder)
-        self.is_tuned = bool(train_level or tuning)  # else what learns is a model of its own, not a change of another
+        self.is_tuned = bool(train_level or tuning)  # else the whole model is trained, not a change of a base
         whole = ["unet", "embeder"] if cond_stage_trainable else ["unet"]
         levels = train_level if self.is_tuned else whole
         self.tuning = Tuning(self, families(levels, tuning, adapter_config))
@@ -327,7 +327,7 @@ class LatentDiffusion(Condition, DDPM):
             self.tune()
 
     def tune(self) -> None:
-        """Install the families on the base weights; from here on only what they let learn has gradients."""
+        """Install the families on the base weights, and freeze all parameters that they do not train."""
         self.tuning.install()
         freeze_rest(self, self.trainable_parameters())
         if self.use_ema and not self.model_ema.tracks(self.model):
@@ -336,20 +336,20 @@ class LatentDiffusion(Condition, DDPM):
         self.for_tuning = {}, ""
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """What the families let learn, by state-dict name."""
+        """The trainable parameters of the families by state-dict name."""
         return self.tuning.parameters() | self._own()
 
     def _own(self) -> dict[str, nn.Parameter]:
         return {"logvar": self.logvar} if self.learn_logvar else {}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """A group for each learning rate that families have of their own; whatever has none is in the first one."""
+        """A group for each learning rate of the families; families without their own rate share the first group."""
         families = [(one.learning_rate, own, one.group) for one, own in self.tuning.by_family()]
         usual = getattr(self, "learning_rate", None)
         return grouped([(None, self._own(), {}), *families], self.learning_rates, usual)
 
-    # --- stages: outside its steps a family's parameters have no gradient, so that no optimizer touches them.
-    # Who learns is a function of the step alone: a run resumes within any stage.
+    # --- stages: outside its steps a family's parameters have no gradient, so no optimizer changes them.
+    # The trained families depend only on the step, so a run can be resumed within any stage.
 
     def rest(self, step: int) -> None:
         if all(one.learns_at(step) for one in self.tuning.families):
@@ -368,7 +368,7 @@ class LatentDiffusion(Condition, DDPM):
             chosen.family.after_step(self, max((rates[id(p)] for p in learning), default=0.0))
 
     def train(self, mode: bool = True) -> LatentDiffusion:
-        """Training mode for what learns; a frozen stage stays in evaluation mode."""
+        """Training mode for trainable parts; frozen stages stay in evaluation mode."""
         super().train(mode)
         for stage in (self.first_stage_model, self.cond_stage_model):
             if stage is not None:
@@ -383,7 +383,7 @@ class LatentDiffusion(Condition, DDPM):
         return self.first_stage_model.encode(x)
 
     def get_first_stage_encoding(self, encoder_posterior: Any) -> Tensor:
-        """Latents, drawn from a posterior, at the scale that diffusion works at."""
+        """Latents, sampled from a posterior, at the scale of the diffusion."""
         latents = encoder_posterior
         if isinstance(encoder_posterior, DiagonalGaussianDistribution):
             latents = encoder_posterior.sample(noise=self.draws.normal(encoder_posterior.mean.shape))
@@ -401,14 +401,14 @@ class LatentDiffusion(Condition, DDPM):
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """With `scale_by_std`, measure on the first batch which factor gives latents unit variance."""
+        """With `scale_by_std`, set the factor that gives the latents of the first batch unit variance."""
         if self.scale_by_std and self.global_step == 0 and batch_idx == 0:
             latents, _ = self.clean(batch[0] if isinstance(batch, (list, tuple)) else batch)
             self.scale_factor.fill_(self.scale_factor / latents.std())
 
 
 def without_adapters(unet_config: Mapping) -> tuple[Any, Any]:
-    """The config of a UNet without its `adapter_config`, and that: its adapters are a family of tuning."""
+    """The config of a UNet without its `adapter_config`, and the `adapter_config`, which is a family of tuning."""
     config = plain(unet_config)
     if not isinstance(config, Mapping) or not isinstance(config.get("params"), Mapping):
         return unet_config, None
@@ -418,7 +418,7 @@ def without_adapters(unet_config: Mapping) -> tuple[Any, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    """Classes that LDM has in this module and that are in modules of their own here (PEP 562)."""
+    """Classes that LDM has in this module but that are in other modules here (PEP 562)."""
     published = f"{__name__}.{name}"
     if published not in ALIASES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

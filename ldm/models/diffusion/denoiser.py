@@ -1,6 +1,6 @@
-"""Denoisers D(x, sigma), which estimate x_0 in x = x_0 + sigma noise by a network: Karras et al. (arXiv 2206.00364).
+"""Denoisers D(x, sigma), which estimate x_0 in x = x_0 + sigma noise with a network (Karras et al., 2206.00364).
 
-D = c_skip x + c_out F(c_in x, c_noise), eq. 7. The four factors say what the network F predicts.
+D = c_skip x + c_out F(c_in x, c_noise), eq. 7. The four factors define what the network F predicts.
 """
 
 from __future__ import annotations
@@ -48,31 +48,31 @@ class VScaling:
 
 
 class VScalingWithEDMcNoise(VScaling):
-    """The same, where the network is told log(sigma) / 4 in place of a time step."""
+    """The same, but the network gets log(sigma) / 4 instead of a time step."""
 
     def __call__(self, sigma: Tensor) -> Factors:
         return (*super().__call__(sigma)[:3], 0.25 * sigma.log())
 
 
 class Denoiser(nn.Module):
-    """D for a `scaling_config`; see the module."""
+    """D for a `scaling_config`; see the module's docstring."""
 
     def __init__(self, scaling_config: Mapping) -> None:
         super().__init__()
         self.scaling = instantiate_from_config(scaling_config)
 
     def possibly_quantize_sigma(self, sigma: Tensor) -> Tensor:
-        """The sigma [b] that is used for this one."""
+        """The sigma [b] that replaces the given one."""
         return sigma
 
     def possibly_quantize_c_noise(self, c_noise: Tensor) -> Tensor:
-        """What the network is told for this c_noise [b]."""
+        """The network's input for this c_noise [b]."""
         return c_noise
 
     def forward(
         self, network: Callable[..., Tensor], input: Tensor, sigma: Tensor, cond: Any, **additional_model_inputs: Any
     ) -> Tensor:
-        """x [b, c, h, w] at sigma [b] under a condition to the estimate of x_0 [b, c, h, w]."""
+        """The estimate of x_0 [b, c, h, w] for x [b, c, h, w] at sigma [b] with a condition."""
         sigma = self.possibly_quantize_sigma(sigma)
         shape = (len(sigma), *(1,) * (input.dim() - 1))
         c_skip, c_out, c_in, c_noise = self.scaling(sigma.view(shape))
@@ -81,9 +81,9 @@ class Denoiser(nn.Module):
 
 
 class DiscreteDenoiser(Denoiser):
-    """D that knows `num_idx` levels: a sigma is replaced by the nearest one, and the network is told its number.
+    """D for `num_idx` levels: sigma is replaced by the nearest level, and the network gets the level's number.
 
-    The buffer `sigmas` [num_idx] has them ascending, so that the number is the time step of DDPM.
+    The buffer `sigmas` [num_idx] is ascending, so the number is the time step of DDPM.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Noise levels sigma of sampling and training, as sgm's YAML names them: x = x_0 + sigma noise (arXiv 2206.00364)."""
+"""Noise levels sigma for sampling and training under sgm's names: x = x_0 + sigma noise (arXiv 2206.00364)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ldm.modules.diffusionmodules.util import make_beta_schedule
 
 
 class Discretization:
-    """Called with a number n of levels: n sigmas, descending, and then 0 unless `do_append_zero` is false; flipped if
-    `flip`."""
+    """Called with a number n of levels, returns n sigmas, descending, and then 0 unless `do_append_zero` is false.
+    With `flip` the order is reversed."""
 
     def get_sigmas(self, n: int, device: torch.device | str = "cpu") -> Tensor:
         """n sigmas [n], descending."""
@@ -40,9 +40,9 @@ class EDMDiscretization(Discretization):
 
 
 class LegacyDDPMDiscretization(Discretization):
-    """The levels sqrt((1 - alpha_bar) / alpha_bar) of DDPM's time steps; of n of them, spread evenly from the last.
+    """The levels sqrt((1 - alpha_bar) / alpha_bar) of n time steps of DDPM, spread evenly from the last one.
 
-    Time step 0 is among them for n = num_timesteps alone. Raises `InputError` for n outside 1 .. num_timesteps.
+    Time step 0 is included only for n = num_timesteps. Raises `InputError` for n outside 1 .. num_timesteps.
     """
 
     def __init__(self, linear_start: float = 0.00085, linear_end: float = 0.0120, num_timesteps: int = 1000) -> None:
@@ -54,10 +54,10 @@ class LegacyDDPMDiscretization(Discretization):
         if not 1 <= n <= self.num_timesteps:
             raise InputError(f"cannot sample in {n} steps: expected 1 to {self.num_timesteps}")
         alphas_cumprod = self.alphas_cumprod[evenly_spaced(n, self.num_timesteps)]
-        # The ratio is rounded to float32 before its root is taken, as published.
+        # As published, the ratio is rounded to float32 before the square root.
         return torch.tensor((1 - alphas_cumprod) / alphas_cumprod, dtype=torch.float32, device=device) ** 0.5
 
 
 def evenly_spaced(n: int, total: int) -> np.ndarray:
-    """n of `total` time steps, descending from the last one; 0 is among them for n = total alone."""
+    """n of `total` time steps, descending from the last one; 0 is included only for n = total."""
     return np.arange(total)[::-1] if n == total else np.linspace(total - 1, 0, n, endpoint=False).astype(int)

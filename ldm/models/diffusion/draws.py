@@ -1,7 +1,7 @@
-"""The random numbers of training steps: the same for a step's pictures, however many processes and batches share them.
+"""The random numbers of training steps, which do not depend on the number of processes and accumulated batches.
 
-A step of W processes and A accumulated batches of b pictures each is the step of one process on W * A * b pictures:
-each draws the numbers of the whole step from one stream and takes the rows of its own pictures.
+A step of W processes and A accumulated batches of b pictures each equals the step of one process on W * A * b pictures:
+each process draws the numbers of the whole step from the same stream and takes the rows of its own pictures.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ldm.devices import forked_rng
 
-Rows = Callable[[int], tuple[int, int]]  # how many pictures a batch has -> (its first row, rows of the whole)
+Rows = Callable[[int], tuple[int, int]]  # pictures in a batch -> (first row, rows of the whole step)
 
 
 class Draws:
-    """Numbers for the pictures of a batch, from the generators of torch."""
+    """Random numbers for the pictures of a batch, from torch's generators."""
 
     def normal(self, shape: torch.Size) -> Tensor:
         """Normal numbers of this shape, [b, ...], on the CPU."""
@@ -35,9 +35,9 @@ class Draws:
 
 
 class SharedDraws(Draws):
-    """Numbers for a batch that is a part of a whole one.
+    """Random numbers for a batch that is a part of a whole step.
 
-    What was drawn is kept until `begin` says that another whole one begins: its further batches take their rows of it.
+    The numbers of the whole step are kept for its other batches, until `begin` starts a new step.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class SharedDraws(Draws):
         self.next = 0
 
     def begin(self, rows: Rows, is_first: bool = True) -> None:
-        """What follows is for the batch at these rows; `is_first`: of a whole one for which nothing is drawn yet."""
+        """The next numbers are for the batch at these rows. `is_first`: it is the first batch of a step."""
         self.rows, self.next = rows, 0
         if is_first:
             self.kept = []
@@ -65,7 +65,7 @@ class SharedDraws(Draws):
         number, self.next = self.next, self.next + 1
         if number == len(self.kept):
             self.kept.append(draw((whole, *shape[1:])))
-        if self.kept[number].shape != (whole, *shape[1:]):  # batches of other sizes share nothing
+        if self.kept[number].shape != (whole, *shape[1:]):  # batches of another size cannot share the numbers
             self.kept[number] = draw((whole, *shape[1:]))
         return self.kept[number][first : first + shape[0]]
 
@@ -76,9 +76,9 @@ def rows_of_step(rank: int, processes: int, place: int, batches: int) -> Rows:
 
 
 class Stream:
-    """Random numbers beside those of the process: of one training among several, or of all processes together.
+    """A stream of random numbers besides that of the process: for one of several trainings, or for all processes.
 
-    They are those that a process seeded with `seed` has, on each kind of device.
+    On each type of device, they equal the numbers of a process that is seeded with `seed`.
     """
 
     def __init__(self, seed: int) -> None:
@@ -88,7 +88,7 @@ class Stream:
 
     @contextmanager
     def drawing_from(self, device: torch.device) -> Iterator[None]:
-        """Within this context the generators of the CPU and, if it is another, of `device` are those of this stream."""
+        """Within this context, the generators of the CPU and of `device` have the states of this stream."""
         generators = [torch.default_generator]
         if device.type == "cuda":
             generators.append(torch.cuda.default_generators[device.index or 0])

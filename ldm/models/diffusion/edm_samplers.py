@@ -1,4 +1,4 @@
-"""sgm's sampler classes: faces over the functions of `sigma_samplers.py`, by their published parameters."""
+"""sgm's sampler classes: wrappers of the functions in `sigma_samplers.py` with the published parameters."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Denoiser = Callable[[Tensor, Tensor, Any], Tensor]  # (x, sigma [b], condition) 
 
 
 class BaseDiffusionSampler:
-    """A sampler: which levels (`discretization_config`), how many, which guidance, and a `function`.
+    """A sampler: noise levels (`discretization_config`), their number, guidance, and a `function`.
 
-    `device` is where levels are made in sgm, and accepted: here samples stay on the device of their noise.
+    `device` is unused; accepted because sgm's YAML files have it. Samples stay on the device of the noise.
     """
 
     function: Callable[..., Tensor]
@@ -54,10 +54,10 @@ class BaseDiffusionSampler:
         parts: Parts = NONE,
         draw_noise: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """Samples [b, c, h, w] from x, N(0, 1) noise of that shape, which stays as it is.
+        """Samples [b, c, h, w] from N(0, 1) noise x of the same shape, which is not changed.
 
-        `uc` is the unconditional side, by default the condition. `draw_noise` is where further noise comes from.
-        Raises `InputError` where no number of steps was given.
+        `uc` is the unconditional side, by default the condition. `draw_noise` gives further noise.
+        Raises `InputError` if no number of steps is given.
         """
         count = self.num_steps if num_steps is None else num_steps
         if count is None:
@@ -77,7 +77,7 @@ class BaseDiffusionSampler:
 
 
 class EDMSampler(BaseDiffusionSampler):
-    """A sampler that may add noise on its way: `s_churn` in all, between `s_tmin` and `s_tmax`, `s_noise` as strong."""
+    """A sampler that may add noise between steps, see `Churn`."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class HeunEDMSampler(EDMSampler):
 
 
 class AncestralSampler(BaseDiffusionSampler):
-    """A sampler that goes below each next level and adds noise: `eta` of it, `s_noise` as strong."""
+    """A sampler whose steps go below the next level and add noise: the fraction `eta` of it, times `s_noise`."""
 
     def __init__(self, discretization_config: Mapping, eta: float = 1.0, s_noise: float = 1.0, **base: Any) -> None:
         super().__init__(discretization_config, **base)

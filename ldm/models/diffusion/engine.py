@@ -1,4 +1,4 @@
-"""SDXL under sgm's name: latent diffusion whose condition is a text context and a vector (arXiv 2307.01952)."""
+"""SDXL under sgm's name: latent diffusion with a text context and a vector as condition (arXiv 2307.01952)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ SIZES = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple
 
 
 class DiffusionEngine(LatentDiffusion):
-    """`LatentDiffusion` by sgm's parameters and state-dict names: `conditioner`, `denoiser`, `first_stage_model`.
+    """`LatentDiffusion` with sgm's parameters and state-dict names: `conditioner`, `denoiser`, `first_stage_model`.
 
-    What the network predicts follows from the denoiser's scaling, and how errors are weighed in training from
-    `loss_fn_config` (by default the plain error of the prediction). A batch has `input_key`, pictures [b, 3, H, W] or
-    [b, H, W, 3], `txt` (or `caption`), and (height, width) or (top, left) as `original_size_as_tuple`,
-    `crop_coords_top_left` and `target_size_as_tuple`; without these the picture is taken as whole and in its own size.
-    Raises `InputError` for parts that do not go together.
+    The denoiser's scaling defines what the network predicts; `loss_fn_config` defines the weights of errors in training
+    (by default all equal). A batch has `input_key`, pictures [b, 3, H, W] or [b, H, W, 3], `txt` (or `caption`), and
+    (height, width) or (top, left) as `original_size_as_tuple`, `crop_coords_top_left` and `target_size_as_tuple`.
+    Without these, pictures count as uncropped and unscaled. Raises `InputError` for parts that do not fit together.
     """
 
     GIVEN = (
@@ -57,7 +56,7 @@ class DiffusionEngine(LatentDiffusion):
         disable_first_stage_autocast: bool = False,
         input_key: str = "jpg",
         log_keys: Sequence[str]
-        | None = None,  # unused, as `no_cond_log`: what to log of a batch is the callbacks' part
+        | None = None,  # unused, as `no_cond_log`: the callbacks decide what to log
         no_cond_log: bool = False,
         compile_model: bool = False,
         en_and_decode_n_samples_a_time: int | None = None,
@@ -103,11 +102,11 @@ class DiffusionEngine(LatentDiffusion):
     # --- the model and its loss
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any = None) -> Tensor:
-        """What the UNet predicts for x_t under a dict with `crossattn` and `vector`."""
+        """The UNet's prediction for x_t with a condition, a dict with `crossattn` and `vector`."""
         return self.model(x_noisy, t, cond)
 
     def simple_weight(self, t: Tensor) -> float | Tensor:
-        """The weight of the prediction's error: that of x_0 by `loss_fn_config`, times how much of it reaches x_0."""
+        """The weight of the prediction's error: the weight of x_0's error in `loss_fn_config`, converted."""
         weight = super().simple_weight(t)
         if self.loss_fn is None:
             return weight
@@ -133,7 +132,7 @@ class DiffusionEngine(LatentDiffusion):
     # --- pictures
 
     def get_input(self, batch: Mapping[str, Any], k: str | None = None) -> Tensor:
-        """Pictures [b, c, H, W] of a batch, whose channels are in the second or in the last place."""
+        """Pictures [b, c, H, W] of a batch, whose channels are the second or the last dimension."""
         value = batch[k or self.input_key]
         if value.dim() == 4 and value.shape[1] == 3 and value.shape[-1] != 3:
             return value.float()
@@ -141,7 +140,7 @@ class DiffusionEngine(LatentDiffusion):
 
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> Tensor:
-        """Latents, drawn from the autoencoder's posterior, at the scale that diffusion works at."""
+        """Latents, sampled from the autoencoder's posterior, at the scale of the diffusion."""
         parts = x.split(self.samples_at_once or len(x))
         return torch.cat([self._latents(self.first_stage_model.encode(part)) for part in parts])
 
@@ -149,13 +148,13 @@ class DiffusionEngine(LatentDiffusion):
         return LatentDiffusion.get_first_stage_encoding(self, posterior)
 
     def get_first_stage_encoding(self, encoder_posterior: Any) -> Tensor:
-        """The latents of a posterior; those that `encode_first_stage` gave are latents already."""
+        """The latents of a posterior; results of `encode_first_stage` are latents already."""
         is_posterior = isinstance(encoder_posterior, DiagonalGaussianDistribution)
         return self._latents(encoder_posterior) if is_posterior else encoder_posterior
 
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
-        """Pictures from latents, never in float16, in which SDXL's autoencoder overflows."""
+        """Pictures from latents, never in float16, because SDXL's autoencoder would overflow."""
         if next(self.first_stage_model.parameters()).dtype == torch.float16:
             self.first_stage_model.float()
         dtype = next(self.first_stage_model.parameters()).dtype
@@ -173,14 +172,14 @@ class DiffusionEngine(LatentDiffusion):
         self.conditioner.replace(int(name.rpartition(".")[2]), encoder)
 
     def get_learned_conditioning(self, c: Any) -> dict[str, Tensor]:
-        """The condition of a batch, or of prompts for pictures of the model's own size."""
+        """The condition of a batch, or of prompts for pictures of the model's native size."""
         if not isinstance(c, Mapping):
             side = self.image_size * self.first_stage_model.downsampling_factor
             c = self.batch_of([c] if isinstance(c, str) else c, (side, side))
         return self.conditioner(c)
 
     def batch_of(self, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Any]:
-        """What the conditioner reads for prompts and whole pictures of `size` (height, width)."""
+        """The conditioner's input for prompts and uncropped pictures of `size` (height, width)."""
 
         def rows(pair: tuple[int, int]) -> Tensor:
             return torch.tensor([pair] * len(prompts), dtype=torch.float32, device=self.betas.device)
@@ -196,10 +195,10 @@ class DiffusionEngine(LatentDiffusion):
         weighted: bool = False,
         zeroed: Iterable[str] = (TEXT_KEY,),
     ) -> tuple[Any, Any]:
-        """The conditions of prompts for pictures of `size`, and the unconditional side.
+        """The conditions of prompts for pictures of `size`, and the unconditional side of guidance.
 
-        That is made of the `negative` prompts if one of them is not empty, else of zeros in place of the text.
-        Raises `InputError` for weights of prompts, which this conditioner does not take.
+        The latter comes from the `negative` prompts if one of them is not empty, else it has zeros instead of the text.
+        Raises `InputError` for weighted prompts, which this conditioner does not support.
         """
         if weighted:
             raise InputError("prompt weights are for models with one text encoder; this one has two: leave them out")
@@ -212,7 +211,7 @@ class DiffusionEngine(LatentDiffusion):
         return cond, uncond if guided else None
 
     def full_batch(self, batch: Mapping[str, Any], latents: Tensor) -> dict[str, Any]:
-        """A batch with the text under `txt` and with sizes, those of the whole picture where it has none."""
+        """A batch with the text under `txt` and with sizes; without sizes, the picture counts as uncropped."""
         prompts = batch[TEXT_KEY] if TEXT_KEY in batch else batch["caption"]
         size = tuple(side * self.first_stage_model.downsampling_factor for side in latents.shape[-2:])
         return self.batch_of(prompts, size) | dict(batch)

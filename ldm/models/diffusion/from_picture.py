@@ -1,4 +1,4 @@
-"""Sampling that begins at a noised picture instead of noise: SDEdit (arXiv 2108.01073), LDM's img2img."""
+"""Sampling from a noised picture instead of pure noise: SDEdit (arXiv 2108.01073), LDM's img2img."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ldm.models.diffusion.sigma_steps import SigmaSteps, alpha_of
 def last_steps(steps: Any, strength: float) -> tuple[Any, float]:
     """The last `int(strength * steps)` updates of a sampler, and alpha_bar of the level that they begin at.
 
-    strength: from 0 (the picture stays) to 1 (nothing of it is left). For the steps of DDIM and PLMS the picture is
-    noised to the level of the step before, as published: `stochastic_encode(z, t_enc)` looks step t_enc up, counted
-    from 0, and decoding begins at t_enc - 1. At strength 1 there is none, and the first step's own level is taken.
-    Raises `InputError` for a strength outside 0 .. 1 or so small that no update is left.
+    strength: from 0 (the picture stays) to 1 (pure noise). For the steps of DDIM and PLMS, the picture is noised to the
+    level of the step before, as published: `stochastic_encode(z, t_enc)` uses step t_enc, counted from 0, and decoding
+    begins at t_enc - 1. At strength 1 there is no such step, so the first step's own level is used.
+    Raises `InputError` for a strength outside 0 .. 1 or so small that no update remains.
     """
     if not 0 <= strength <= 1:
         raise InputError(f"strength must be from 0 to 1, got {strength:g}")

@@ -21,7 +21,7 @@ def guided(apply_model: Callable[[Tensor, Tensor, Any], Tensor], cond: Any, unco
     conditional call where scale is 1 or uncond is None. Raises `InputError` if the two do not have the same form.
     """
     if uncond is None or scale == 1:
-        # A copy, since samplers keep it: a model that replays CUDA graphs writes its next answer over this one.
+        # A copy, because samplers keep it: a model that replays CUDA graphs overwrites its last output.
         return lambda x, t: apply_model(x, t, cond).clone()
     both = batched(uncond, cond)
 
@@ -34,7 +34,7 @@ def guided(apply_model: Callable[[Tensor, Tensor, Any], Tensor], cond: Any, unco
 
 
 def batched(*parts: Any) -> Any:
-    """Conditionings of the same form as one: tensors joined along the batch, lists and dicts entry by entry."""
+    """Join conditionings of the same form: tensors along the batch, lists and dicts entry by entry."""
     first, *others = parts
     if all(isinstance(part, Tensor) for part in parts):
         if any(part.shape != first.shape for part in others):

@@ -1,4 +1,4 @@
-"""Guidance as sgm's samplers use it: on the estimates of x_0, one half of the batch unconditional."""
+"""Guidance for sgm's samplers: it works on estimates of x_0, and one half of the batch is unconditional."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ JOINED = ("vector", "crossattn", "concat")  # entries of a condition that differ
 
 
 class IdentityGuider:
-    """No guidance: the condition alone."""
+    """No guidance: only the condition."""
 
     def __call__(self, x: Tensor, sigma: Any) -> Tensor:
         return x
 
     def prepare_inputs(self, x: Tensor, s: Tensor, c: Mapping, uc: Mapping | None) -> tuple[Tensor, Tensor, dict]:
-        """What the denoiser is given: x, sigma, condition."""
+        """The denoiser's input: x, sigma, condition."""
         return x, s, dict(c)
 
 
 class VanillaCFG:
     """Classifier-free guidance (arXiv 2207.12598): u + scale (c - u), for the batch [uncond, cond].
 
-    `dyn_thresh_config` is that of earlier versions; of those only the one without thresholding is known.
+    `dyn_thresh_config` comes from earlier versions; only the one without thresholding is supported.
     Raises `InputError` for others.
     """
 
@@ -43,7 +43,7 @@ class VanillaCFG:
         return uncond + self.scale * (cond - uncond)
 
     def prepare_inputs(self, x: Tensor, s: Tensor, c: Mapping, uc: Mapping) -> tuple[Tensor, Tensor, dict]:
-        """What the denoiser is given: x, sigma and the condition twice. Raises `InputError` where they do not fit."""
+        """The denoiser's input: x, sigma and condition, twice. Raises `InputError` if the conditions do not fit."""
         if uc is None or c.keys() != uc.keys():
             raise InputError(
                 f"guidance needs the same entries on both sides: the condition has {sorted(c)}, the unconditional one "

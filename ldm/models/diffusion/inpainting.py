@@ -1,4 +1,4 @@
-"""Inpainting: a UNet that also sees a mask and the latents of the picture without what is to be painted."""
+"""Inpainting: the UNet also gets a mask and the latents of the masked picture."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FIRST_CONVOLUTION_EMA = "model_ema.diffusion_modelinput_blocks00weight"
 class LatentInpaintDiffusion(LatentDiffusion):
     """`LatentDiffusion` whose condition is the text and, as further channels of the UNet, `concat_keys` of the batch.
 
-    A batch has, beside picture and text, `mask` [b, H, W, 1], 1 where the picture is to be painted, and `masked_image`
-    [b, H, W, 3], the picture with zeros there. The mask is brought to the size of the latents by picking the top left
-    pixel of each cell; `masked_image_key` is encoded by the first stage. The mask is a condition and never weighs the
-    loss. Channels in the published order: 4 noisy latents, 1 mask, 4 latents of the masked picture.
+    Besides picture and text, a batch has `mask` [b, H, W, 1], 1 where the model paints, and `masked_image` [b, H, W,
+    3], the picture with zeros there. The mask is reduced to the size of the latents by the top left pixel of each cell;
+    the first stage encodes `masked_image_key`. The mask is only a condition and does not weight the loss. Channels have
+    the published order: 4 noisy latents, 1 mask, 4 latents of the masked picture.
 
-    `finetune_keys`: weights which in the checkpoint of a plain model have `keep_finetune_dims` input channels; the
-    others begin at zero. Raises `InputError`.
+    `finetune_keys`: weights with `keep_finetune_dims` input channels in the checkpoint of a plain model; their other
+    channels start at zero. Raises `InputError`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class LatentInpaintDiffusion(LatentDiffusion):
         return latents, {"c_concat": [torch.cat(channels, dim=1)], "c_crossattn": [text]}
 
     def channels_of(self, batch: Mapping[str, Any], key: str, size: torch.Size) -> Tensor:
-        """An entry of the batch as channels [b, c, h, w] beside the latents."""
+        """An entry of the batch as additional channels [b, c, h, w] of the latents."""
         if key not in batch:
             raise InputError(f"the batch has no {key!r}, which this inpainting model is conditioned on")
         value = self.get_input(batch, key)
@@ -79,11 +79,11 @@ class LatentInpaintDiffusion(LatentDiffusion):
 
 
 def painting_condition(model: LatentDiffusion, text: Any, picture: Tensor, mask: Tensor) -> Any:
-    """The condition of a model that sees what is to be painted, for prompts that are encoded as `text`.
+    """The condition of an inpainting model, for prompts that are encoded as `text`.
 
-    picture [b, 3, H, W] in [-1, 1]; mask [b, 1, H, W], 1 where it is to be painted. A model of `LatentInpaintDiffusion`
-    gets its channels beside the text; one whose condition is channels alone (LDM's inpainting model) gets the latents
-    of the masked picture and the mask in [-1, 1]. Raises `InputError` for keys that are not these two.
+    picture [b, 3, H, W] in [-1, 1]; mask [b, 1, H, W], 1 where the model paints. `LatentInpaintDiffusion` gets channels
+    and text. A model that is conditioned only on channels (LDM's inpainting model) gets the latents of the masked
+    picture and the mask in [-1, 1]. Raises `InputError` for other keys.
     """
     masked = picture * (mask < 0.5)
     if not isinstance(model, LatentInpaintDiffusion):
@@ -99,7 +99,7 @@ def painting_condition(model: LatentDiffusion, text: Any, picture: Tensor, mask:
 
 
 def sees_mask(model: Any) -> bool:
-    """Whether a model was made for inpainting, so that picture and mask are part of its condition."""
+    """Whether picture and mask are part of a model's condition, i.e. it is an inpainting model."""
     return isinstance(model, LatentInpaintDiffusion) or (
         getattr(model.model, "conditioning_key", None) == "concat" and model.cond_stage_model is model.first_stage_model
     )

@@ -1,4 +1,4 @@
-"""The face of LDM's sampler classes: `.sample(...)` with LDM's arguments over a row of the table of samplers."""
+"""The base of LDM's sampler classes: `.sample(...)` with LDM's arguments for a row of the table of samplers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 
 class LatentSampler:
-    """The face of LDM's samplers: `.sample(...)` with LDM's arguments over one function.
+    """LDM's interface of samplers: `.sample(...)` with LDM's arguments, which calls one function.
 
-    `model` offers apply_model(x, t, cond), betas and alphas_cumprod [T]. Samples are made on the device of its betas.
+    `model` has apply_model(x, t, cond), betas and alphas_cumprod [T]. Samples are on the device of its betas.
     """
 
     name: str  # of the row in `SAMPLERS`
@@ -42,7 +42,7 @@ class LatentSampler:
         return self.model.betas.device
 
     def guided(self, cond: Any, uncond: Any, scale: float) -> Denoise:
-        """denoise(x, t) -> noise. A model that may predict something else than noise offers `predict_noise`."""
+        """denoise(x, t) -> noise. A model that may predict something other than noise has `predict_noise`."""
         return guided(getattr(self.model, "predict_noise", self.model.apply_model), cond, uncond, scale)
 
     def make_schedule(
@@ -77,12 +77,12 @@ class LatentSampler:
         generator: Generators = None,
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Latents [batch_size, *shape] from noise in S steps, and {"x_inter", "pred_x0"}: the way there.
+        """Latents [batch_size, *shape] from noise in S steps, and intermediate results {"x_inter", "pred_x0"}.
 
-        shape: (c, h, w). conditioning: see `guided`. mask [b, 1 or c, h, w]: 1 keeps `x0` [b, c, h, w].
-        x_T [b, c, h, w]: the noise to start from. generator: see `draw`; by default the global one of the CPU.
-        The way is kept every `log_every_t` updates and at the end. callback(i) and img_callback(pred_x0, i) are called
-        after every update. normals_sequence has no effect, as in LDM. Raises `InputError`.
+        shape: (c, h, w). conditioning: see `guided`. mask [b, 1 or c, h, w]: 1 keeps `x0` [b, c, h, w]. x_T [b, c, h,
+        w]: the noise to start from. generator: see `draw`; by default the global one of the CPU. Intermediate results
+        are kept every `log_every_t` updates and at the end. callback(i) and img_callback(pred_x0, i) are called after
+        every update. normals_sequence has no effect, as in LDM. Raises `InputError`.
         """
         if kwargs:
             log.warning("%s.sample: arguments without effect: %s", type(self).__name__, ", ".join(sorted(kwargs)))
@@ -138,14 +138,14 @@ class DDIMSchedule(LatentSampler):
 
 
 def changed(draw_noise: Draw, temperature: float, dropout: float) -> Draw:
-    """The noise of updates, `temperature` times as strong and with a share of it dropped out (LDM's options)."""
+    """The noise of updates, multiplied by `temperature` and with dropout (LDM's options)."""
     if temperature == 1 and dropout == 0:
         return draw_noise
     return lambda: F.dropout(temperature * draw_noise(), p=dropout)
 
 
 class Trace:
-    """Called after every update: keeps every `log_every_t`-th one and the last, and tells LDM's callbacks."""
+    """Called after every update: keeps every `log_every_t`-th result and the last, and calls LDM's callbacks."""
 
     def __init__(self, x: Tensor, log_every_t: int, callback: Callable | None, img_callback: Callable | None):
         self.intermediates = {"x_inter": [x], "pred_x0": [x]}
@@ -157,7 +157,7 @@ class Trace:
         if self.img_callback:
             self.img_callback(pred_x0, i)
         left = total - 1 - i
-        if left % self.log_every_t == 0 or i == 0:  # as LDM counts: from the end, and the first
+        if left % self.log_every_t == 0 or i == 0:  # LDM counts from the end, and keeps the first
             self.intermediates["x_inter"].append(x)
             self.intermediates["pred_x0"].append(pred_x0)
 

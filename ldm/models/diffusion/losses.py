@@ -17,14 +17,14 @@ def simple_loss(
     mask: Tensor | None = None,
     mask_as_published: bool = False,
 ) -> Tensor:
-    """The error of every sample: [b, c, h, w] twice -> [b], the mean over c, h, w, or over where the `mask` is 1.
+    """The error of every sample, [b, c, h, w] twice -> [b]: the mean over c, h, w, or over places where `mask` is 1.
 
     DDPM (arXiv 2006.11239) Eq. 14 for `l2`; `l1` takes absolute values; a function
     gives the errors [b, c, h, w] itself. Raises `InputError` for another kind.
 
     The mask is [b, 1, h, w] (Custom Diffusion, arXiv 2212.04488, section 3.2). By default a mask of ones changes
-    nothing, so that losses with and without masks can be added up and compared. The published code divides what it has
-    summed over all channels by the number of places alone, which is c times as much: `mask_as_published`.
+    nothing, so losses with and without masks are comparable. The published code divides the sum over all channels by
+    the number of places only, which gives c times as much: `mask_as_published`.
     """
     measures = {"l2": F.mse_loss, "l1": F.l1_loss}
     if callable(kind):

@@ -1,7 +1,7 @@
-"""What a training step draws and how it weighs errors: the `loss` section of a config.
+"""The `loss` section of a config: what a training step draws and how it weights errors.
 
-Every choice is a row of a table here: measures of errors, weights of time steps, how time steps are drawn.
-Noise is made by `Objective.noise`. The defaults are those of DDPM (arXiv 2006.11239), to the bit.
+Measures of errors, weights of time steps and distributions of time steps are rows of tables. `Objective.noise` makes
+the noise. The defaults give exactly the results of DDPM (arXiv 2006.11239).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def pseudo_huber(predicted: Tensor, target: Tensor, c: Tensor) -> Tensor:
 
 
 def smooth_l1(predicted: Tensor, target: Tensor, c: Tensor) -> Tensor:
-    """2 (sqrt(d^2 + c^2) - c): `pseudo_huber` / c, so that the slope far out stays the same whatever c is."""
+    """2 (sqrt(d^2 + c^2) - c): `pseudo_huber` / c, whose slope for large d does not depend on c."""
     return 2 * (((predicted - target) ** 2 + c**2).sqrt() - c)
 
 
@@ -64,14 +64,14 @@ MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "smooth_l1": smooth_l1,
 }
 
-# How c falls with time steps t in 0 .. T - 1 from about 1 to `huber_c` (arXiv 2403.16728).
+# Schedules of c, which falls from about 1 to `huber_c` over time steps t in 0 .. T - 1 (arXiv 2403.16728).
 HUBER_SCHEDULES: dict[str, Callable[[Tensor, int, Tensor, float], Tensor]] = {
     "constant": lambda t, count, snr, c: torch.full_like(snr, c),
     "exponential": lambda t, count, snr, c: torch.exp(math.log(c) * t.to(snr.dtype) / count),
     "snr": lambda t, count, snr, c: (1 - c) / (1 + snr.rsqrt()) ** 2 + c,
 }
 
-# --- how time steps are drawn: fractions u [b] in [0, 1) of the allowed range
+# --- distributions of time steps: fractions u [b] in [0, 1) of the allowed range
 
 
 def logit_normal(draws: Draws, pictures: int, mean: float, std: float) -> Tensor:
@@ -83,9 +83,9 @@ def logit_normal(draws: Draws, pictures: int, mean: float, std: float) -> Tensor
 
 
 class Objective:
-    """The `loss` section of a config, as what a training step does. See `ldm.schema.Loss` for its keys.
+    """The `loss` section of a config. See `ldm.schema.Loss` for its keys.
 
-    Raises `InputError` for a section that makes no sense.
+    Raises `InputError` for an invalid section.
     """
 
     def __init__(self, settings: Mapping[str, Any] | None = None, prediction: Prediction | None = None) -> None:
@@ -100,7 +100,7 @@ class Objective:
             raise InputError(f"loss.prior_weights must be pairs [step, weight] in the order of steps, got {weights}")
 
     def range_of(self, count: int) -> tuple[int, int]:
-        """The first time step that is drawn and the one after the last, of `count`. Raises `InputError`."""
+        """The first time step in use and the one after the last, of `count`. Raises `InputError`."""
         first, end = self.settings.timesteps or (0, count)
         end = count if end is None else end
         if end > count:
@@ -126,31 +126,31 @@ class Objective:
         return noise
 
     def added(self, draws: Draws, noise: Tensor) -> Tensor:
-        """The noise in x_t for a target `noise`: with input perturbation (arXiv 2301.11706, algorithm 1) a bit more."""
+        """The noise in x_t for a target `noise`; input perturbation (arXiv 2301.11706, algorithm 1) adds some."""
         if not self.settings.input_perturbation:
             return noise
         return noise + self.settings.input_perturbation * draws.normal_like(noise)
 
     def errors(self, predicted: Tensor, target: Tensor, t: Tensor, snr: Tensor, count: int, usual: str) -> Tensor:
-        """The errors of single values, in the shape of `predicted`; `usual` is the measure where none is chosen."""
+        """The errors of single values, in the shape of `predicted`; `usual` is the default measure."""
         kind = self.settings.type or usual
         c = HUBER_SCHEDULES[self.settings.huber_schedule](t, count, snr, self.settings.huber_c)
         return MEASURES[kind](predicted, target, c.view(-1, *(1,) * (predicted.dim() - 1)))
 
     def weight(self, snr: Tensor) -> Tensor | float:
-        """What the errors at signal-to-noise ratios [b] weigh: [b], or 1."""
+        """The weights of errors at signal-to-noise ratios [b]: [b], or 1."""
         if self.settings.weighting == "none":
             return 1.0
         return WEIGHTINGS[self.settings.weighting](snr, self.settings.gamma) * self.prediction.in_epsilon(snr)
 
     def prior_weight(self, step: int, usual: float) -> float:
-        """The weight of the class pictures in a step: between the pairs of `prior_weights` it changes linearly."""
+        """The weight of the class pictures in a step, interpolated linearly between the pairs of `prior_weights`."""
         pairs = self.settings.prior_weights
         return float(np.interp(step, *zip(*pairs, strict=True))) if pairs else usual
 
 
 def pyramid(noise: Tensor, draws: Draws, discount: float, levels: int) -> Tensor:
-    """Multi-resolution noise (Whitaker, 2023): noise + sum of discount^i times noise that is 2^i coarser.
+    """Multi-resolution noise (Whitaker, 2023): noise + sum of discount^i times noise at a 2^i coarser resolution.
 
     Every sample is scaled back to unit variance.
     """

@@ -1,8 +1,8 @@
-"""Learning rates of their own for parameters by name, e.g. a smaller one for the text encoder, or LoRA+.
+"""Learning rates by parameter name, e.g. a smaller one for the text encoder, or LoRA+.
 
-`{"cond_stage_model.*": 5.0e-05, "*.lora_B.*": x16}`: a pattern of state-dict names, `*` crosses dots; the first that
-matches counts. A number is a learning rate; `x16` multiplies that of the family or the model (LoRA+, arXiv 2402.12354,
-section 4, has a ratio of 16 between B and A).
+`{"cond_stage_model.*": 5.0e-05, "*.lora_B.*": x16}`: patterns of state-dict names, where `*` crosses dots; the first
+match counts. A number is a learning rate; `x16` multiplies the rate of the family or the model (LoRA+, arXiv
+2402.12354, section 4, uses a ratio of 16 between B and A).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ldm.errors import InputError, short
 
 
 def check_rates(rates: Mapping[str, float | str] | None) -> dict[str, float | str]:
-    """A copy of the mapping. Raises `InputError` for what is neither a positive number nor a factor such as x16."""
+    """A copy of the mapping. Raises `InputError` for values other than positive numbers and factors such as x16."""
     for pattern, rate in (rates or {}).items():
         if not _is_positive(_factor(rate) if isinstance(rate, str) else rate):
             raise InputError(f"the learning rate of {pattern!r} must be a positive number or x16, got {short(rate)}")
@@ -26,7 +26,7 @@ def check_rates(rates: Mapping[str, float | str] | None) -> dict[str, float | st
 
 
 def rate_of(name: str, rates: Mapping[str, float | str], usual: float) -> float:
-    """The learning rate of a parameter; `usual` is that of its family or of the model."""
+    """The learning rate of a parameter; `usual` is the rate of its family or of the model."""
     for pattern, rate in rates.items():
         if fnmatchcase(name, pattern):
             return usual * _factor(rate) if isinstance(rate, str) else float(rate)

@@ -1,8 +1,8 @@
-"""What the network of a diffusion model predicts: the noise (epsilon), the clean latents (x0) or the velocity (v).
+"""The prediction of a diffusion model's network: the noise (epsilon), the clean latents (x0) or the velocity (v).
 
-Each is one object. At a step with x_t = a x_0 + s noise (a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar)) it gives the
-target of training, turns a prediction into the noise or into x_0, and converts its errors
-into errors of the noise.
+Each choice is an object. At a step with x_t = a x_0 + s noise (a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar)) it gives
+the target of training, converts a prediction into the noise or into x_0, and converts its errors into errors of the
+noise.
 All tensors are [b, c, h, w]; a and s broadcast against them.
 """
 
@@ -22,7 +22,7 @@ class Prediction(Protocol):
     name: str
 
     def target(self, x_start: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
-        """What the network should answer for x_t = a x_start + s noise."""
+        """The target of the network for x_t = a x_start + s noise."""
 
     def to_epsilon(self, predicted: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
         """The noise in x_t that a prediction implies."""

@@ -1,4 +1,4 @@
-"""The diffusion process: its constants as buffers, what it does to data, and its posterior (arXiv 2006.11239)."""
+"""The diffusion process: its constants as buffers, the forward process, and its posterior (arXiv 2006.11239)."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class DiffusionProcess(nn.Module):
     def level(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(a, s) of x_t = a x_0 + s noise at steps t [b], shaped to multiply `like`.
 
-        Between the steps of training, where DPM-Solver goes, log(a) is interpolated linearly (arXiv 2206.00927,
+        Between the steps of training, which DPM-Solver visits, log(a) is interpolated linearly (arXiv 2206.00927,
         App. D.4).
         """
         if not t.is_floating_point():

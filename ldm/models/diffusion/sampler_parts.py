@@ -1,4 +1,4 @@
-"""What a sampler may be given beside the model and the noise."""
+"""Optional parts of samplers, besides the model and the noise."""
 
 from __future__ import annotations
 

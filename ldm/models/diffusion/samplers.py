@@ -1,4 +1,4 @@
-"""Samplers, each one function over denoise(x, t) that reads from top to bottom, and the table that lists them.
+"""Samplers, each one a function over denoise(x, t), and their table.
 
 A sampler takes x [b, c, h, w] at the noise level of the first step, the steps in the order in which it visits them,
 and `draw_noise`, which gives N(0, 1) noise of the shape of x. denoise(x, t [b]) gives the predicted noise. Of the
@@ -31,7 +31,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class Step(NamedTuple):
-    """One update of DDIM or PLMS. Host numbers: the loop then never waits for the device."""
+    """One update of DDIM or PLMS, as host numbers, so that the loop never waits for the device."""
 
     t: int
     alpha_bar: float
@@ -51,9 +51,9 @@ class Level(NamedTuple):
 def draw(shape: Sequence[int], device: torch.device | str, generator: Generators = None) -> Tensor:
     """N(0, 1) noise [b, ...] on `device`, float32.
 
-    Drawn on the CPU from the global generator, so that a seed means the same on every device. With a generator it
-    comes from that one; with a list of one per sample, no sample depends on the batch in which it was drawn.
-    Raises `InputError` if the list does not have one generator per sample.
+    It is drawn on the CPU from the global generator, so a seed means the same on every device. With a generator, it
+    comes from that generator; with a list of one generator per sample, samples do not depend on their batch. Raises
+    `InputError` if the list does not have one generator per sample.
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:
@@ -64,9 +64,9 @@ def draw(shape: Sequence[int], device: torch.device | str, generator: Generators
 
 
 def keep_known(x0: Tensor, mask: Tensor, draw_noise: Draw) -> Blend:
-    """Inpainting with a model that was not trained for it: blend(x [b, c, h, w], alpha_bar).
+    """Inpainting with a model that was not trained for it. Returns blend(x [b, c, h, w], alpha_bar).
 
-    Before every call of the model the places where `mask` is 1 are replaced by `x0`, noised to the present level:
+    Before every call of the model, the places where `mask` is 1 are replaced by `x0`, noised to the current level:
     RePaint (arXiv 2201.09865) Eq. 8.
     """
 
@@ -115,7 +115,7 @@ def uniform_levels(alphas_cumprod: Tensor, count: int, eta: float = 0.0, spacing
 def ddim(denoise: Denoise, x: Tensor, steps: Sequence[Step], draw_noise: Draw, parts: Parts = NONE) -> Tensor:
     """DDIM (arXiv 2010.02502).
 
-    Noise is drawn in every update, also where none is added, so that a seed means the same for every eta.
+    Noise is drawn in every update, even if none is added, so that a seed means the same for every eta.
     """
     for i, (t, alpha_bar, alpha_bar_prev, noise_std) in enumerate(parts.progress(steps)):
         x = parts.blend(x, alpha_bar)
@@ -131,7 +131,7 @@ def ddim(denoise: Denoise, x: Tensor, steps: Sequence[Step], draw_noise: Draw, p
 def plms(denoise: Denoise, x: Tensor, steps: Sequence[Step], draw_noise: Draw, parts: Parts = NONE) -> Tensor:
     """PLMS, the pseudo linear multi-step sampler of PNDM (arXiv 2202.09778): deterministic, one call more than steps.
 
-    As published, one noise is drawn (and not used) in every update: seeds then mean the same as in DDIM.
+    As published, noise is drawn but not used in every update, so seeds mean the same as in DDIM.
     """
 
     def transfer(x: Tensor, step: Step, eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ def plms(denoise: Denoise, x: Tensor, steps: Sequence[Step], draw_noise: Draw, p
         x = parts.blend(x, step.alpha_bar)
         eps = denoise(x, at(step.t))
         if len(before) == 0:
-            # In place of the paper's Runge-Kutta start (Eq. 13), as published: pseudo improved Euler, two calls
+            # As published: pseudo improved Euler with two calls instead of the paper's Runge-Kutta start (Eq. 13)
             x_ahead, _ = transfer(x, step, eps)
             best = (eps + denoise(x_ahead, at(steps[min(i + 1, len(steps) - 1)].t))) / 2
         elif len(before) == 1:
@@ -194,9 +194,9 @@ def dpm_solver_pp(
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row: the function, the steps that it visits for (alphas_cumprod [T], count, eta), and whether eta acts.
+    """A row: the function, its steps for (alphas_cumprod [T], count, eta), and whether eta has an effect.
 
-    usual_eta: the eta where none is given
+    usual_eta: the default eta
     """
 
     title: str

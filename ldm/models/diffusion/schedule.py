@@ -15,7 +15,7 @@ def ddpm_buffers(
 ) -> dict[str, Tensor]:
     """Every constant of the forward process and its posterior by buffer name: float32, [T] each.
 
-    betas: float64 [T]. v_posterior: weight of the upper bound beta in the posterior variance, 0 takes the true one.
+    betas: float64 [T]. v_posterior: weight of the upper bound beta in the posterior variance; 0 is the true variance.
     All but `lvlb_weights` belong to the state dict of released checkpoints.
     Raises `InputError` for betas outside (0, 1).
     """
@@ -51,10 +51,10 @@ def ddpm_buffers(
 
 
 def zero_terminal(betas: np.ndarray) -> np.ndarray:
-    """Betas [T] with the same first step, at whose last one (nearly) nothing of the signal is left.
+    """Betas [T] with the same first step and (nearly) no signal at the last step.
 
-    Lin et al. (arXiv 2305.08891), Algorithm 1. In place of 0 the last alpha_bar is 2^-24, so that x_0 can be divided by
-    its root: a level of sigma = 4096.
+    Lin et al. (arXiv 2305.08891), Algorithm 1. The last alpha_bar is 2^-24 instead of 0, so that division by its root
+    is possible; the level is sigma = 4096.
     """
     root = np.sqrt(np.cumprod(1 - np.asarray(betas, dtype=np.float64)))
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -65,7 +65,7 @@ def zero_terminal(betas: np.ndarray) -> np.ndarray:
 def _lvlb_weights(prediction: Prediction, betas, alphas, alphas_cumprod, posterior_variance) -> np.ndarray:
     """The weight of the squared error in the variational bound at every step.
 
-    As published it is computed from the float32 buffers, whose rounding shows in 1 - alpha_bar at the first steps.
+    As published, it is computed from the float32 buffers, so 1 - alpha_bar has rounding errors at the first steps.
     """
     betas, alphas, alphas_cumprod, posterior_variance = (
         values.astype(np.float32).astype(np.float64) for values in (betas, alphas, alphas_cumprod, posterior_variance)

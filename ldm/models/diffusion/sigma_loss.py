@@ -1,4 +1,4 @@
-"""sgm's training loss: which levels sigma are drawn, how the errors of D(x, sigma) are weighed (arXiv 2206.00364)."""
+"""sgm's training loss: distributions of sigma, and weights of the errors of D(x, sigma) (arXiv 2206.00364)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ERRORS = {"l2": lambda error: error**2, "l1": torch.abs}
 
 
 class UnitWeighting:
-    """Every level alike."""
+    """Equal weights of all levels."""
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return torch.ones_like(sigma)
@@ -46,7 +46,7 @@ class EpsWeighting:
 
 
 class DiscreteSampling:
-    """Levels drawn evenly from `num_idx` of a discretization."""
+    """Levels drawn uniformly from `num_idx` levels of a discretization."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class DiscreteSampling:
         return self.sigmas.to(idx.device)[idx]
 
     def __call__(self, n_samples: int, rand: Tensor | None = None) -> Tensor:
-        """Sigmas [n_samples]; `rand` are their numbers, if they were drawn already."""
+        """Sigmas [n_samples]; `rand` are their numbers if they are drawn already."""
         idx = torch.randint(*self.idx_range, (n_samples,)) if rand is None else rand
         return self.idx_to_sigma(idx)
 
@@ -79,7 +79,7 @@ class EDMSampling:
         self.p_mean, self.p_std = p_mean, p_std
 
     def __call__(self, n_samples: int, rand: Tensor | None = None) -> Tensor:
-        """Sigmas [n_samples]; `rand` are N(0, 1) numbers, if they were drawn already."""
+        """Sigmas [n_samples]; `rand` are N(0, 1) numbers if they are drawn already."""
         rand = torch.randn((n_samples,)) if rand is None else rand
         return (self.p_mean + self.p_std * rand).exp()
 
@@ -87,8 +87,8 @@ class EDMSampling:
 class StandardDiffusionLoss:
     """The weighted error of D(x_0 + sigma noise, sigma) for each sample, [b]: l2, or l1.
 
-    `offset_noise_level`: how much of a noise of one number per picture and channel is added to the noise.
-    `batch2model_keys`: entries of the batch that the network gets as further arguments.
+    `offset_noise_level`: the factor of additional noise with one number per picture and channel.
+    `batch2model_keys`: entries of the batch that the network gets as additional arguments.
     Raises `InputError` for another kind.
     """
 

@@ -1,8 +1,8 @@
 """Samplers over D(x, sigma), the estimate of x_0 in x = x_0 + sigma noise (Karras et al., arXiv 2206.00364).
 
-Each is one function that reads from top to bottom. `denoise(x [b, c, h, w], sigma)` is D; `sigmas` are n + 1 host
-numbers, descending, the last one 0; `draw_noise` gives N(0, 1) noise of the shape of x. All take the same optional
-`Parts` as the samplers in `samplers.py`; `blend(x, sigma)` is called once in a step.
+Each one is a function. `denoise(x [b, c, h, w], sigma)` is D. `sigmas` are n + 1 descending host numbers, the last one
+is 0. `draw_noise` gives N(0, 1) noise of the shape of x. The optional `Parts` are those of `samplers.py`;
+`blend(x, sigma)` is called once per step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Denoise = Callable[[Tensor, float], Tensor]
 class Churn:
     """Noise that is added before a step, Algorithm 2 of the paper: `s_churn` in all, between `s_tmin` and `s_tmax`.
 
-    `s_noise` is its standard deviation, for which 1 is right.
+    `s_noise` multiplies its standard deviation.
     """
 
     s_churn: float = 0.0
@@ -32,7 +32,7 @@ class Churn:
     s_noise: float = 1.0
 
     def __call__(self, x: Tensor, sigma: float, count: int, draw_noise: Draw) -> tuple[Tensor, float]:
-        """x and sigma with the noise, lines 4 to 6; the same ones where there is none. count: of the steps."""
+        """x and sigma with the noise, lines 4 to 6; unchanged if there is none. count: number of steps."""
         gamma = min(self.s_churn / count, math.sqrt(2) - 1) if self.s_tmin <= sigma <= self.s_tmax else 0.0
         if gamma <= 0:
             return x, sigma
@@ -51,7 +51,7 @@ def levels(parts: Parts, sigmas: Sequence[float]) -> Iterable[tuple[int, float, 
 def euler(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw_noise: Draw, parts: Parts = NONE, churn: Churn = NO_CHURN
 ) -> Tensor:
-    """Euler's method, Algorithm 2 of the paper without its correction. Noise is drawn in steps with churn alone."""
+    """Euler's method, Algorithm 2 of the paper without its correction. Noise is drawn only in steps with churn."""
     for i, sigma, after in levels(parts, sigmas):
         x, sigma = churn(parts.blend(x, sigma), sigma, len(sigmas) - 1, draw_noise)
         x0 = parts.fix_x0(denoise(x, sigma))
@@ -63,7 +63,7 @@ def euler(
 def heun(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw_noise: Draw, parts: Parts = NONE, churn: Churn = NO_CHURN
 ) -> Tensor:
-    """Heun's method, Algorithm 2 of the paper: two calls of the model in each step but the last."""
+    """Heun's method, Algorithm 2 of the paper: two calls of the model in each step except the last."""
     for i, sigma, after in levels(parts, sigmas):
         x, sigma = churn(parts.blend(x, sigma), sigma, len(sigmas) - 1, draw_noise)
         x0 = parts.fix_x0(denoise(x, sigma))
@@ -80,7 +80,7 @@ def euler_ancestral(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw_noise: Draw, parts: Parts = NONE,
     eta: float = 1.0, s_noise: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Euler's method to a level below the next one, and noise from there up. As published it draws in every step."""
+    """Euler's method to a level below the next one, then noise up to it. As published, every step draws noise."""
     for i, sigma, after in levels(parts, sigmas):
         x = parts.blend(x, sigma)
         down, up = ancestral(sigma, after, eta)
@@ -94,7 +94,7 @@ def dpmpp_2s_ancestral(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw_noise: Draw, parts: Parts = NONE,
     eta: float = 1.0, s_noise: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """DPM-Solver++(2S) (arXiv 2211.01095), Algorithm 1 with r = 1/2, in ancestral steps. In the last one Euler's."""
+    """DPM-Solver++(2S) (arXiv 2211.01095), Algorithm 1 with r = 1/2, in ancestral steps; the last one is Euler's."""
     for i, sigma, after in levels(parts, sigmas):
         x = parts.blend(x, sigma)
         down, up = ancestral(sigma, after, eta)
@@ -110,7 +110,7 @@ def dpmpp_2s_ancestral(
 def dpmpp_2m(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], draw_noise: Draw | None = None, parts: Parts = NONE
 ) -> Tensor:
-    """DPM-Solver++(2M) (arXiv 2211.01095), Algorithm 2: of order 2, one call of the model. The last step is Euler's."""
+    """DPM-Solver++(2M) (arXiv 2211.01095), Algorithm 2: order 2, one call of the model; the last step is Euler's."""
     before, sigma_before = None, 0.0
     for i, sigma, after in levels(parts, sigmas):
         x = parts.blend(x, sigma)
@@ -133,7 +133,7 @@ def lms(
     parts: Parts = NONE,
     order: int = 4,
 ) -> Tensor:
-    """Linear multistep: the polynomial through the last `order` slopes, integrated (Adams-Bashforth, uneven steps)."""
+    """Linear multistep: integrates the polynomial through the last `order` slopes (Adams-Bashforth, uneven steps)."""
     slopes: list[Tensor] = []  # newest first
     for i, sigma, after in levels(parts, sigmas):
         x = parts.blend(x, sigma)
@@ -154,18 +154,18 @@ def slope(x: Tensor, x0: Tensor, sigma: float) -> Tensor:
 
 
 def towards(x: Tensor, x0: Tensor, sigma: float, after: float) -> Tensor:
-    """x at sigma brought to a lower level, if x_0 is right: a step of DPM-Solver++ of order 1."""
+    """x moved from sigma to a lower level for a given x_0: a step of DPM-Solver++ of order 1."""
     return after / sigma * x + (1 - after / sigma) * x0
 
 
 def ancestral(sigma: float, after: float, eta: float) -> tuple[float, float]:
-    """(level to go down to, standard deviation of the noise from there to the next level), DDIM's eta for sigmas."""
+    """(lower level, standard deviation of the noise from there to the next level): DDIM's eta for sigmas."""
     up = min(after, eta * math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2))
     return math.sqrt(after**2 - up**2), up
 
 
 def with_noise(x: Tensor, std: float, draw_noise: Draw) -> Tensor:
-    """x with noise; it is drawn even where its standard deviation is 0."""
+    """x with noise, which is drawn even if its standard deviation is 0."""
     noise = draw_noise()
     return x + std * noise if std > 0 else x
 

@@ -1,6 +1,6 @@
-"""The samplers of `sigma_samplers.py` in the form of the table in `samplers.py`: over denoise(x, t) -> noise.
+"""Adapts the samplers of `sigma_samplers.py` to the table in `samplers.py`, i.e. to denoise(x, t) -> noise.
 
-There x = alpha x_0 + s noise with alpha^2 + s^2 = 1; here the same divided by alpha: x_0 + sigma noise, with
+There x = alpha x_0 + s noise with alpha^2 + s^2 = 1. Here it is divided by alpha: x_0 + sigma noise with
 sigma = s / alpha.
 """
 
@@ -24,7 +24,7 @@ RHO = 7.0  # of Karras et al. (arXiv 2206.00364), section 3
 
 @dataclass(frozen=True)
 class SigmaSteps:
-    """n + 1 levels, descending, the last one 0, and further arguments of the sampler; `log_alphas` [T] of training."""
+    """n + 1 descending levels, the last one 0, and further arguments of the sampler; `log_alphas` [T] of training."""
 
     sigmas: list[float]
     log_alphas: np.ndarray
@@ -34,7 +34,7 @@ class SigmaSteps:
         return len(self.sigmas) - 1
 
     def time(self, sigma: float) -> float:
-        """The time step, whole or not, whose level is sigma; between those of training log(alpha) is interpolated."""
+        """The (fractional) time step of a level; log(alpha) is interpolated between the steps of training."""
         log_alpha = -0.5 * math.log1p(sigma**2)
         total = len(self.log_alphas)
         time = float(np.interp(log_alpha, self.log_alphas[::-1], np.arange(total)[::-1]))
@@ -42,7 +42,7 @@ class SigmaSteps:
 
 
 def uniform(log_alphas: np.ndarray, count: int) -> list[float]:
-    """The levels of time steps that are spread evenly from the last one, as sgm has them: step 0 is not visited."""
+    """The levels of time steps that are spread evenly from the last one, as in sgm, without step 0."""
     return _sigmas(log_alphas)[evenly_spaced(count, len(log_alphas))].tolist()
 
 
@@ -53,7 +53,7 @@ def trailing(log_alphas: np.ndarray, count: int) -> list[float]:
 
 
 def karras(log_alphas: np.ndarray, count: int) -> list[float]:
-    """Levels between the first and the last one of training, dense at the end (arXiv 2206.00364, eq. 5)."""
+    """Levels between the first and the last level of training, dense at the end (arXiv 2206.00364, eq. 5)."""
     sigmas = _sigmas(log_alphas)
     low, high = sigmas[0] ** (1 / RHO), sigmas[-1] ** (1 / RHO)
     return (np.linspace(high, low, count) ** RHO).tolist()
@@ -89,7 +89,7 @@ def ancestral_steps(alphas_cumprod: Tensor, count: int, eta: float = 1.0, spacin
 
 
 def over_noise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A sampler over D(x, sigma) as one over denoise(x, t) -> noise, which starts from N(0, 1) noise."""
+    """Convert a sampler over D(x, sigma) into one over denoise(x, t) -> noise, which starts from N(0, 1) noise."""
 
     def sample(
         denoise: Callable[[Tensor, Tensor], Tensor],

@@ -1,4 +1,4 @@
-"""How diffusion models train under Lightning: one training, or several side by side over one base."""
+"""Training of diffusion models with Lightning: one training, or several side by side on one base."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class DiffusionTraining(module_class()):
-    """The training of a diffusion model, as Lightning calls it.
+    """Lightning's hooks for the training of a diffusion model.
 
-    `trainings` are the models that learn: the model itself, or `views` of one base that it answers for in one call
-    (`ldm.tuning.side_by_side`). Each has its own random numbers, learning rate, families, weight of the class pictures
-    and share of the batch, so that it becomes what it would become alone, up to rounding.
+    `trainings` are the trained models: the model itself, or `views` of one base that it computes in one call
+    (`ldm.tuning.side_by_side`). Each one has its own random numbers, learning rate, families, weight of the class
+    pictures and part of the batch, so its result is the same, up to rounding, as if it were trained alone.
     """
 
     reg_weight = 1.0
@@ -36,7 +36,7 @@ class DiffusionTraining(module_class()):
     def __init__(self) -> None:
         super().__init__()
         self.views: nn.ModuleList | tuple = ()
-        self.streams: Sequence[Stream] = ()  # random numbers beside those of the process; the run sets them
+        self.streams: Sequence[Stream] = ()  # random numbers besides those of the process; the run sets them
         self.draws, self._shared, self._sums = Draws(), SharedDraws(), {}
 
     @property
@@ -44,7 +44,7 @@ class DiffusionTraining(module_class()):
         return list(self.views) or [self]
 
     def train_side_by_side(self, views: Sequence[DiffusionTraining], seeds: Sequence[int]) -> None:
-        """Let this model, which answers for `views`, train them, each with the random numbers of its seed."""
+        """Train `views`, which this model computes together, each with the random numbers of its seed."""
         self.views = nn.ModuleList(views)
         for one, seed in zip(views, seeds, strict=True):
             one.streams = [Stream(seed)]
@@ -57,7 +57,7 @@ class DiffusionTraining(module_class()):
 
     @contextmanager
     def drawing(self, draws: Draws) -> Iterator[None]:
-        """Within this context random numbers come from `draws`."""
+        """Within this context, random numbers come from `draws`."""
         usual, self.draws = self.draws, draws
         try:
             yield
@@ -65,7 +65,7 @@ class DiffusionTraining(module_class()):
             self.draws = usual
 
     def sharing(self, trainer: pl.Trainer | None, batch_idx: int) -> AbstractContextManager:
-        """`drawing` the rows of a training batch, where several of them make a step."""
+        """`drawing` the rows of a training batch that is one of several in a step."""
         processes, batches = (trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)
         if processes * batches == 1:
             return nullcontext()
@@ -74,7 +74,7 @@ class DiffusionTraining(module_class()):
         return self.drawing(self._shared)
 
     def drawn(self, batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[Drawn]:
-        """x_0, condition, steps, noise and x_t of each batch, in training from the model's own stream if it has one."""
+        """x_0, condition, steps, noise and x_t of each batch; in training, from the model's stream if it has one."""
         own = self.streams[0].drawing_from(device) if self.streams and self.training else nullcontext()
         with own:
             return [self.draw(batch) for batch in batches]
@@ -82,7 +82,7 @@ class DiffusionTraining(module_class()):
     # --- steps
 
     def masks_of(self, batches: Sequence[Mapping[str, Any]], drawn: Sequence[Drawn]) -> list[Tensor | None]:
-        """For each batch the mask that its loss is weighed by, in the size of its latents; None without one."""
+        """For each batch, the mask that weights its loss, in the size of its latents; None without a mask."""
         return [mask_of(batch, x.shape[2:]) for batch, (x, *_) in zip(batches, drawn, strict=True)]
 
     def losses(self, batches: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -91,7 +91,7 @@ class DiffusionTraining(module_class()):
         return self.losses_of(drawn, self.masks_of(batches, drawn))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The sum over the trainings of their losses: of a batch, or of DreamBooth's pair [subject, class]
+        """The sum of the losses of all trainings, for a batch or DreamBooth's pair [subject, class]
         (arXiv 2208.12242, eq. 2)."""
         parts = [as_pair(part) for part in (batch if self.views else [batch])]
         drawn, masks = [], []
@@ -118,7 +118,7 @@ class DiffusionTraining(module_class()):
         return total
 
     def _means_of_step(self, values: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """What to log, as means over the batches that were accumulated for this step so far."""
+        """The values to log, as means over the batches that are accumulated for this step so far."""
         values = {name: value.detach() for name, value in values.items()}
         batches = self._trainer.accumulate_grad_batches if self._trainer else 1
         if batches == 1:
@@ -129,7 +129,7 @@ class DiffusionTraining(module_class()):
 
     @torch.no_grad()
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs val/loss, and val/loss_ema with the averaged weights where they are kept; on the same draws always."""
+        """Logs val/loss, and val/loss_ema with averaged weights if there are any, with fixed random numbers."""
         batch = batch[0] if isinstance(batch, (list, tuple)) else batch
         scopes = {"": nullcontext, "_ema": self.ema_scope} if self.use_ema else {"": nullcontext}
         for suffix, scope in scopes.items():
@@ -140,7 +140,7 @@ class DiffusionTraining(module_class()):
             self.log_dict(parts, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
 
     def _validating(self, batch_idx: int) -> AbstractContextManager:
-        """`drawing` the rows of a validation batch, where several processes share it."""
+        """`drawing` the rows of a validation batch that several processes share."""
         loader = self._trainer.val_dataloaders if self.streams else None
         share = getattr(getattr(loader, "batch_sampler", None), "rows", None)
         if share is None:
@@ -150,7 +150,7 @@ class DiffusionTraining(module_class()):
         return self.drawing(shared)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """A step of the optimizer, which the averages follow before any callback saves them."""
+        """A step of the optimizer, then an update of the averages, before any callback saves them."""
         step = self.global_step
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         for one in self.trainings:
@@ -163,16 +163,16 @@ class DiffusionTraining(module_class()):
             one.rest(self.global_step)
 
     def configure_optimizers(self) -> Any:
-        """AdamW, or what `optimizer_config` names, over what learns; each parameter once."""
+        """AdamW, or the optimizer of `optimizer_config`, for the trainable parameters, each one once."""
         groups = [{"lr": one.learning_rate, **group} for one in self.trainings for group in one.parameter_groups()]
         if not groups:
-            raise InputError("nothing learns in this config: set model.params.train_level or model.params.tuning")
+            raise InputError("this config trains nothing: set model.params.train_level or model.params.tuning")
         return self.optimizers_of(groups, self.learning_rate)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Side by side each training by itself: the norm of one is no other's."""
+        """Clip the gradients of each training separately, because norms must not mix."""
         if not self.views:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
@@ -181,7 +181,7 @@ class DiffusionTraining(module_class()):
             clip(list(one.trainable_parameters().values()), gradient_clip_val)
 
     def optimizers_of(self, groups: Sequence[Mapping[str, Any]], rate: float) -> Any:
-        """The config's optimizer over groups of parameters, and its schedule if it has one, as Lightning takes them."""
+        """The config's optimizer for groups of parameters, and its schedule if it has one, in Lightning's format."""
         if "lr" in (self.optimizer_config.get("params") or {}):
             raise InputError("optimizer_config.params.lr: the learning rate is model.base_learning_rate; set it there")
         optimizer = instantiate_from_config(self.optimizer_config, params=groups, lr=rate)
@@ -196,12 +196,12 @@ class DiffusionTraining(module_class()):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=factors)
         return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
 
-    # --- checkpoints hold what learns; the rest is the base model, which stays in its own file
+    # --- checkpoints hold only trained parameters; the base model stays in its own file
 
     strict_loading = False
 
     def saved(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model, of `state` if given: what learns, averages and a measured scale."""
+        """The part of the model, or of `state`, for checkpoints: trained parameters, averages and a measured scale."""
         if self.views:
             return {f"{number}.{name}": p.detach() for number, one in enumerate(self.views)
                     for name, p in one.trainable_parameters().items()}  # fmt: skip
@@ -236,12 +236,12 @@ class DiffusionTraining(module_class()):
 
 
 def constant(_: int) -> float:
-    """The factor of no schedule."""
+    """The factor without a schedule."""
     return 1.0
 
 
 def changed_rate(schedule: Callable[[int], float], first: int, ratio: float, step: int) -> float:
-    """The factor of a group whose learning rate is `ratio` times its own from step `first` on."""
+    """The factor of a group whose learning rate is multiplied by `ratio` from step `first` on."""
     return schedule(step) * (ratio if step >= first else 1.0)
 
 
@@ -249,12 +249,12 @@ Drawn = tuple[Tensor, Any, Tensor, Tensor, Tensor]  # x_0, condition, steps, noi
 
 
 def as_pair(batch: Any) -> list[Mapping[str, Any]]:
-    """A batch of the subject with that of its class, if there is one."""
+    """A batch of the subject, and the batch of its class if there is one."""
     return list(batch) if isinstance(batch, (list, tuple)) else [batch]
 
 
 def with_full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of trainings side by side as of now: earlier versions, with adapters alone, named them within the UNet."""
+    """Current names of trainings side by side. Earlier versions had only adapters, and names within the UNet."""
     split = {name: name.partition(".") for name in state}
     return {
         name if rest.startswith(("model.", "cond_stage_model.", "logvar")) else f"{number}.{UNET}{rest}": state[name]
@@ -263,7 +263,7 @@ def with_full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mask_of(batch: Mapping[str, Any], size: torch.Size) -> Tensor | None:
-    """A batch's mask of pixels [b, H, W] as a mask of latents [b, 1, h, w]: those whose pixels are all in it."""
+    """A mask of pixels [b, H, W] as a mask of latents [b, 1, h, w]: 1 if all pixels of a latent are masked."""
     if "mask" not in batch:
         return None
     mask = batch["mask"].float()

@@ -1,4 +1,4 @@
-"""The UNet and the way in which the condition enters it."""
+"""The UNet in the wrapper that passes it the condition."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ldm.errors import InputError
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Contexts [b, m, d] as one; a single one stays the same tensor, by which `ldm.modules.cached_text` knows it."""
+    """Join contexts [b, m, d]. A single one stays the same tensor, for `ldm.modules.cached_text`."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
-# How each `conditioning_key` hands the condition to the UNet: (channels to append, context, class labels).
+# The condition for each `conditioning_key` as inputs of the UNet: (channels to append, context, class labels).
 CONDITIONING = {
     None: lambda concat, cross: ([], None, None),
     "concat": lambda concat, cross: (concat, None, None),
@@ -45,7 +45,7 @@ class DiffusionWrapper(nn.Module):
 
 
 class OpenAIWrapper(nn.Module):
-    """SDXL's UNet and its condition: a dict with `crossattn`, the context, `vector`, and `concat`, more channels."""
+    """SDXL's UNet. Its condition is a dict with `crossattn` (the context), `vector`, and `concat` (more channels)."""
 
     def __init__(self, diffusion_model: nn.Module, compile_model: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a UNet is told beside the time step, its argument y: class labels, numbers, or a vector as in SDXL."""
+"""The argument y of a UNet: class labels, numbers, or a vector as in SDXL."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _two_layers(width: int, emb_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
 
 
-# What `num_classes` names beside a number of classes: y [b, 1], numbers y [b], or vectors y [b, adm_in_channels].
+# Values of `num_classes` other than a number of classes: y [b, 1], numbers y [b], or vectors y [b, adm_in_channels].
 LABELS = {
     "continuous": lambda adm, width, emb: nn.Linear(1, emb),
     "timestep": lambda adm, width, emb: nn.Sequential(Timestep(width), _two_layers(width, emb)),
@@ -33,7 +33,7 @@ LABELS = {
 
 
 def label_embedding(num_classes: int | str, adm_in_channels: int | None, width: int, emb_channels: int) -> nn.Module:
-    """What turns y into a part of the time embedding. Raises `InputError` for another kind and without its width."""
+    """The module that adds y to the time embedding. Raises `InputError` for an unknown kind and a missing width."""
     if isinstance(num_classes, int):
         return nn.Embedding(num_classes, emb_channels)
     if num_classes not in LABELS:
@@ -44,7 +44,7 @@ def label_embedding(num_classes: int | str, adm_in_channels: int | None, width: 
 
 
 def check_labels(y: Tensor | None, batch: int, num_classes: int | str | None, adm_in_channels: int | None) -> None:
-    """Raises `InputError` where y does not fit a UNet with these parameters and a batch of this size."""
+    """Raises `InputError` if y does not fit a UNet with these parameters or the batch size."""
     if y is None and num_classes is not None:
         raise InputError("the vector or class labels y are missing: this UNet has num_classes and needs them")
     if y is None:

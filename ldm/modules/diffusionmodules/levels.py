@@ -15,7 +15,7 @@ class Level:
 
     width: int  # channels
     res_blocks: int  # on the way down; there is one more on the way up
-    attention_blocks: int  # how many of the residual blocks have attention after them
+    attention_blocks: int  # the number of residual blocks that are followed by attention
     depth: int  # transformer blocks of each attention
     without_self: bool  # attention to the context alone
 
@@ -29,7 +29,7 @@ def levels_of(
     transformer_depth: int | Sequence[int],
     disable_self_attentions: Sequence[bool] | None,
 ) -> list[Level]:
-    """The levels of a UNet from the finest one, of LDM's arguments. Raises `InputError` for lists of another length."""
+    """The levels of a UNet, the finest first, from LDM's arguments. Raises `InputError` for lists of another length."""
     count = len(channel_mult)
     res_blocks = per_level("num_res_blocks", num_res_blocks, count)
     depths = per_level("transformer_depth", transformer_depth, count)
@@ -57,7 +57,7 @@ def per_level(name: str, value: Any, levels: int) -> list:
 
 
 def one_width(context_dim: int | Sequence[int] | None) -> int | None:
-    """The width of the context. Raises `InputError` for a list of several: all blocks here see the same context."""
+    """The width of the context. Raises `InputError` for different widths, because all blocks get the same context."""
     widths = set(context_dim) if isinstance(context_dim, Sequence) else {context_dim}
     if len(widths) != 1:
         raise InputError(f"UNetModel: context_dim must be one width, got {list(context_dim)}")

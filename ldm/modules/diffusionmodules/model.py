@@ -16,7 +16,7 @@ from ldm.errors import InputError
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """GroupNorm as the first stage has it: eps 1e-6, where the UNet's residual blocks have 1e-5."""
+    """GroupNorm of the first stage, with eps 1e-6; the UNet's residual blocks have 1e-5."""
     return nn.GroupNorm(num_groups=groups, num_channels=channels, eps=1e-6)
 
 
@@ -54,7 +54,7 @@ class ResnetBlock(nn.Module):
         self.norm2 = group_norm(out_channels, norm_num_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        # Not an Identity: released checkpoints have no such layer where the widths agree, and neither have we.
+        # Not an Identity: for equal widths, released checkpoints have no such layer.
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
         self.same_width = in_channels == out_channels
@@ -86,7 +86,7 @@ class AttnBlock(nn.Module):
 
 
 class LinearAttnBlock(nn.Module):
-    """Attention at a cost linear in the number of places, one head: b c h w -> b c h w. As in LDM, no shortcut.
+    """Attention with linear cost in the number of pixels, one head: b c h w -> b c h w. As in LDM, no shortcut.
 
     Efficient Attention (arXiv 1812.01243) Sec. 3.2, with the softmax on the keys alone. It has no norm to divide.
     """
@@ -107,7 +107,7 @@ ATTENTION = {"vanilla": AttnBlock, "linear": LinearAttnBlock, "none": nn.Identit
 
 
 def parts(dropout: float, attn_type: str, norm_num_groups: int) -> tuple[Callable[[int, int], nn.Module], Callable]:
-    """What builds a residual block of two widths, and attention of one, see `ATTENTION`.
+    """Two functions: one builds a residual block of two widths, one builds attention of a width (see `ATTENTION`).
 
     Raises `InputError` for another kind of attention.
     """
@@ -120,7 +120,7 @@ def parts(dropout: float, attn_type: str, norm_num_groups: int) -> tuple[Callabl
 
 
 class Level(nn.Module):
-    """`count` residual blocks at one resolution, each followed by attention where `attention` builds one."""
+    """`count` residual blocks at one resolution, each followed by attention if `attention` is given."""
 
     def __init__(
         self,
@@ -159,9 +159,9 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Pictures to latents: b in_channels h w -> b z_channels (twice as many if `double_z`) h/f w/f.
 
-    f = 2 ** (len(ch_mult) - 1). The arguments are those of LDM's `ddconfig`, which the decoder gets as well:
-    `out_ch`, `give_pre_end` and `tanh_out` mean nothing here. `norm_num_groups`, diffusers' name, is new: with LDM's 32
-    a narrow level normalizes each channel alone, and the mean colour of a picture is lost.
+    f = 2 ** (len(ch_mult) - 1). The arguments are those of LDM's `ddconfig`, which encoder and decoder share; `out_ch`,
+    `give_pre_end` and `tanh_out` are unused here. `norm_num_groups`, diffusers' name, is new: with LDM's 32 groups a
+    narrow level would normalize each channel alone, and the mean colour of a picture would be lost.
     """
 
     def __init__(
@@ -210,8 +210,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents to pictures: b z_channels h w -> b out_ch fh fw, f = 2 ** (len(ch_mult) - 1).
 
-    The arguments are those of LDM's `ddconfig`, which the encoder gets as well: `in_channels` and `double_z` mean
-    nothing here. `give_pre_end` returns the features before the last norm, `tanh_out` puts a tanh behind the output.
+    The arguments are those of LDM's `ddconfig`, which encoder and decoder share; `in_channels` and `double_z` are
+    unused here. `give_pre_end` returns the features before the last norm, `tanh_out` applies tanh to the output.
     """
 
     def __init__(

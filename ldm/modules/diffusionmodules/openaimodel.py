@@ -1,4 +1,4 @@
-"""The UNet of latent diffusion: residual blocks that know the time step, attention, skips (arXiv 2112.10752)."""
+"""The UNet of latent diffusion: residual blocks with time embedding, attention, skip connections (2112.10752)."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class AttentionBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """Layers in a row, each given what it asks for: residual blocks the time embedding, transformers the context."""
+    """A sequence of layers: residual blocks also get the time embedding, transformers also get the context."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         for layer in self:
@@ -164,7 +164,7 @@ class TimestepEmbedSequential(nn.Sequential):
 
 @dataclass(frozen=True)
 class Layers:
-    """Makes the layers of a UNet out of the settings that they share."""
+    """Builds the layers of a UNet from their common settings."""
 
     residual: Mapping[str, Any]  # arguments of every `ResBlock`
     attention: Mapping[str, Any]  # arguments of every `SpatialTransformer`, or `AttentionBlock` without context
@@ -200,7 +200,7 @@ class Layers:
 def input_blocks(
     stem: nn.Module, channels: int, levels: Sequence[Level], layers: Layers
 ) -> tuple[nn.ModuleList, list[int]]:
-    """The way down, `stem` first, and the channels of what each block gives."""
+    """The blocks of the way down, `stem` first, and the channels of their outputs."""
     blocks, widths = nn.ModuleList([TimestepEmbedSequential(stem)]), [channels]
     for number, level in enumerate(levels):
         if number:
@@ -222,7 +222,7 @@ def middle_block(level: Level, layers: Layers) -> TimestepEmbedSequential:
 
 
 def output_blocks(skips: Sequence[int], levels: Sequence[Level], layers: Layers) -> nn.ModuleList:
-    """The way up. Each block sees one of `skips`, the channels of the way down, from the last to the first."""
+    """The blocks of the way up. Each also gets an output of the way down, whose channels are `skips`, in reverse."""
     blocks, skips, channels = nn.ModuleList(), list(skips), levels[-1].width
     for number, level in reversed(list(enumerate(levels))):
         for i in range(level.res_blocks + 1):
@@ -275,7 +275,7 @@ class UNetModel(nn.Module):
         transformer_depth: int | Sequence[int] = 1,
         context_dim: int | Sequence[int] | None = None,
         n_embed: int | None = None,
-        legacy: bool = True,  # chose between two ways to write the same head widths
+        legacy: bool = True,  # unused: in LDM it chooses between two equivalent ways to give the width of heads
         disable_self_attentions: Sequence[bool] | None = None,
         num_attention_blocks: Sequence[int] | None = None,
         disable_middle_self_attn: bool = False,
@@ -392,13 +392,13 @@ class UNetModel(nn.Module):
             block.adapters_enabled = enabled
 
     def save_adapter_to_dir(self, path: str | Path, **notes) -> None:
-        """Write the adapters as a folder, see `ldm.modules.adapter_files`. `notes` (step, class word, ...) go along."""
+        """Write the adapters to a folder, see `ldm.modules.adapter_files`. `notes` (step, ...) go into its JSON."""
         adapter_files.save(self, path, notes)
 
     def load_adapter_from_dir(self, path: str | Path, scale: float = 1.0, add: bool = False) -> None:
         """Read such a folder, or one of the published code. Raises `InputError` if it does not fit this model.
 
-        `scale` multiplies the scale of each adapter read. A model without adapters takes those of the folder; one that
-        has some must have the same, unless `add`, which attaches those of the folder beside them.
+        `scale` multiplies the scale of each adapter. A model without adapters takes those of the folder. A model with
+        adapters must have the same ones; `add` attaches those of the folder beside them instead.
         """
         adapter_files.load(self, path, scale, add)

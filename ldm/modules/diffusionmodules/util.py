@@ -1,4 +1,4 @@
-"""Small parts of the UNet, and noise schedules as plain numbers, where LDM has them."""
+"""Small parts of the UNet, and noise schedules as plain numbers, under LDM's import path."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: int = 10000, rep
 
 
 def extract_into_tensor(values: Tensor, t: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """`values[t]` as [b, 1, 1, ...], ready to be multiplied with a tensor of the given shape."""
+    """`values[t]` as [b, 1, 1, ...], which broadcasts against a tensor of the given shape."""
     return values.gather(-1, t).reshape(len(t), *(1,) * (len(shape) - 1))
 
 
@@ -40,7 +40,7 @@ def noise_like(shape: tuple[int, ...], device: torch.device | str, repeat: bool 
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group norm computed in fp32, whatever the dtype of the input (a half precision base with fp32 statistics)."""
+    """Group norm computed in fp32 for any input dtype, e.g. a half-precision base."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
@@ -102,10 +102,10 @@ def make_ddim_timesteps(
     Ascending integers in 0 .. num_ddpm_timesteps - 1. `uniform` has distinct steps, and more than `num_ddim_timesteps`
     of them where the division leaves a rest (31 for S=30); `quad` may repeat a step; `trailing` ends at the last one.
 
-    The published formulas are kept wherever they stay inside the schedule. `range(0, T, T // S) + 1` reaches T itself
-    when T // S divides T - 1 (T=1000: S = 3, 9, 27, 36, 37, 101-111, 251-333): that step is left out. Above S = T / 2
-    the stride is 1 and nothing of it remains; there we take S steps, spread evenly and ending at T - 1.
-    As published, S = 1 is step 1 alone, which takes away hardly any noise; DPM-Solver is the one for very few steps.
+    The published formulas are kept as far as they stay inside the schedule. `range(0, T, T // S) + 1` reaches T itself
+    if T // S divides T - 1 (T=1000: S = 3, 9, 27, 36, 37, 101-111, 251-333); that step is left out. Above S = T / 2 the
+    published stride is 1; here S steps are spread evenly and end at T - 1. As published, S = 1 is step 1 alone, which
+    removes hardly any noise; use DPM-Solver for very few steps.
 
     Raises `InputError` for an unknown method and for S outside 1 .. T.
     """

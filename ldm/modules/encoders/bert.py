@@ -39,7 +39,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         widen = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU())
-        self.net = nn.Sequential(widen, nn.Identity(), nn.Linear(4 * dim, dim))  # a dropout sat in the middle
+        self.net = nn.Sequential(widen, nn.Identity(), nn.Linear(4 * dim, dim))  # the published code has dropout here
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -69,7 +69,7 @@ class TextTransformer(nn.Module):
         self.emb_dropout = nn.Dropout(dropout)
         self.attn_layers = Layers(dim, depth)
         self.norm = nn.LayerNorm(dim)
-        self.to_logits = nn.Linear(dim, vocab_size)  # of its training as a language model; unused here
+        self.to_logits = nn.Linear(dim, vocab_size)  # unused: for training it as a language model
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
@@ -86,7 +86,7 @@ class BERTEmbedder(nn.Module):
         n_layer: int,
         vocab_size: int = 30522,
         max_seq_len: int = 77,
-        device: str | None = None,  # LDM's argument; the module is where its parent is
+        device: str | None = None,  # unused, LDM's argument: the module follows its parent
         use_tokenizer: bool = True,
         embedding_dropout: float = 0.0,
         tokenizer: str | None = None,

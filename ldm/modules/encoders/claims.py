@@ -1,4 +1,4 @@
-"""What a CLIP folder claims to be, looked at before transformers builds it."""
+"""Checks the `config.json` of a CLIP folder before transformers builds the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from ldm.errors import InputError, did_you_mean, short
 from ldm.files import TEXT_BYTES, read_json
 
-# No encoder of a latent diffusion model is larger; OpenCLIP's bigG has 48 layers and a width of 1664.
+# Upper limits. The largest known encoder, OpenCLIP's bigG, has 48 layers and a width of 1664.
 LARGEST = {
     "vocab_size": 10**6,
     "hidden_size": 2**13,
@@ -51,7 +51,7 @@ def _is_id(value: Any) -> bool:
     return value is None or _is_int(value) and 0 <= value < 2**31
 
 
-# The keys of a tower that are read: what they must be, and how a refusal says so.
+# The keys of a tower that are read, with their checks and the names of these in messages.
 KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{key: (partial(_is_size, most=most), f"a whole number from 1 to {most}") for key, most in LARGEST.items()},
     **dict.fromkeys(NUMBERS, (_is_number, "a finite number")),
@@ -62,8 +62,8 @@ KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def read_clip(folder: Path) -> dict[str, Any]:
     """The `config.json` of a CLIP folder, or of its text encoder alone: sizes, numbers and activations, nothing else.
 
-    What else it says is not handed on: transformers would fetch code for some of it. Raises `InputError` for what asks
-    for code, is of another type, or is a network of absurd size.
+    Other keys are not passed on, because transformers would fetch code for some of them. Raises `InputError` for values
+    that ask for code, have a wrong type, or describe a network of absurd size.
     """
     file = folder / "config.json"
     config = read_json(file)
@@ -80,7 +80,7 @@ def read_text_tower(folder: Path) -> dict[str, Any]:
 
 
 def _tower(part: Any, file: Path) -> dict[str, Any]:
-    """The keys of a text or vision tower that are known, each of its kind."""
+    """The known keys of a text or vision tower, with checked values."""
     if not isinstance(part, Mapping):
         raise InputError(f"{file}: expected a mapping in it, got {short(part)}")
     for key in ATTENTION:
@@ -97,7 +97,7 @@ def _tower(part: Any, file: Path) -> dict[str, Any]:
 
 
 def _parameters(part: Mapping[str, Any]) -> int:
-    """About how many parameters a tower has, of which all sizes are known to be numbers."""
+    """The approximate number of parameters of a tower whose sizes have been checked."""
     width, inner = part.get("hidden_size", 0), part.get("intermediate_size", 0)
     layers = part.get("num_hidden_layers", 0) * (4 * width**2 + 2 * width * inner)
     return layers + (part.get("vocab_size", 0) + part.get("max_position_embeddings", 0)) * width
@@ -113,12 +113,12 @@ def _check_activation(name: Any, file: Path) -> None:
 
 @contextmanager
 def building(folder: Path) -> Iterator[None]:
-    """Within this context transformers builds what a folder describes: what it refuses is one line with its path."""
+    """Within this context, errors of transformers become one line with the path of the folder."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # a dozen kinds, of three libraries
+    except Exception as error:  # many types, from three libraries
         raise InputError(f"{folder} cannot be used as a text encoder: {' '.join(str(error).split())[:300]}") from error
 
 

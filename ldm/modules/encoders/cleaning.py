@@ -1,7 +1,7 @@
-"""Prompts as the published tokenizers of CLIP clean them before they look words up.
+"""Cleans prompts as the published tokenizers of CLIP do.
 
-ftfy repairs text that was decoded wrongly, straightens quotes and full-width letters, and turns HTML entities into
-what they stand for where the text has no `<`. Both tokenizers were trained and are used with it.
+ftfy repairs wrongly decoded text, straightens quotes and full-width letters, and replaces HTML entities if the text has
+no `<`. Both tokenizers were trained with it.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from collections.abc import Callable, Iterable
 
 
 def clip_text(text: str) -> str:
-    """CLIP-L's: repaired, white space collapsed, lower case."""
+    """For CLIP-L: repair, collapse white space, lower case."""
     import ftfy
 
     return _one_line(ftfy.fix_text(text)).lower()
 
 
 def open_clip_text(text: str) -> str:
-    """OpenCLIP's: the same, and HTML entities unescaped twice, also beside a `<`."""
+    """For OpenCLIP: the same, and unescape HTML entities twice, even with a `<` in the text."""
     import ftfy
 
     return _one_line(html.unescape(html.unescape(ftfy.fix_text(text)))).lower()
 
 
 def around(clean: Callable[[str], str], text: str, names: Iterable[str]) -> str:
-    """`text` with everything cleaned but for these names, which a tokenizer knows whole."""
+    """Clean `text` except for these names, which the tokenizer treats as single tokens."""
     pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     if not pattern:
         return clean(text)

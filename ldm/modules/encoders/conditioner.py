@@ -1,4 +1,4 @@
-"""SDXL's condition: several embedders whose answers become the context, the vector and the channels of the UNet."""
+"""SDXL's condition: the outputs of several embedders become the context, the vector and channels of the UNet."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ldm.config import instantiate_from_config
 from ldm.errors import InputError
 from ldm.modules.diffusionmodules.util import timestep_embedding
 
-# What an embedding is by its number of dimensions, and where embeddings of one kind are joined: tokens [b, n, d] by
-# their widths, vectors [b, d] and pictures [b, c, h, w] by their channels.
+# The kind of an embedding by its number of dimensions, and the dimension along which embeddings of one kind are
+# joined: tokens [b, n, d] by width, vectors [b, d] and pictures [b, c, h, w] by channels.
 CONDITION_KEYS = {2: "vector", 3: "crossattn", 4: "concat", 5: "concat"}
 JOINED_AT = {"vector": 1, "crossattn": 2, "concat": 1}
 
 
-# What a conditioner notes on its embedders, under sgm's names.
+# Attributes that a conditioner sets on its embedders, under sgm's names.
 ROLE = ("input_key", "input_keys", "is_trainable", "ucg_rate", "legacy_ucg_val", "ucg_prng")
 
 
 class ConcatTimestepEmbedderND(nn.Module):
-    """Numbers [b, n], or [b], to their sinusoidal embeddings beside each other, [b, n outdim]: sizes and crops.
+    """Numbers [b, n] or [b], such as sizes and crops, to their concatenated sinusoidal embeddings [b, n outdim].
 
     SDXL (arXiv 2307.01952), section 2.2.
     """
@@ -46,9 +46,9 @@ class GeneralConditioner(nn.Module):
     """A batch to the condition: a dict with `crossattn` [b, n, d], `vector` [b, d] and `concat` [b, c, h, w].
 
     Each entry of `emb_models` is `{target, params}` with `input_key` (or `input_keys`), the key of the batch that the
-    embedder reads, and, if it is so, `is_trainable: true`, `ucg_rate` (how often its answer is dropped, for guidance)
-    and `legacy_ucg_value` (what then takes the place of its input; without it, zeros take the place of its answer).
-    Answers of one kind are joined in the order of the entries. Raises `InputError` for entries that make no sense.
+    embedder reads. Optional keys: `is_trainable: true`, `ucg_rate` (how often its output is dropped, for guidance) and
+    `legacy_ucg_value` (which then replaces its input; without it, zeros replace its output).
+    Outputs of one kind are joined in the order of the entries. Raises `InputError` for invalid entries.
     """
 
     def __init__(self, emb_models: Sequence[Mapping]) -> None:
@@ -58,7 +58,7 @@ class GeneralConditioner(nn.Module):
     def forward(
         self, batch: Mapping[str, Any], force_zero_embeddings: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
-        """The condition; embedders whose input key is in `force_zero_embeddings` answer zeros."""
+        """The condition. The output of embedders whose input key is in `force_zero_embeddings` is zero."""
         zeroed = set(force_zero_embeddings or ())
         parts: dict[str, list[Tensor]] = {}
         for embedder in self.embedders:
@@ -86,14 +86,14 @@ class GeneralConditioner(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The conditions of both sides of guidance, without dropping anything at random.
 
-        Without `batch_uc` the unconditional side has the same batch, with zeros where it is told so.
+        Without `batch_uc` the unconditional side uses the same batch, with zeros for the given input keys.
         """
         with self.without_dropping():
             cond = self(batch_c, force_cond_zero_embeddings)
             return cond, self(batch_c if batch_uc is None else batch_uc, force_uc_zero_embeddings)
 
     def replace(self, number: int, embedder: nn.Module) -> None:
-        """Put another embedder in the place of one, which reads the same entry of the batch."""
+        """Replace an embedder; the new one reads the same entry of the batch."""
         for name in ROLE:
             if hasattr(self.embedders[number], name):
                 setattr(embedder, name, getattr(self.embedders[number], name))
@@ -101,7 +101,7 @@ class GeneralConditioner(nn.Module):
 
     @contextmanager
     def without_dropping(self):
-        """Within this context no embedder drops anything at random."""
+        """Within this context, no embedder is dropped at random."""
         rates = [embedder.ucg_rate for embedder in self.embedders]
         for embedder in self.embedders:
             embedder.ucg_rate = 0.0
@@ -113,7 +113,7 @@ class GeneralConditioner(nn.Module):
 
 
 def _embedder(number: int, entry: Mapping) -> nn.Module:
-    """What an entry of `emb_models` describes, with its input keys and rates as attributes."""
+    """The embedder of an entry of `emb_models`, with its input keys and rates as attributes."""
     keys = [entry["input_key"]] if "input_key" in entry else list(entry.get("input_keys") or ())
     if not keys:
         raise InputError(f"emb_models.{number}: give input_key or input_keys, the key of the batch that it reads")
@@ -138,7 +138,7 @@ def _entry(batch: Mapping[str, Any], key: str) -> Any:
 
 
 def _dropped(embedder: nn.Module, value: Any) -> Any:
-    """The input of an embedder, in places replaced by its `legacy_ucg_val`, drawn anew for each sample."""
+    """The input of an embedder, randomly replaced by its `legacy_ucg_val` for each sample."""
     if embedder.legacy_ucg_val is None or not embedder.ucg_rate:
         return value
     chosen = embedder.ucg_prng.random_sample(len(value)) < embedder.ucg_rate

@@ -52,7 +52,7 @@ class FrozenCLIPEmbedder(LearnsWords):
     def __init__(
         self,
         version: str = "openai/clip-vit-large-patch14",
-        device: str | None = None,  # LDM's argument; the module is where its parent is
+        device: str | None = None,  # unused, LDM's argument: the module follows its parent
         max_length: int = 77,
         freeze: bool = True,
         layer: str = "last",
@@ -77,7 +77,7 @@ class FrozenCLIPEmbedder(LearnsWords):
             raise InputError(
                 f"text encoder {version!r}: expected a folder with config.json or openai/clip-vit-large-patch14"
             )
-        self.max_length = min(max_length, config.max_position_embeddings)  # what the encoder can take
+        self.max_length = min(max_length, config.max_position_embeddings)  # the limit of the encoder
         layers = config.num_hidden_layers
         if layer == "hidden" and (layer_idx is None or abs(layer_idx) > layers):
             raise InputError(f"FrozenCLIPEmbedder: layer hidden needs a layer_idx from 0 to {layers}, got {layer_idx}")
@@ -116,7 +116,7 @@ class FrozenCLIPEmbedder(LearnsWords):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The CLIP tokenizer. Raises `InputError` that says which two files to put where, if there is none."""
+        """The CLIP tokenizer. If there is none, raises an `InputError` that says which files to put where."""
         is_clips = self.transformer.config.vocab_size == CLIP_VIT_L_14["vocab_size"]
         files = ["vocab.json", "merges.txt"]
         return load_tokenizer("CLIPTokenizer", self.version, files, self.tokenizer_folder, shipped=is_clips)
@@ -132,7 +132,7 @@ class FrozenCLIPEmbedder(LearnsWords):
         return batch["input_ids"]
 
     def tokens_of(self, text: str) -> list[int]:
-        """All token ids of a text, without markers and however many."""
+        """All token ids of a text, without markers and without limit."""
         names = ["<|startoftext|>", "<|endoftext|>", *self.new_tokens.vectors]
         cleaned = around(clip_text, self.new_tokens.spell(text), names)
         return self.tokenizer(cleaned, add_special_tokens=False, verbose=False)["input_ids"]
@@ -152,7 +152,7 @@ class FrozenCLIPEmbedder(LearnsWords):
         return self.encode_ids(self.tokenize(text))
 
     def encode_ids(self, ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """What `forward` gives, from token ids [b, max_length]."""
+        """The same as `forward`, from token ids [b, max_length]."""
         ids = ids.to(self.transformer.device, non_blocking=True)
         out = self.transformer(input_ids=ids, output_hidden_states=self.layer == "hidden")
         last = out.last_hidden_state
@@ -180,7 +180,7 @@ def _to_released_names(module: FrozenCLIPEmbedder, state: dict[str, Tensor], pre
 
 
 class FrozenCLIPEmbedderWrapper(FrozenCLIPEmbedder):
-    """The encoder in Custom Diffusion's YAML: `modifier_token` says which words tuning adds, `<new1>+<new2>`."""
+    """The encoder in Custom Diffusion's YAML: `modifier_token` names the words that tuning adds, `<new1>+<new2>`."""
 
     def __init__(self, modifier_token: str = "", **clip: Any) -> None:
         super().__init__(**clip)

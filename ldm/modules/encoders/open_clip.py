@@ -22,7 +22,7 @@ def _tower(width: int, heads: int, layers: int, embed_dim: int | None = None) ->
     return {"width": width, "heads": heads, "layers": layers, "embed_dim": embed_dim or width}
 
 
-# Text towers of OpenCLIP by name (`-quickgelu` behind a name: those trained with OpenAI's activation).
+# Text towers of OpenCLIP by name. The suffix `-quickgelu` means OpenAI's activation.
 TOWERS = {
     "ViT-B-32": _tower(512, 8, 12),
     "ViT-B-16": _tower(512, 8, 12),
@@ -69,7 +69,7 @@ def text_config(arch: str | Mapping) -> dict[str, Any]:
 
 
 class Attention(nn.Module):
-    """Self-attention over tokens [b, n, d] that sees what came before, with q, k and v in one matrix."""
+    """Causal self-attention over tokens [b, n, d], with q, k and v in one matrix."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """[b, n, d] through `inner` and back; the activation is the exact GELU or OpenAI's approximation of it."""
+    """[b, n, d] to width `inner` and back; the activation is the exact GELU or OpenAI's approximation."""
 
     def __init__(self, width: int, inner: int, quick_gelu: bool) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Block(nn.Module):
 class TextTower(nn.Module):
     """Token ids to hidden states (arXiv 2103.00020, section 2.4), with open_clip's state-dict names.
 
-    `logit_scale` is of its training against pictures and unused here.
+    `logit_scale` belongs to its contrastive training and is unused here.
     """
 
     def __init__(self, context_length: int, vocab_size: int, width: int, heads: int, layers: int, embed_dim: int,
@@ -133,7 +133,7 @@ class TextTower(nn.Module):
     def forward(self, ids: Tensor, skipped: int = 0) -> tuple[Tensor, Tensor]:
         """Ids [b, n] to hidden states [b, n, width] before the last layer, and after it; without the final norm.
 
-        With `skipped` 1 the last layer is not computed, and both are those before it.
+        With `skipped` 1 the last layer is not computed, and both are the states before it.
         """
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         *blocks, last = self.transformer["resblocks"]
@@ -148,7 +148,7 @@ class TextTower(nn.Module):
 
 
 class OpenCLIPText(LearnsWords):
-    """What both embedders share: the tower, its tokenizer, words that it learns."""
+    """Common to both embedders: the tower, its tokenizer, learnt words."""
 
     layers: Sequence[str] = ("last", "penultimate")
 
@@ -174,7 +174,7 @@ class OpenCLIPText(LearnsWords):
 
     @cached_property
     def tokenizer(self) -> OpenCLIPTokenizer:
-        """That of the folder `tokenizer`, else CLIP's, which comes with this package. Raises `InputError`."""
+        """The tokenizer of the folder `tokenizer`, else CLIP's, which this package includes. Raises `InputError`."""
         folder = self.tokenizer_folder
         found = OpenCLIPTokenizer(None if folder is None else Path(find_file(folder)))
         if found.eos_token_id >= self.arch["vocab_size"]:
@@ -190,7 +190,7 @@ class OpenCLIPText(LearnsWords):
         return self.tokenizer.padded([self.new_tokens.spell(one) for one in texts], self.max_length)
 
     def tokens_of(self, text: str) -> list[int]:
-        """All token ids of a text, without markers and however many."""
+        """All token ids of a text, without markers and without limit."""
         return self.tokenizer.encode(self.new_tokens.spell(text))
 
     def with_markers(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -209,8 +209,8 @@ class OpenCLIPText(LearnsWords):
 class FrozenOpenCLIPEmbedder(OpenCLIPText):
     """Prompts to hidden states [b, max_length, width] with the final norm: the text encoder of Stable Diffusion 2.x.
 
-    `arch`: see `text_config`. `layer`: after the last layer, or penultimate, without it. `version` named a download of
-    weights, which come with the checkpoint of the whole model here; `device` is that of the parent.
+    `arch`: see `text_config`. `layer`: the state after the last layer, or after the penultimate one. `version` and
+    `device` are unused: weights come with the checkpoint of the whole model, and the module follows its parent.
     Raises `InputError`.
     """
 
@@ -231,7 +231,7 @@ class FrozenOpenCLIPEmbedder(OpenCLIPText):
         return self.encode_ids(self._ids(text))
 
     def encode_ids(self, ids: Tensor) -> Tensor:
-        """What `forward` gives, from token ids [b, max_length]."""
+        """The same as `forward`, from token ids [b, max_length]."""
         ids = ids.to(self.token_embedding.weight.device, non_blocking=True)
         _, hidden = self.model(ids, skipped=int(self.layer == "penultimate"))
         return self.model.ln_final(hidden)
@@ -240,9 +240,9 @@ class FrozenOpenCLIPEmbedder(OpenCLIPText):
 class FrozenOpenCLIPEmbedder2(OpenCLIPText):
     """Prompts to hidden states and a pooled vector: the second text encoder of SDXL.
 
-    With `legacy` as `FrozenOpenCLIPEmbedder`. Without it the hidden states have no final norm, and with
-    `always_return_pooled` there is also the pooled vector [b, embed_dim], of the last layer with the final norm.
-    Other arguments as there. Raises `InputError`, also for `legacy` with `always_return_pooled`.
+    With `legacy` it works as `FrozenOpenCLIPEmbedder`. Without it, the hidden states have no final norm, and
+    `always_return_pooled` adds the pooled vector [b, embed_dim] of the last layer, with the final norm. Other arguments
+    are the same. Raises `InputError`, also for `legacy` with `always_return_pooled`.
     """
 
     def __init__(

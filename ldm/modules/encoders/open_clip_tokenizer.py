@@ -1,4 +1,4 @@
-"""The tokenizer of OpenCLIP: the vocabulary of CLIP, another cleaning, other markers, zeros at the end."""
+"""The tokenizer of OpenCLIP: CLIP's vocabulary with other cleaning, other markers, and zeros as padding."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ldm.modules.encoders.claims import building, check_tokenizer
 from ldm.modules.encoders.cleaning import open_clip_text
 from ldm.modules.encoders.vocabulary import END, START, WORD_END, Merges, clip_vocabulary, letters_of_bytes
 
-# What stands for the markers in a prompt; CLIP's own spellings are ordinary text here.
+# The spellings of the markers in a prompt; CLIP's spellings are ordinary text here.
 MARKERS = {"<start_of_text>": START, "<end_of_text>": END}
-# Words: the markers, English endings, letters, single digits, and whatever else is no white space.
+# Words: the markers, English endings, letters, single digits, and other characters except white space.
 WORDS = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class OpenCLIPTokenizer:
-    """Prompts to ids. `folder` has a vocab.json and merges.txt; without one it is the vocabulary of CLIP.
+    """Prompts to ids. `folder` has a vocab.json and merges.txt; without a folder, CLIP's vocabulary is used.
 
     Raises `InputError` for a folder that has no vocabulary.
     """
@@ -45,7 +45,7 @@ class OpenCLIPTokenizer:
         self._next_id, self._added = len(vocabulary), {}
 
     def add_tokens(self, names: Sequence[str]) -> None:
-        """Teach it names that get the next ids, each one."""
+        """Add names; each one gets the next id."""
         for name in names:
             self._added[name] = self._next_id + len(self._added)
 
@@ -65,7 +65,7 @@ class OpenCLIPTokenizer:
         return ids
 
     def __call__(self, text: str | Sequence[str], add_special_tokens: bool = True) -> Any:
-        """`input_ids` of a prompt or of several, as transformers answers them: not padded, not cut."""
+        """`input_ids` of one or several prompts, as transformers returns them: without padding or truncation."""
         from transformers import BatchEncoding
 
         frame = self._framed if add_special_tokens else list
@@ -86,7 +86,7 @@ class OpenCLIPTokenizer:
         return [self.bos_token_id, *ids, self.eos_token_id]
 
     def _around_added(self, text: str) -> list[str]:
-        """The text in pieces; every second one is a name that was added."""
+        """The text split into pieces; every second piece is an added name."""
         names = "|".join(re.escape(name) for name in sorted(self._added, key=len, reverse=True))
         return re.split(f"({names})", text) if names else [text]
 

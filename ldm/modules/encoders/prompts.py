@@ -1,8 +1,8 @@
-"""Prompts as web UIs write them: longer than the text encoder's window, with weights such as (word:1.3).
+"""Prompts in the style of web UIs: longer than the text encoder's window, with weights such as (word:1.3).
 
-A long prompt goes through the encoder in windows of as many tokens as it takes, and the results are put one after the
-other, as cross-attention takes any number of tokens. A weight multiplies the hidden states of its tokens; the mean of
-the prompt stays as it was, as A1111's web UI has it.
+A long prompt is split into windows of the encoder's length, and the results are concatenated, because cross-attention
+takes any number of tokens. A weight multiplies the hidden states of its tokens; then the mean of the prompt is
+restored, as in A1111's web UI.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.errors import InputError
 
 WEIGHTS = {"(": 1.1, "[": 1 / 1.1}  # of (word) and [word]
-NESTED = 50  # brackets in each other that are read
+NESTED = 50  # largest depth of nested brackets
 PIECES = re.compile(r"\\[()\[\]\\]|\(|\)|\[|\]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|[^\\()\[\]:]+|.", re.DOTALL)
 
 
@@ -30,9 +30,9 @@ class Part(NamedTuple):
 
 
 def weighted_parts(prompt: str) -> list[Part]:
-    """A prompt with `(more)`, `[less]`, `(by number:1.3)` and `\\(brackets\\)` as its parts.
+    """Split a prompt with `(more)`, `[less]`, `(by number:1.3)` and `\\(brackets\\)` into parts with weights.
 
-    Brackets that are not closed hold to the end of the prompt. Raises `InputError` for more than `NESTED` of them.
+    Unclosed brackets extend to the end of the prompt. Raises `InputError` for more than `NESTED` nested brackets.
     """
     parts: list[list[Any]] = []
     open_brackets: list[tuple[str, int]] = []  # and the number of the first part within
@@ -58,7 +58,7 @@ def weighted_parts(prompt: str) -> list[Part]:
 
 
 def _closes(piece: str) -> tuple[str | None, float]:
-    """The bracket that a piece closes, if it is an end of one, and the weight of what is within."""
+    """The bracket that a piece closes, or None, and the weight of the text within."""
     if piece.startswith(":") and piece.endswith(")"):
         return "(", float(piece[1:-1])
     bracket = {")": "(", "]": "["}.get(piece)
@@ -73,7 +73,7 @@ class Tokens(NamedTuple):
 
 
 def tokens_of(encoder: Any, prompt: str, weighted: bool) -> Tokens:
-    """All tokens of a prompt, however many."""
+    """All tokens of a prompt, without limit."""
     parts = weighted_parts(prompt) if weighted else [Part(prompt, 1.0)]
     ids = [encoder.tokens_of(part.text) for part in parts]
     weights = [part.weight for part, own in zip(parts, ids, strict=True) for _ in own]
@@ -81,13 +81,13 @@ def tokens_of(encoder: Any, prompt: str, weighted: bool) -> Tokens:
 
 
 def windows(tokens: Tokens, size: int) -> list[Tokens]:
-    """Tokens cut into windows of at most `size`, at least one."""
+    """Split tokens into windows of at most `size`; at least one window."""
     starts = range(0, max(len(tokens.ids), 1), size)
     return [Tokens(tokens.ids[i : i + size], tokens.weights[i : i + size]) for i in starts]
 
 
 def window_count(encoder: Any, prompts: Sequence[str], weighted: bool = False) -> int:
-    """How many windows the longest of the prompts fills."""
+    """The number of windows of the longest prompt."""
     size = encoder.max_length - 2  # the first and the last token are markers
     return max(len(windows(tokens_of(encoder, prompt, weighted), size)) for prompt in prompts)
 
@@ -95,8 +95,8 @@ def window_count(encoder: Any, prompts: Sequence[str], weighted: bool = False) -
 def encode(encoder: Any, prompts: Sequence[str], weighted: bool = False, count: int | None = None) -> Tensor:
     """Prompts of any length as hidden states [b, count * max_length, d]; `count`: at least that many windows.
 
-    encoder: has `tokens_of`, `with_markers`, `encode_ids`, such as `FrozenCLIPEmbedder`. A prompt of one window without
-    weights gives what the encoder gives.
+    encoder: has `tokens_of`, `with_markers` and `encode_ids`, as `FrozenCLIPEmbedder` does. For a prompt of one window
+    without weights the result equals that of the encoder.
     """
     size = encoder.max_length - 2
     all_tokens = [tokens_of(encoder, prompt, weighted) for prompt in prompts]
@@ -122,7 +122,7 @@ def _of_window(weights: Sequence[Sequence[float]], length: int) -> Tensor:
 
 
 def cut_words(encoder: Any, prompt: str) -> str:
-    """The end of a prompt that its encoder's single window has no place for; empty if all of it is seen."""
+    """The end of a prompt that does not fit into the encoder's single window; empty if all of it fits."""
     words = prompt.split()
     if len(encoder.tokens_of(prompt)) <= encoder.max_length - 2:
         return ""

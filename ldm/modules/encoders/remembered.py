@@ -1,4 +1,4 @@
-"""A frozen text encoder that encodes every prompt once."""
+"""A frozen text encoder that caches the encoding of every prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 
 
 class RememberingCLIPEmbedder(FrozenCLIPEmbedder):
-    """As `FrozenCLIPEmbedder`, for training on captions that recur: their encodings are kept, in half precision.
+    """A `FrozenCLIPEmbedder` for training on recurring captions: it keeps their encodings in half precision.
 
     A prompt of 32 tokens of width 128 takes 8 kB.
     """

@@ -1,4 +1,4 @@
-"""Finding a tokenizer's files: in local folders first, then through the hub client's cache, then from the hub."""
+"""Finds a tokenizer's files: first in local folders, then in the hub client's cache, then on the hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIGURATIONS = ("config.json", "tokenizer_config.json")
 
 
 def refuse_code(folder: Path) -> Path:
-    """The folder of a text encoder, if its JSON asks for no code of its own. Raises `InputError`."""
+    """The folder of a text encoder. Raises `InputError` if its JSON asks for custom code."""
     for name in CONFIGURATIONS:
         file = folder / name
         if not file.is_file():
@@ -39,9 +39,9 @@ def load_tokenizer(
 ) -> Any:
     """The tokenizer of class `kind` in transformers, for the model `version` (a folder or a name on the hub).
 
-    `shipped`: where no folder has the files, the vocabulary of CLIP that comes with this package is the right one.
+    `shipped`: if no folder has the files, use CLIP's vocabulary of this package.
 
-    Raises `InputError`, which says which files to put where, if they are not to be had.
+    If the files cannot be found, raises an `InputError` that says which files to put where.
     """
     folders = [folder, version, f"models/{Path(version).name}"]
     for place in (find_file(name) for name in folders if name):
@@ -59,7 +59,7 @@ def load_tokenizer(
 
 
 def read_tokenizer(kind: str, folder: Path) -> Any:
-    """The tokenizer of class `kind` in transformers that lies in a folder. Raises `InputError` for a damaged one."""
+    """The tokenizer of class `kind` in transformers from a folder. Raises `InputError` if it is damaged."""
     import transformers
 
     check_tokenizer(folder), refuse_code(folder)
@@ -69,9 +69,9 @@ def read_tokenizer(kind: str, folder: Path) -> Any:
 
 @contextmanager
 def without_marks(folder: Path) -> Iterator[Path]:
-    """A folder with a tokenizer's files, none of which begins with a byte order mark: this one, or a copy for a while.
+    """Within this context: a folder with a tokenizer's files without byte order marks, the given one or a copy.
 
-    Editors of Windows put the mark there, and the library that reads the files takes it for a part of them.
+    Windows editors add the mark, and the library that reads the files treats it as content.
     """
     texts = {file.name: file.read_bytes() for name in (*FILES, "merges.txt") if (file := folder / name).is_file()}
     if not any(content.startswith(BOM_UTF8) for content in texts.values()):
@@ -84,15 +84,15 @@ def without_marks(folder: Path) -> Iterator[Path]:
 
 
 def _from_hub(version: str, files: Sequence[str]) -> Path | None:
-    """The folder of the hub's cache that holds the files, fetched if need be; None if they are not to be had.
+    """The folder of the hub's cache with the files, which are downloaded if necessary; None if that fails.
 
-    Asked for by file, since transformers 5 makes up an empty tokenizer where there are no files.
+    Files are requested one by one, because without files transformers 5 makes an empty tokenizer.
     """
     from huggingface_hub import hf_hub_download
 
     for local_only in (True, False):
         try:
             return [Path(hf_hub_download(version, file, local_files_only=local_only)).parent for file in files][0]
-        except Exception as error:  # the client raises a dozen kinds; all mean that the files are not to be had
+        except Exception as error:  # the client raises many types; all mean that the files are not available
             log.debug("%s: %s", version, error)
     return None

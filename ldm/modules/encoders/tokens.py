@@ -1,4 +1,4 @@
-"""New words for a frozen text encoder: vectors beside its embedding table, which itself stays as released."""
+"""New words for a frozen text encoder. Their vectors are stored beside the embedding table, which does not change."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch import Tensor, nn
 from ldm.checkpoints import read_metadata, read_object, refuse_not_finite
 from ldm.errors import InputError, short
 
-Vectors = Tensor | tuple[Tensor, ...]  # [v, d] of a word; for a model with several text encoders those of each
-TOWERS = ("clip_l", "clip_g")  # how files of SDXL's words call the vectors of its two text encoders, in their order
-EMBEDDED = "<embed>"  # how the metadata of cloneofsimo's files mark the tensors that are words
+Vectors = Tensor | tuple[Tensor, ...]  # [v, d] of a word; for several text encoders, one tensor for each
+TOWERS = ("clip_l", "clip_g")  # names of the two text encoders in files of SDXL's words, in order
+EMBEDDED = "<embed>"  # marks word tensors in the metadata of cloneofsimo's files
 
 
 class NewTokens(nn.Module):
-    """Vectors of new tokens; ids from `first_id` on stand for them. A word of several vectors takes several ids."""
+    """Vectors of new tokens. Their ids begin at `first_id`; a word of several vectors has several ids."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
         self.first_id = embedding.num_embeddings
-        self.vectors = nn.ParameterDict()  # one row [1, d] for each id, by the name that the tokenizer knows it under
-        self.words: dict[str, str] = {}  # word in a prompt -> its ids' names, as the tokenizer is to see them
+        self.vectors = nn.ParameterDict()  # one row [1, d] for each id, by its name in the tokenizer
+        self.words: dict[str, str] = {}  # word in a prompt -> the names of its ids as the tokenizer reads them
         embedding.register_forward_pre_hook(self._hide)
         embedding.register_forward_hook(self._fill_in)
 
     def add(self, word: str, vectors: Tensor) -> list[str]:
-        """Register a word with its vectors [v, d]; the names that the tokenizer must learn, in the order of ids."""
+        """Register a word with its vectors [v, d]. Returns the names to add to the tokenizer, in the order of ids."""
         stem = "new" + str(len(self.words))
         names = [f"<{stem}-{i}>" for i in range(len(vectors))]
         for name, row in zip(names, vectors, strict=True):
@@ -40,12 +40,12 @@ class NewTokens(nn.Module):
         return names
 
     def ids_of(self, word: str) -> list[int]:
-        """The ids that stand for a word."""
+        """The ids of a word."""
         names = list(self.vectors)
         return [self.first_id + names.index(name) for name in self.words[word].split()]
 
     def spell(self, text: str) -> str:
-        """A prompt with each new word replaced by the names of its ids; longer words first, never a part of a word."""
+        """Replace each new word in a prompt by the names of its ids: longer words first, whole words only."""
         known = "|".join(re.escape(word) for word in sorted(self.words, key=len, reverse=True))
         return re.sub(rf"(?<!\w)({known})(?!\w)", lambda found: self.words[found[0]], text) if known else text
 
@@ -62,14 +62,14 @@ class NewTokens(nn.Module):
 
 
 class LearnsWords(nn.Module):
-    """A text encoder that can be taught words. It has `new_tokens`, a `tokenizer` and a `token_embedding`."""
+    """A text encoder that takes new words. It has `new_tokens`, a `tokenizer` and a `token_embedding`."""
 
     new_tokens: NewTokens
     tokenizer: Any
     token_embedding: nn.Embedding
 
     def add_token(self, word: str, vectors: Tensor) -> None:
-        """Teach the encoder a word with its own vectors [v, d]. Raises `InputError` for a width that does not fit."""
+        """Add a word with its vectors [v, d] to the encoder. Raises `InputError` for a wrong width."""
         table = self.token_embedding
         if vectors.dim() != 2 or vectors.shape[1] != table.embedding_dim:
             raise InputError(
@@ -81,10 +81,10 @@ class LearnsWords(nn.Module):
         names = self.new_tokens.add(word, vectors.to(table.weight.device))
         self.tokenizer.add_tokens(names)
         if (ids := self.tokenizer.convert_tokens_to_ids(names)) != self.new_tokens.ids_of(word):
-            raise InputError(f"the tokenizer is of another text encoder: it gives new words the ids {ids}")
+            raise InputError(f"the tokenizer belongs to another text encoder: it gives new words the ids {ids}")
 
     def load_embeddings(self, path: str | Path) -> list[str]:
-        """Add the words of a textual-inversion file; the words. Raises `InputError`."""
+        """Add the words of a textual-inversion file. Returns the words. Raises `InputError`."""
         embeddings = read_embeddings(path)
         for word, vectors in embeddings.items():
             teach({"": self}, word, vectors)
@@ -92,13 +92,13 @@ class LearnsWords(nn.Module):
 
 
 def readers(model: nn.Module) -> dict[str, nn.Module]:
-    """The text encoders of a model that can learn words, by their names in its state dict."""
+    """The text encoders of a model that take new words, by their names in its state dict."""
     encoders = getattr(model, "text_encoders", dict)()
     return {name: encoder for name, encoder in encoders.items() if isinstance(encoder, LearnsWords)}
 
 
 def teach(encoders: Mapping[str, nn.Module], word: str, vectors: Vectors) -> None:
-    """Teach a word to all text encoders of a model. Raises `InputError` for vectors of another number of encoders."""
+    """Add a word to all text encoders of a model. Raises `InputError` for vectors of another number of encoders."""
     parts = vectors if isinstance(vectors, tuple) else (vectors,)
     if len(parts) != len(encoders):
         raise InputError(
@@ -110,7 +110,7 @@ def teach(encoders: Mapping[str, nn.Module], word: str, vectors: Vectors) -> Non
 
 
 def load_words(model: nn.Module, path: str | Path, option: str) -> list[str]:
-    """Teach a model the words of a file that `option` named; the words. Raises `InputError`."""
+    """Add the words of a file that `option` named to a model. Returns the words. Raises `InputError`."""
     encoders = readers(model)
     if not encoders:
         raise InputError(f"{option}: this model has no text encoder that could learn words")
@@ -123,15 +123,15 @@ def load_words(model: nn.Module, path: str | Path, option: str) -> list[str]:
 def read_embeddings(path: str | Path) -> dict[str, Vectors]:
     """Words and their vectors [v, d] from a textual-inversion file.
 
-    Knows the LDM layout (`string_to_param`, arXiv 2208.01618), a plain mapping from words to vectors (diffusers), the
-    two tensors `clip_l` and `clip_g` of one word of SDXL, which is then called by the file's name (`<name>`), and the
-    words in a file of cloneofsimo's lora. Raises `InputError`.
+    Reads the LDM layout (`string_to_param`, arXiv 2208.01618), a plain mapping from words to vectors (diffusers), the
+    two tensors `clip_l` and `clip_g` of one word of SDXL, whose name is then that of the file (`<name>`), and the words
+    in a file of cloneofsimo's lora. Raises `InputError`.
     """
     return embeddings_in(read_object(path), read_metadata(path), path)
 
 
 def embeddings_in(content: Any, metadata: Mapping[str, str], path: str | Path) -> dict[str, Vectors]:
-    """The same for what a file holds and its metadata."""
+    """The same from the content of a file and its metadata."""
     if EMBEDDED in metadata.values():
         held = {name: content[name] for name, kind in metadata.items() if kind == EMBEDDED and name in content}
         refuse_not_finite(held, str(path))
@@ -150,7 +150,7 @@ def embeddings_in(content: Any, metadata: Mapping[str, str], path: str | Path) -
 
 
 def towers(rows: Mapping[str, Tensor], path: str | Path) -> tuple[Tensor, ...]:
-    """The vectors of one word for the text encoders of SDXL. Raises `InputError` where one is missing or differs."""
+    """The vectors of one word for the text encoders of SDXL. Raises `InputError` if one is missing or differs."""
     if set(rows) != set(TOWERS) or len({len(vectors) for vectors in rows.values()}) != 1:
         raise InputError(
             f"{path}: expected one word of SDXL, {' and '.join(TOWERS)} with equally many vectors, "
@@ -160,7 +160,7 @@ def towers(rows: Mapping[str, Tensor], path: str | Path) -> tuple[Tensor, ...]:
 
 
 def grouped(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Words with their vectors [v, d], by name; `<s>_1`, `<s>_2`, ... are further vectors of `<s>`, as in diffusers."""
+    """Group vectors by word, [v, d] each; `<s>_1`, `<s>_2`, ... are further vectors of `<s>`, as in diffusers."""
     words: dict[str, list[Tensor]] = {}
     for name in sorted(tokens, key=lambda name: (len(name), name)):
         stem, _, number = name.rpartition("_")

@@ -1,4 +1,4 @@
-"""The vocabulary of CLIP, which comes with the package: Stable Diffusion v1, 2.x and SDXL use it (arXiv 2103.00020)."""
+"""CLIP's vocabulary, which the package includes, for Stable Diffusion v1, 2.x and SDXL (arXiv 2103.00020)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Merges = list[tuple[str, str]]
 
 
 def letters_of_bytes() -> dict[int, str]:
-    """The printable character that stands for each byte, in the order in which the vocabulary has them.
+    """The printable character for each byte, in the order of the vocabulary.
 
-    A byte that is a printable character of Latin-1 stands for itself; the others follow from U+0100 on (GPT-2's table).
+    Bytes that are printable in Latin-1 map to themselves; the others map to U+0100 and following (GPT-2's table).
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -38,7 +38,7 @@ def clip_vocabulary() -> tuple[dict[str, int], Merges]:
 
 @contextmanager
 def shipped_folder() -> Iterator[Path]:
-    """A folder with `vocab.json` and `merges.txt`, as transformers reads them, which is there for a while."""
+    """Within this context: a temporary folder with `vocab.json` and `merges.txt` for transformers."""
     vocabulary, _ = clip_vocabulary()
     markers = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
     with TemporaryDirectory() as folder:

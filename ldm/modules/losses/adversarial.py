@@ -1,4 +1,4 @@
-"""What the losses of both first stages share: reconstruction, perceptual term and patch discriminator.
+"""Common to the losses of both first stages: reconstruction, perceptual term and patch discriminator.
 
 LDM (arXiv 2112.10752) Eq. 25, after VQGAN (arXiv 2012.09841) Eqs. 5 to 7.
 """
@@ -53,13 +53,13 @@ def chosen(table: Mapping[str, Callable], name: str, argument: str) -> Callable:
 
 
 class AdversarialLoss(nn.Module):
-    """The parts that LDM's two first-stage losses have in common. Called twice per batch.
+    """The common part of LDM's two first-stage losses, which are called twice per batch.
 
-    `perceptual_loss`: a module (or the `{target, params}` of one) that maps two batches of pictures [b, c, h, w] in
-    -1 .. 1 to distances [b, 1, 1, 1], as LPIPS does. None ships with this code, because the weights of LPIPS may not be
-    passed on; without one the perceptual term is left out, with one warning.
+    `perceptual_loss`: a module (or its `{target, params}`) that maps two batches of pictures [b, c, h, w] in -1 .. 1 to
+    distances [b, 1, 1, 1], as LPIPS does. This package has none, because the weights of LPIPS may not be redistributed.
+    Without it, the perceptual term is left out, with one warning.
 
-    The discriminator takes part from step `disc_start` on. Raises `InputError` if taming-transformers is missing.
+    The discriminator is used from step `disc_start` on. Raises `InputError` if taming-transformers is missing.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class AdversarialLoss(nn.Module):
         self.discriminator.apply(from_taming("discriminator.model", "weights_init"))
 
     def reconstruction(self, inputs: Tensor, reconstructions: Tensor) -> Tensor:
-        """The error of every pixel [b, c, h, w], the perceptual distance added to each pixel of a picture."""
+        """The error of every pixel [b, c, h, w]; the perceptual distance is added to each pixel of a picture."""
         error = self.pixel_weight * self.pixel_loss(inputs, reconstructions)
         if self.perceptual_weight:
             error = error + self.perceptual_weight * self.perceptual_loss(inputs, reconstructions)
@@ -113,7 +113,7 @@ class AdversarialLoss(nn.Module):
     def generator_loss(
         self, nll_loss: Tensor, reconstructions: Tensor, cond: Tensor | None, last_layer: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(g_loss, d_weight): how real the discriminator finds the reconstructions, and the adaptive weight of that."""
+        """(g_loss, d_weight): the discriminator's negative rating of the reconstructions, and its adaptive weight."""
         g_loss = -self.discriminator(self._with(cond, reconstructions)).mean()
         if not (self.disc_factor > 0 and torch.is_grad_enabled()):
             return g_loss, torch.zeros_like(g_loss)

@@ -11,9 +11,9 @@ from ldm.modules.losses.contperceptual import LPIPSWithDiscriminator
 
 
 class LateDiscriminator(LPIPSWithDiscriminator):
-    """As `LPIPSWithDiscriminator`, but before step `disc_start` the discriminator is not even asked.
+    """As `LPIPSWithDiscriminator`, but the discriminator is not computed before step `disc_start`.
 
-    What is learned is the same (its part of the loss is 0 until then); a step of a small autoencoder takes
+    The trained weights are the same, because its part of the loss is 0 until then. A step of a small autoencoder takes
     a third of the time.
     """
 
