@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""One command for all that this package does: `ldm <verb>`, also as `python -m ldm <verb>`."""
+"""The command `ldm <verb>`, also as `python -m ldm <verb>`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def overview() -> str:
-    """The verbs, by what they are for, each with its line."""
+    """The list of verbs by topic, each with its help line."""
     width = max(map(len, verbs()))
     lines = ["usage: ldm <verb> ...      ldm <verb> --help", "", __doc__.partition("\n")[0]]
     for group, members in VERBS.items():
@@ -36,7 +36,7 @@ def overview() -> str:
 
 
 def completion(words: list[str]) -> Parser:
-    """The parser that argcomplete asks: it knows all verbs, and the options of the one that is there."""
+    """The parser for argcomplete: it knows all verbs, and the options of the verb on the command line."""
     parser = Parser(prog="ldm")
     rows = parser.add_subparsers()
     for verb in verbs():
@@ -52,7 +52,7 @@ def command() -> None:
 
 
 def lora_add() -> None:
-    """The console script of that published name, and so on."""
+    """The console script of this published name; the others follow."""
     run_command(Program("lora-add"))
 
 

@@ -1,9 +1,9 @@
-"""Floor 0: dotted names of published code, and what they mean here."""
+"""Floor 0: dotted names of published code and the classes here that they mean."""
 
 from __future__ import annotations
 
-# Targets which the configs of the published repositories name, and what they mean here.
-# In the originals these are copies of the class on the right, in files of their own.
+# Targets in the configs of the published repositories, and our classes. In the originals these are copies of the class
+# on the right in other files.
 ALIASES = {
     "ldm.models.diffusion.ddpm_dream.LatentDiffusion": "ldm.models.diffusion.ddpm.LatentDiffusion",
     "ldm.models.diffusion.ddpm_dream.DDPM": "ldm.models.diffusion.ddpm.DDPM",
@@ -25,7 +25,7 @@ ALIASES = {
     "ldm.modules.diffusionmodules.openaimodel.Timestep": "ldm.modules.diffusionmodules.labels.Timestep",
 }
 
-# The same for sgm, SDXL's code: its module, ours, and the names that both have.
+# The same for sgm, SDXL's code: its module, our module, and the common names.
 SGM = [
     ("sgm.models.diffusion", "ldm.models.diffusion.engine", "DiffusionEngine"),
     ("sgm.models.autoencoder", "ldm.models.autoencoder", "AutoencoderKL IdentityFirstStage"),

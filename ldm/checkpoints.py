@@ -1,8 +1,8 @@
 """Floor 0: every read and write of weights.
 
-Weights are untrusted: nothing is ever unpickled (`ldm.pickles` reads what torch writes), and what a file claims is
-bounded by what it holds. Files are memory-mapped.
-Nothing is left half-written: files and folders are written beside their place and renamed.
+Weights are untrusted: nothing is ever unpickled (`ldm.pickles` reads torch files), and a file cannot claim more memory
+than it holds. Files are memory-mapped.
+Writes are atomic: files and folders are written beside their place and renamed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ldm.writing import printable, writing
 log = logging.getLogger(__name__)
 
 HEADER_BYTES = 2**24  # of a safetensors file: names and shapes of some 150,000 tensors
-EMPTY_SIZE = 2**20  # what the sizes of an empty tensor that are not 0 may come to
+EMPTY_SIZE = 2**20  # largest product of the sizes of an empty tensor that are not 0
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -40,14 +40,14 @@ EMPTY_SIZE = 2**20  # what the sizes of an empty tensor that are not 0 may come 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, memory-mapped where the format allows.
 
-    Reads `.safetensors` and torch files (told apart by their content, not by their names), with or without a
-    `state_dict` level. Raises `InputError` for whatever is not a checkpoint, in one line.
+    Reads `.safetensors` and torch files, which it recognises by content, with or without a `state_dict` level. Raises
+    `InputError` for other files.
     """
     return weights_in(read_object(path), path)
 
 
 def weights_in(content: Any, path: str | Path) -> dict[str, Tensor]:
-    """The tensors in what a checkpoint file holds, with or without a `state_dict` level. Raises `InputError`."""
+    """The tensors in the content of a checkpoint, with or without a `state_dict` level. Raises `InputError`."""
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
@@ -59,7 +59,7 @@ def weights_in(content: Any, path: str | Path) -> dict[str, Tensor]:
 
 
 def read_object(path: str | Path) -> Any:
-    """Whatever a `.safetensors` or torch file holds: tensors, containers and plain values, never code.
+    """The content of a `.safetensors` or torch file: tensors, containers and plain values, never code.
 
     Raises `InputError` for a missing, empty, truncated or foreign file and for a pickle that asks for code.
     """
@@ -72,7 +72,7 @@ def read_object(path: str | Path) -> Any:
         head = file.read(64)
     if not head:
         raise InputError(f"{path} is empty; download it again")
-    if head[8:9] == b"{":  # before all others: the eight bytes of its length may be anything
+    if head[8:9] == b"{":  # must be the first check, because the eight bytes of the length may be anything
         return _read_safetensors(path)
     if head.lstrip().startswith(b"<"):
         raise InputError(f"{path} is a web page, not a checkpoint: the download went wrong (a login or licence page?)")
@@ -114,13 +114,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def open_folder(path: Path) -> Iterator[tuple[Path, Callable[[], bool]]]:
-    """Yields a path that stays with this folder when another takes its place, and whether it is still in its place.
+    """Yields a path that keeps pointing to this folder if another one replaces it, and a check whether it was replaced.
 
-    Where the system has no such paths (Linux does), it is the folder's own path, and the second answer tells.
+    Only Linux has such paths. Elsewhere it is the folder's own path, and only the check reveals a replacement.
     """
     try:
         number = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    except OSError:  # Windows opens no folders
+    except OSError:  # Windows cannot open folders
         number = None
     try:
         opened = os.stat(path if number is None else number)
@@ -149,14 +149,14 @@ def sha256_of(path: Path) -> str:
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], source: str, advice: str = "get an undamaged copy") -> None:
-    """Raises `InputError`, with the first name, where a value is infinite or not a number. One pass over the data."""
+    """Raises `InputError`, with the first name, if a value is infinite or not a number. One pass over the data."""
     bad = [name for name, value in tensors.items() if not is_finite(value)]
     if bad:
         raise InputError(f"{source}: {len(bad)} of {len(tensors)} tensors are not finite, e.g. {bad[0]}; {advice}")
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether a tensor holds neither infinities nor NaN."""
+    """Whether a tensor has neither infinities nor NaN."""
     if not (value.is_floating_point() or value.is_complex()) or not value.numel() or value.is_meta:
         return True
     value = torch.view_as_real(value) if value.is_complex() else value
@@ -169,12 +169,12 @@ def is_finite(value: Tensor) -> bool:
 
 @contextmanager
 def atomic_write(path: str | Path, new: bool = False) -> Iterator[Path]:
-    """Yields a path beside `path` to write a file or a folder to; renames it into place when the block succeeds.
+    """Yields a path beside `path` for a file or a folder, and renames it to `path` when the block succeeds.
 
-    Whatever happens, `path` holds either its old content or the whole new one. But where the system cannot exchange two
-    folders (Linux can), one takes two steps; a process killed between them leaves both in the hidden folder beside.
-    A `new` file takes no other's place, whoever writes at the same time.
-    Raises `InputError` where a file would take the place of a folder, and `WriteError` where the system refuses.
+    `path` always holds either its old content or the whole new content. One exception: systems that cannot exchange two
+    folders (Linux can) need two steps, and a process that is killed between them leaves both in the hidden folder
+    beside. A `new` file never replaces another one, even if several processes write at the same time. Raises
+    `InputError` if a file would replace a folder, and `WriteError` if the system refuses.
     """
     path = Path(path)
     with writing(path):
@@ -185,9 +185,9 @@ def atomic_write(path: str | Path, new: bool = False) -> Iterator[Path]:
 
 
 def write_all(writers: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Call `writers` with paths beside those that they are for; all are renamed when the last one has written.
+    """Call `writers` with paths beside their targets, and rename all files after the last one has written.
 
-    Raises `WriteError` where one cannot write; then none has changed anything.
+    Raises `WriteError` if one of them cannot write; then nothing has changed.
     """
     with ExitStack() as stack:
         for path, write in writers.items():
@@ -196,7 +196,7 @@ def write_all(writers: Mapping[Path, Callable[[Path], None]]) -> None:
 
 @contextmanager
 def _in_place(path: Path, holder: Path, put: Callable[[Path, Path], None]) -> Iterator[None]:
-    """Afterwards what was written in `holder` is at `path`, or, after an error, what was there before."""
+    """Within this context, write to `holder`. Afterwards it is at `path`; after an error, the old content is."""
     old = holder / f"{path.name}.old"
     try:
         yield
@@ -205,7 +205,7 @@ def _in_place(path: Path, holder: Path, put: Callable[[Path, Path], None]) -> It
             if not (holder / path.name).is_dir():
                 raise InputError(f"{path} is a folder: expected the name of a file to write")
             if _exchanged(holder / path.name, path):
-                return  # what was at `path` goes with the holder
+                return  # the old content is deleted with the holder
             os.replace(path, old)
         put(holder / path.name, path)
     finally:
@@ -215,21 +215,21 @@ def _in_place(path: Path, holder: Path, put: Callable[[Path, Path], None]) -> It
 
 
 def _put_new(file: Path, path: Path) -> None:
-    """Give a file a name that nothing has. Raises `FileExistsError` where something has it."""
+    """Move a file to a new name. Raises `FileExistsError` if the name exists."""
     try:
         os.link(file, path)
     except FileExistsError:
         raise
-    except OSError:  # a file system without links: the name is taken first, then filled
+    except OSError:  # a file system without links: create an empty file first, then replace it
         path.open("xb").close()
         os.replace(file, path)
 
 
 def _exchanged(one: Path, two: Path) -> bool:
-    """Exchange two paths in one step; False where the system or the file system cannot.
+    """Exchange two paths in one step. Returns False if the system or the file system cannot.
 
-    Two renames would do the same but for a moment in which nothing is at `two`. A process that is killed in that moment
-    would leave no folder under its name, neither the old nor the new one. Python has no other call for it.
+    This keeps the promise of `atomic_write`. Two renames would have a moment without anything at `two`, and a process
+    that is killed in that moment would leave neither the old nor the new folder there. Python has no function for it.
     """
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if platform.system() == "Linux" else None
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
@@ -237,7 +237,7 @@ def _exchanged(one: Path, two: Path) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Make sure that the content is on the disk before its name is."""
+    """Make sure that the content is on the disk before it gets its name."""
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -251,7 +251,7 @@ def save_safetensors(
 
     with atomic_write(path) as beside:
         beside.touch()
-        mode = beside.stat().st_mode  # safetensors would leave the file to its owner alone
+        mode = beside.stat().st_mode  # safetensors makes files that only their owner can read
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside, dict(metadata or {}))
         beside.chmod(mode)
 
@@ -274,13 +274,13 @@ def save_text(path: str | Path, text: str) -> None:
         beside.write_text(printable(text), encoding="utf-8")
 
 
-# --- what a name says, and a digest of weights -----------------------------------------------------------------------
+# --- a digest of weights ---------------------------------------------------------------------------------------------
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A short digest that tells base models apart: names, shapes and eight values of each tensor, rounded to fp16.
+    """A short digest that distinguishes base models: names, shapes and eight values of each tensor, rounded to fp16.
 
-    Reads almost nothing, so that it costs nothing on a memory-mapped checkpoint; the same for fp16 and fp32 copies.
+    It reads very little of a memory-mapped checkpoint, and is the same for fp16 and fp32 copies.
     """
     names = sorted(tensors)
     flat = [tensors[name].detach().flatten() for name in names]

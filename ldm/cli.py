@@ -1,4 +1,4 @@
-"""Floor 0: what every command line has: its parser, the types of its options, and how it ends."""
+"""Floor 0: common to all command lines: the parser, types of options, and exit codes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 def run_command(main: Callable[[list[str] | None], int | None]) -> None:
     """Run a command's `main`: `InputError` becomes a line on stderr and exit code 2, Ctrl-C exit code 130.
 
-    SIGTERM ends it by `SystemExit` with code 143, so that what is begun is put in order.
+    SIGTERM raises `SystemExit` with code 143, so that cleanup code runs.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names of files may hold bytes that are no text in this locale
+        if hasattr(stream, "reconfigure"):  # file names may have bytes that are not text in this locale
             stream.reconfigure(errors="backslashreplace")
     threading.excepthook = _told_of_thread
     signal.signal(signal.SIGTERM, _terminate)
@@ -50,13 +50,13 @@ def run_command(main: Callable[[list[str] | None], int | None]) -> None:
 
 
 def refused(error: OSError) -> str:
-    """What the system refused, in one line that names the file where the system does."""
+    """An error of the system as one line, with the name of the file if it is known."""
     named = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
     return f"{named[0][:200]}: {why(error)}" if named else why(error)
 
 
 def _told_of_thread(failed: threading.ExceptHookArgs) -> None:
-    """A thread that cannot write says so in one line; the main thread meets the same error."""
+    """Log one line for a thread that cannot write; the main thread gets the same error."""
     if isinstance(failed.exc_value, OSError):
         log.warning("%s stopped: %s", failed.thread.name if failed.thread else "a thread", refused(failed.exc_value))
     else:
@@ -64,7 +64,7 @@ def _told_of_thread(failed: threading.ExceptHookArgs) -> None:
 
 
 def text(given: str) -> str:
-    """argparse type for words that a model reads. Raises where the command line has bytes that are no UTF-8."""
+    """argparse type for text that a model reads. Raises for bytes that are not UTF-8."""
     try:
         return os.fsencode(given).decode("utf-8")
     except UnicodeError:
@@ -98,10 +98,10 @@ def count(text: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows descriptions as they are written, and whose complaints are one line.
+    """An argument parser with unformatted descriptions and errors of one line.
 
-    A program may set `respell`, which changes the words before they are parsed, and `rest`, which is given the parser,
-    the options and the words that are none of them.
+    A program may set `respell`, which changes the words before parsing, and `rest`, which gets the parser, the options
+    and the remaining words.
     """
 
     respell: Callable[[Sequence[str]], Sequence[str]] | None = None
@@ -128,7 +128,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def refuse(parser: Parser, _options: argparse.Namespace, rest: list[str]) -> None:
-    """Refuse words that are no options, naming the option that is nearest. Raises `InputError`."""
+    """Raises `InputError` for remaining words, with the nearest option."""
     if rest:
         unknown = next((word for word in rest if word.startswith("-")), rest[0]).partition("=")[0]
         near = did_you_mean(unknown, parser._option_string_actions) if unknown.startswith("-") else ""
@@ -136,12 +136,12 @@ def refuse(parser: Parser, _options: argparse.Namespace, rest: list[str]) -> Non
 
 
 def keep_rest(_parser: Parser, options: argparse.Namespace, rest: list[str]) -> None:
-    """Keep words that are no options in `options.rest`, for a program that hands them on."""
+    """Keep remaining words in `options.rest`, for a program that passes them on."""
     options.rest = rest
 
 
 def underscores(words: Sequence[str]) -> list[str]:
-    """`--alpha-1 x` and `--alpha_1=x` alike: dashes in the names of options become underscores."""
+    """Accept `--alpha-1 x` like `--alpha_1=x`: replace dashes in the names of options by underscores."""
 
     def spelled(word: str) -> str:
         name, equals, value = word.partition("=")
@@ -151,7 +151,7 @@ def underscores(words: Sequence[str]) -> list[str]:
 
 
 def in_order(values: Sequence[str], named: Mapping[str, str | None], usage: str) -> list[str]:
-    """Arguments by position or by name (`a b` or `--one a --two b`, as python-fire takes them), in their order."""
+    """Arguments by position or by name (`a b` or `--one a --two b`, as in python-fire), in order."""
     rest = list(values)
     found = [value if value is not None else rest.pop(0) if rest else None for value in named.values()]
     if rest or None in found:
@@ -160,7 +160,7 @@ def in_order(values: Sequence[str], named: Mapping[str, str | None], usage: str)
 
 
 def add_files(parser: argparse.ArgumentParser, config: str) -> None:
-    """What commands on files share: `--config`, the model that files belong to, `--force`, and `--allow_family`."""
+    """The common options of commands on files: `--config`, `--force` and `--allow_family`."""
     parser.add_argument("--config", default=config, help=f"config of the base model (default {config})")
     parser.add_argument("--force", action="store_true", help="overwrite what exists")
     add_allow_family(parser)
@@ -172,7 +172,7 @@ def add_allow_family(group: argparse._ActionsContainer) -> None:
                        help="import this family of tuning if a folder asks for it; repeatable")  # fmt: skip
 
 
-# torch.compile's: with `reduce-overhead` a GPU replays CUDA graphs instead of being told kernel by kernel.
+# Modes of torch.compile. With `reduce-overhead` a GPU replays CUDA graphs instead of launching single kernels.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
@@ -183,7 +183,7 @@ def add_compile(group: argparse._ArgumentGroup) -> None:
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Answer the shell and exit, where it asks how the command line could go on; see argcomplete."""
+    """If the shell asks for completions, answer and exit; see argcomplete."""
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete
 

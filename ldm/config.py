@@ -29,7 +29,7 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # Only a missing part of the target itself is the user's mistake; a missing dependency is told as such.
+        # A missing part of the target is a spelling mistake; a missing dependency gets another message.
         if error.name and (module_name + ".").startswith(error.name + "."):
             raise InputError(
                 f"target {string!r}: there is no module {error.name!r}; check the spelling in the config"
@@ -69,9 +69,9 @@ def instantiate_from_config(config: Mapping | str | None, **extra: Any) -> Any:
 
 
 def check_entry(config: Mapping, place: str = "") -> None:
-    """Refuse what a `{target, params}` may not hold: keys beside these two, arguments that the target does not take.
+    """Check a `{target, params}`: no other keys, and only arguments that the target takes.
 
-    `place` is its dotted key. Raises `InputError` with the nearest name that is known.
+    `place` is its dotted key. Raises `InputError` with the nearest known name.
     """
     from ldm import schema
 
@@ -96,9 +96,9 @@ def check_entry(config: Mapping, place: str = "") -> None:
 
 
 def check_entries(config: Any, place: str = "") -> None:
-    """`check_entry` for each `{target, params}` in a config of plain values, also within the parameters of others.
+    """`check_entry` for each `{target, params}` in a config of plain values, also nested ones.
 
-    What cannot be imported is left to whoever builds it: not every part of a config is built.
+    Targets that cannot be imported are skipped, because not every part of a config is built.
     """
     if isinstance(config, Mapping):
         if isinstance(config.get("target"), str):
@@ -116,7 +116,7 @@ def check_entries(config: Any, place: str = "") -> None:
 
 
 def annotations_of(target: Callable) -> dict[str, Any]:
-    """The types of a callable's parameters, as far as they are written down and can be resolved."""
+    """The types of a callable's parameters that are annotated and can be resolved."""
     found: dict[str, Any] = {}
     for cls in inspect.getmro(target) if inspect.isclass(target) else (target,):
         function = vars(cls).get("__init__") if inspect.isclass(cls) else cls
@@ -124,7 +124,7 @@ def annotations_of(target: Callable) -> dict[str, Any]:
             continue
         try:
             found = {**typing.get_type_hints(function), **found}
-        except Exception:  # names of type checking alone, or a builtin
+        except Exception:  # names that only type checkers import, or a builtin
             pass
         if not any(p.kind is p.VAR_KEYWORD for p in _signature(function)):
             break
@@ -145,10 +145,10 @@ def _signature(function: Callable) -> list[inspect.Parameter]:
 
 
 def parameters_of(target: Callable) -> tuple[list[str], list[str] | None]:
-    """The names of a callable's required parameters, and of all (None: any).
+    """The names of a callable's required parameters, and of all parameters (None: any).
 
-    A class that passes `**more` on to its parent takes the parent's parameters too, but for those that it gives itself:
-    it names them as `GIVEN`.
+    A class that passes `**more` to its parent takes the parent's parameters too, except those in its attribute `GIVEN`,
+    which it passes itself.
     """
     required, known, given = [], [], set()
     for cls in _with_own_init(target) if inspect.isclass(target) else (target,):
@@ -167,13 +167,13 @@ def parameters_of(target: Callable) -> tuple[list[str], list[str] | None]:
 
 
 def unet_params(config: Mapping) -> str:
-    """Where a config has the parameters of its UNet: sgm's models call it the network."""
+    """The dotted key of the UNet's parameters in a config; sgm's models call the UNet the network."""
     params = (config.get("model") or {}).get("params") or {}
     return f"model.params.{'network_config' if 'network_config' in params else 'unet_config'}.params"
 
 
 def _with_own_init(cls: type) -> list[type]:
-    """The class and its parents in the order of Python's search, but for those that inherit `__init__`."""
+    """The class and its parents in method resolution order, without those that inherit `__init__`."""
     return [one for one in inspect.getmro(cls) if "__init__" in vars(one)]
 
 
@@ -189,8 +189,8 @@ def plain(config: Any) -> Any:
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Any:
     """Read a YAML config, the files named by its `defaults:` first, then `a.b.c=value` overrides.
 
-    `defaults:` is one path or a list of paths, relative to the file that names them (as in Hydra); later ones win over
-    earlier ones and the file itself over all of them. Lists are replaced, mappings are merged.
+    `defaults:` is one path or a list of paths, relative to the file that names them (as in Hydra). Later files win over
+    earlier ones, and the file itself wins over all of them. Lists are replaced, mappings are merged.
 
     Raises `InputError` for a missing or malformed file, a circle of defaults and a malformed override.
     """
@@ -200,7 +200,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Any:
 
 
 def check(config: Any, source: str = "") -> None:
-    """Refuse keys and types that `ldm.schema` does not know. Raises `InputError` with the dotted key."""
+    """Raises `InputError`, with the dotted key, for keys and types that `ldm.schema` does not allow."""
     from omegaconf import OmegaConf
 
     from ldm import schema
@@ -211,10 +211,10 @@ def check(config: Any, source: str = "") -> None:
 
 
 def stored_config(path: str | Path) -> Any:
-    """The config that a run wrote into its folder, which may come from anywhere: its targets are ours.
+    """The config in the folder of a run. The folder may come from anywhere, so only our own targets are allowed.
 
-    Raises `InputError` for others, for `defaults` and for `${...}`, none of which is followed, before anything is
-    imported; not with `--trust_config`.
+    Raises `InputError` for other targets, for `defaults` and for `${...}`, before anything is imported. With
+    `--trust_config` there is no check.
     """
     from omegaconf import OmegaConf
 
@@ -238,13 +238,13 @@ def stored_config(path: str | Path) -> Any:
     return config
 
 
-# configs/, models/sd-mini and examples/subjects: within an installed package, else in the checkout (see setup.py).
+# configs/, models/sd-mini and examples/subjects: in an installed package, else in the checkout (see setup.py).
 PACKAGE = Path(__file__).resolve().parent
 SHIPPED = PACKAGE / "_data" if (PACKAGE / "_data").is_dir() else PACKAGE.parent
 
 
 def find_file(path: str | Path) -> Path:
-    """A relative path as seen from here or, where that does not exist, in what comes with this package (`SHIPPED`)."""
+    """A relative path from the working directory or, if that does not exist, from the package's data (`SHIPPED`)."""
     path = Path(path).expanduser()
     shipped = SHIPPED / path
     return shipped if not path.exists() and shipped.exists() else path
@@ -256,7 +256,7 @@ def parse_overrides(overrides: Iterable[str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    # YAML 1.1 would read a time, 00:12:00:00, as a number of base 60.
+    # YAML 1.1 would read a time such as 00:12:00:00 as a number in base 60.
     items = [re.sub(r"=(\d+(?::\d+)+)$", r'="\1"', item.removeprefix("--")) for item in overrides]
     for item in items:
         if "=" not in item or not item.split("=")[0].replace(".", "").replace("_", "").replace("-", "").isalnum():
@@ -270,7 +270,7 @@ def parse_overrides(overrides: Iterable[str]) -> Any:
 
 
 def merged(*configs: Any, source: str = "") -> Any:
-    """Configs as one, later ones over earlier ones. Raises `InputError` where one has a list for another's mapping."""
+    """Merge configs; later ones win. Raises `InputError` if one has a list where another has a mapping."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -278,14 +278,14 @@ def merged(*configs: Any, source: str = "") -> Any:
         return OmegaConf.merge(*configs)
 
 
-# What an override may call shortly.
+# Short forms of dotted keys in overrides.
 SHORT = {"tuning": "model.params.tuning"}
 
 
 def override(config: Any, overrides: Iterable[str]) -> Any:
-    """A config with `a.b.c=value` put in, one after the other; `a.0.b=value` is in the first entry of a list.
+    """Apply `a.b.c=value` to a config, one after the other; `a.0.b=value` changes the first entry of a list.
 
-    Mappings are merged, everything else is replaced. Raises `InputError` for an entry that a list does not have.
+    Mappings are merged, other values are replaced. Raises `InputError` for an entry that a list does not have.
     """
 
     config = merged({}, config)
@@ -304,7 +304,7 @@ def override(config: Any, overrides: Iterable[str]) -> Any:
 
 
 def _put(config: Any, name: str, value: Any) -> None:
-    """Set what a dotted key with numbers of list entries names. Raises `InputError` where a list is shorter."""
+    """Set a dotted key that may contain numbers of list entries. Raises `InputError` if a list is too short."""
     from omegaconf import OmegaConf
 
     *above, last = name.split(".")
@@ -320,7 +320,7 @@ def _put(config: Any, name: str, value: Any) -> None:
 
 
 def _key(holder: Any, piece: str, name: str, place: list[str]) -> str | int:
-    """A piece of a dotted key as what holds it counts or calls its entries."""
+    """A piece of a dotted key as an index of a list or a key of a mapping."""
     from omegaconf import OmegaConf
 
     dotted = ".".join(place)
@@ -349,7 +349,7 @@ def _load_with_defaults(path: Path, seen: tuple[Path, ...]) -> Any:
 
 
 def _read_yaml(path: Path, named: str) -> Any:
-    """One file as a mapping, its `defaults:` not yet followed; `named` says where its name comes from."""
+    """One file as a mapping, without its `defaults:`; `named` says where its name comes from, for messages."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

@@ -1,4 +1,4 @@
-"""Floor 0: which device computes, and random numbers that are set aside on it."""
+"""Floor 0: the device that computes, and random numbers on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ldm.errors import InputError, first_line
 
 
 def best_device(wanted: str | None = None) -> Any:
-    """The device asked for or, by default, the best one there is. Raises `InputError` if it is not there."""
+    """The wanted device or, by default, the best one. Raises `InputError` if it is not available."""
     import torch
 
     if wanted is None:
@@ -25,7 +25,7 @@ def best_device(wanted: str | None = None) -> Any:
 
 
 def cast_frozen(model: Any, dtype: Any) -> None:
-    """Put the parameters of a module that do not learn into `dtype`; those that learn stay as they are."""
+    """Convert the frozen parameters of a module to `dtype`; trainable ones stay as they are."""
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -33,14 +33,14 @@ def cast_frozen(model: Any, dtype: Any) -> None:
 
 @contextmanager
 def forked_rng(device: Any = None, seed: int | None = None) -> Iterator[None]:
-    """A context after which random numbers go on as if it had not been, on the CPU and, if it is a GPU, on `device`.
+    """A context that restores the random states at its end, of the CPU and, if `device` is a GPU, of the device.
 
-    With a `seed`, they begin at it within the context.
+    With a `seed`, random numbers within the context begin at it.
     """
     import torch
 
     kind = getattr(device, "type", "cpu")
-    devices = {"cuda": [device], "mps": [0]}.get(kind, [])  # torch wants a number for the only MPS device
+    devices = {"cuda": [device], "mps": [0]}.get(kind, [])  # torch needs a number for the only MPS device
     with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
         if seed is not None:
             torch.manual_seed(seed) if devices else torch.default_generator.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Floor 0: what a user did wrong, told in one line."""
+"""Floor 0: errors for the user, in one line."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 class InputError(ValueError):
     """Bad input from the user: its message is one line (what was wrong, what was expected, what to do).
 
-    Commands print it without a traceback and exit with code 2, see `run_command`. One that a data-loading process
-    passes on arrives with its traceback around it, whose last line it is.
+    Commands print it without a traceback and exit with code 2, see `run_command`. From a data-loading process, the
+    message arrives with a traceback around it; then the last line counts.
     """
 
     def __init__(self, message: str) -> None:
@@ -20,7 +20,7 @@ class InputError(ValueError):
 
 
 class WriteError(InputError):
-    """A file or folder that cannot be written, and what is still intact."""
+    """A file or folder cannot be written. The message says what is still intact."""
 
     def __init__(self, path: Any, reason: str, was_there: bool = False, kept: str = "") -> None:
         self.path, self.reason = path, reason
@@ -39,7 +39,7 @@ def short(value: Any, limit: int = 80) -> str:
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """How the refusal of an unknown name goes on: with the nearest known one, or with all where none is near."""
+    """The end of a message about an unknown name: the nearest known name, or all known names."""
     known = [str(one) for one in known]
     near = difflib.get_close_matches(str(name), known, 1)
     if near:

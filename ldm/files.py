@@ -1,6 +1,6 @@
-"""Floor 0: text, JSON and YAML that others wrote, read within bounds.
+"""Floor 0: reads text, JSON and YAML of any origin within limits.
 
-A file is data of any origin: its size, its depth and what it unfolds to are looked at before anything is made of it.
+Size, depth and the expansion of aliases are checked before a file is parsed.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 from ldm.errors import InputError, first_line, short
 from ldm.writing import why
 
-TEXT_BYTES, YAML_BYTES = 2**24, 2**18  # the largest JSON that is read, a vocabulary of 1,000,000 words, has 14 MB
+TEXT_BYTES, YAML_BYTES = 2**24, 2**18  # the largest valid JSON, a vocabulary of 1,000,000 words, has 14 MB
 DEPTH = 64
-YAML_VALUES = 100_000  # with every alias counted as what it stands for
+YAML_VALUES = 100_000  # with expanded aliases
 
 
 def read_text(path: str | Path, limit: int = TEXT_BYTES) -> str:
-    """A text file in UTF-8, whatever the locale, without the byte order mark that editors of Windows put before it.
+    """The content of a text file in UTF-8, whatever the locale, without the byte order mark of Windows editors.
 
-    Raises `InputError`, in one line, where it cannot be read, is larger than `limit` bytes or in another encoding.
+    Raises `InputError` if it cannot be read, is larger than `limit` bytes or has another encoding.
     """
     try:
         with Path(path).open("rb") as file:
@@ -42,7 +42,7 @@ def read_json(path: str | Path, limit: int = TEXT_BYTES) -> Any:
 
 
 def parse_json(text: str, source: str, limit: int = TEXT_BYTES) -> Any:
-    """JSON as Python values. Raises `InputError` for what is no JSON, is too long, or is nested too deeply."""
+    """JSON as Python values. Raises `InputError` if it is invalid, too long, or nested too deeply."""
     if not isinstance(text, str) or len(text) > limit:
         raise InputError(f"{source} refused: expected at most {limit} characters of JSON, got {short(text)}")
     try:
@@ -65,9 +65,9 @@ def parse_json(text: str, source: str, limit: int = TEXT_BYTES) -> Any:
 
 
 def read_yaml_text(path: str | Path) -> str:
-    """The text of a YAML file, if it unfolds to no more than it seems to: aliases may double it line by line.
+    """The text of a YAML file, if its aliases do not expand too far: they may double the size with every line.
 
-    What is no YAML at all is left to the parser. Raises `InputError`.
+    Invalid YAML is left to the parser. Raises `InputError`.
     """
     text = read_text(path, YAML_BYTES)
     check_yaml(text, str(path))
@@ -75,11 +75,11 @@ def read_yaml_text(path: str | Path) -> str:
 
 
 def check_yaml(text: str, source: str) -> None:
-    """Raises `InputError` for YAML that is nested too deeply or has too many values, aliases unfolded."""
+    """Raises `InputError` for YAML that is nested too deeply or has too many values, with expanded aliases."""
     import yaml
 
     counts = [0]  # values in the open collections, the outermost first
-    anchors: dict[str, int] = {}  # how many values each stands for
+    anchors: dict[str, int] = {}  # the number of values of each
     opened: list[str | None] = []
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):

@@ -1,4 +1,4 @@
-"""Prompts to pictures: seeds, guidance, samplers, grids and the files that they end up in."""
+"""Draws pictures from prompts: seeds, guidance, samplers, grids and files."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """How to sample. Height and width are in pixels, by default those that the model was trained at."""
+    """Settings of sampling. Height and width are in pixels, by default the size of training."""
 
     sampler: str = "ddim"
     steps: int = 50
-    eta: float | None = None  # by default the sampler's: 0, but 1 for ancestral ones
+    eta: float | None = None  # by default that of the sampler: 1 for ancestral samplers, else 0
     scale: float = 7.5
     height: int | None = None
     width: int | None = None
@@ -48,9 +48,9 @@ class Settings:
     factor: int | None = None  # pixels per latent; by default the autoencoder's
     spacing: str = "uniform"  # of the steps
     weighted: bool = False  # (word:1.3) in a prompt is a weight
-    half: bool = False  # autocast, on devices that gain from it
-    cache_text: bool = True  # keys and values of the text once, not at every step
-    decoded_pixels: int = 512 * 512  # of all pictures that the autoencoder decodes at once
+    half: bool = False  # autocast, only on CUDA
+    cache_text: bool = True  # compute the keys and values of the text once, not at every step
+    decoded_pixels: int = 512 * 512  # limit for all pictures that the autoencoder decodes at once
 
     def factor_of(self, model: Any) -> int:
         """Pixels per latent, along one side."""
@@ -69,7 +69,7 @@ class Settings:
 
 
 class NotFinite(InputError):
-    """A part of the model gave numbers that are not finite, of which no picture can be made."""
+    """A part of the model gave numbers that are not finite, so there is no picture."""
 
     def __init__(self, part: str, model: Any, half: bool) -> None:
         bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
@@ -85,10 +85,10 @@ class NotFinite(InputError):
 
 @dataclass(frozen=True)
 class Start:
-    """A picture that sampling begins at, and what of it is to be painted anew.
+    """A picture as the start of sampling, and the area to paint.
 
-    picture [3, H, W] in [0, 1]; strength: the share of the steps that are made, 1 leaves nothing of the picture;
-    mask [1, H, W]: 1 where it is to be painted, elsewhere the picture stays; without one all of it is.
+    picture [3, H, W] in [0, 1]; strength: the fraction of steps to make, 1 starts from pure noise; mask [1, H, W]: 1
+    where the model paints, elsewhere the picture stays; without a mask it paints everything.
     """
 
     picture: Tensor
@@ -96,7 +96,7 @@ class Start:
     mask: Tensor | None = None
 
     def with_known(self, pictures: Tensor) -> Tensor:
-        """Pictures [b, 3, H, W] in [0, 1] with what the mask keeps of the start."""
+        """Pictures [b, 3, H, W] in [0, 1] with the unmasked area of the start."""
         return pictures if self.mask is None else self.mask * pictures + (1 - self.mask) * self.picture
 
 
@@ -112,13 +112,13 @@ def generate(
 ) -> Tensor:
     """Pictures [b, 3, H, W] in [0, 1] on the CPU, one for each prompt and seed.
 
-    `negative`: a negative prompt for each prompt, which guidance leads away from. `start`: a picture instead of noise.
-    Each picture has its own generator, so that it does not depend on the batch that it is made in.
-    Raises `InputError` for settings that the model or the sampler cannot take, `NotFinite` for numbers that are none.
+    `negative`: a negative prompt for each prompt. `start`: a picture instead of noise.
+    Each picture has its own generator, so it does not depend on its batch.
+    Raises `InputError` for settings that the model or the sampler does not support, and `NotFinite`.
     """
     row = sampler(settings.sampler)
     if getattr(model, "cond_stage_model", None) is None:
-        raise InputError("this model has no text encoder, so that it cannot draw a prompt")
+        raise InputError("this model has no text encoder, so it cannot draw prompts")
     device = model.betas.device
     half = settings.half and device.type == "cuda"
     precision = torch.autocast(device.type, dtype=torch.float16) if half else nullcontext()
@@ -153,16 +153,16 @@ def generate(
 
 
 class FiniteSteps:
-    """Whether the estimates of x_0 were finite, step by step."""
+    """Records for each step whether the estimate of x_0 was finite."""
 
     def __init__(self) -> None:
-        self.flags: list[Tensor] = []  # on the device: to look at them is to wait for it
+        self.flags: list[Tensor] = []  # on the device; reading them would wait for it
 
     def __call__(self, i: int, total: int, x: Tensor, pred_x0: Tensor) -> None:
         self.flags.append(torch.isfinite(pred_x0).all())
 
     def first_bad(self) -> str:
-        """` at step i of n`; empty where all were finite."""
+        """` at step i of n`; empty if all were finite."""
         seen = torch.stack(self.flags).tolist() if self.flags else []
         return f" at step {seen.index(False) + 1} of {len(seen)}" if False in seen else ""
 
@@ -170,12 +170,12 @@ class FiniteSteps:
 def _conditions(
     model: Any, prompts: Sequence[str], negative: Sequence[str] | None, settings: Settings, start: Start | None
 ) -> tuple[Any, Any]:
-    """The conditions with and without the prompts, the second None where nothing is guided."""
+    """The conditions with and without the prompts; the second is None without guidance."""
     shape = settings.latent_shape(model)
     pixels = tuple(side * settings.factor_of(model) for side in shape[1:])
     is_guided, sees = settings.scale != 1, sees_mask(model)
     if sees and (start is None or start.mask is None):
-        raise InputError("this model paints what a mask leaves open: give it a picture and a mask")
+        raise InputError("this is an inpainting model: give it a picture and a mask")
     if sees and model.cond_stage_model is model.first_stage_model:  # no text
         condition = empty = None
     else:
@@ -189,10 +189,10 @@ def _conditions(
 
 
 def _from_picture(model: Any, start: Start, steps: Any, noise: Tensor, draw_noise: Draw) -> tuple[Any, Tensor, Blend]:
-    """The steps that are left, the latents that they begin with, and what keeps the picture outside the mask."""
+    """The remaining steps, their initial latents, and the function that keeps the picture outside the mask."""
     picture = (2 * start.picture - 1).expand(len(noise), -1, -1, -1).to(noise)
     if start.mask is not None and sees_mask(model):
-        return steps, noise, unchanged  # it knows the rest by its condition
+        return steps, noise, unchanged  # the picture is in its condition
     posterior = model.encode_first_stage(picture)
     is_random = isinstance(posterior, DiagonalGaussianDistribution)
     latents = model.scale_factor * (posterior.sample(noise=draw_noise()) if is_random else posterior)
@@ -207,7 +207,7 @@ def _from_picture(model: Any, start: Start, steps: Any, noise: Tensor, draw_nois
 
 
 def decoded(model: Any, latents: Tensor, pixels: int) -> Tensor:
-    """Pictures from latents [b, c, h, w], as many at once as have no more than `pixels` together, but at least one.
+    """Pictures from latents [b, c, h, w], decoded in parts of at most `pixels` pixels, but at least one picture.
 
     The autoencoder of Stable Diffusion needs about 1 GB for each picture of 512 x 512 in fp32.
     """
@@ -217,7 +217,7 @@ def decoded(model: Any, latents: Tensor, pixels: int) -> Tensor:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Within this context the model is in evaluation mode."""
+    """Within this context, the model is in evaluation mode."""
     training = model.training
     model.eval()
     try:
@@ -268,9 +268,9 @@ def save_png(picture: Tensor, path: Path, metadata: Mapping[str, Any], new: bool
 
 
 def save_numbered(picture: Tensor, folder: Path, name: str, number: int, metadata: Mapping[str, Any]) -> int:
-    """`save_png` under the first name from `number` on that nothing has; its number. `name` is such as `{:05}.png`.
+    """`save_png` under the first free name from `number` on. Returns its number. `name` is e.g. `{:05}.png`.
 
-    Of two programs that draw into one folder each gets numbers of its own.
+    Two programs that write into one folder at the same time get different numbers.
     """
     while True:
         path = folder / name.format(number)
@@ -292,9 +292,9 @@ def next_number(folder: Path, pattern: str = "*.png") -> int:
 def fill_class_folder(
     model: Any, folder: Path, prompt: str, number: int, settings: Settings, seed: int, batch_size: int = 4
 ) -> None:
-    """Make the class pictures that a folder still lacks by sampling the base model (DreamBooth's prior preservation).
+    """Fill a folder with class pictures by sampling the base model (DreamBooth's prior preservation).
 
-    What is there is kept, so that an interrupted run goes on where it stopped. Adapters are off meanwhile.
+    Existing pictures are kept, so an interrupted run continues where it stopped. Adapters are off meanwhile.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

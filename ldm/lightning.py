@@ -1,7 +1,7 @@
-"""Floor 0: Lightning's module class, or what stands for it in a process that trains nothing.
+"""Floor 0: Lightning's module class, or a replacement in processes that do not train.
 
-Lightning takes longer to import than a small model takes to draw a picture, since it brings torch's compiler and all
-metrics of torchmetrics with it.
+The import of Lightning takes longer than a small model needs for a picture, because it imports torch's compiler and all
+of torchmetrics.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ _left_out = False
 
 
 def leave_out() -> None:
-    """Let models of this process do without Lightning, unless something else imports it first. They cannot train."""
+    """Do not import Lightning for models of this process, unless something else has. They cannot train."""
     global _left_out
     _left_out = True
 
 
 def module_class() -> type:
-    """`LightningModule`; in a process that leaves Lightning out, a module with the same properties."""
+    """`LightningModule`; after `leave_out`, a plain module with the properties that models need."""
     if _left_out and "pytorch_lightning" not in sys.modules:
         return _untrained()
     import pytorch_lightning as pl
@@ -32,14 +32,14 @@ def _untrained() -> type:
     from torch import nn
 
     class Untrained(nn.Module):
-        """What models use of a `LightningModule` when they do not train."""
+        """The part of `LightningModule` that models use when they do not train."""
 
         _trainer = None
         global_step = 0
 
         @property
         def device(self) -> Any:
-            """Where the weights are."""
+            """The device of the weights."""
             first = next(iter([*self.parameters(), *self.buffers()]), torch.empty(0))
             return first.device
 

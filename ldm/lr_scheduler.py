@@ -94,7 +94,7 @@ class LambdaWarmUpCosineScheduler2:
         return bottom
 
     def decay(self, n: int, length: int, warm_up: int, top: float, bottom: float) -> float:
-        """The way down after the warm-up of one cycle."""
+        """The factor after the warm-up of one cycle."""
         return half_cosine((n - warm_up) / max(length - warm_up, 1), top, bottom)
 
     def __call__(self, n: int) -> float:
@@ -102,8 +102,8 @@ class LambdaWarmUpCosineScheduler2:
 
 
 class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
-    """The same cycles with a straight way down. As published it aims from f_max at step 0 of the cycle, so that
-    the factor jumps from f_max to a point below it where the warm-up ends.
+    """The same cycles with a linear decay. As published, the line starts at f_max at step 0 of the cycle, so the factor
+    jumps from f_max to a lower value at the end of the warm-up.
     """
 
     def decay(self, n: int, length: int, warm_up: int, top: float, bottom: float) -> float:
@@ -111,11 +111,11 @@ class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
 
 
 class NamedSchedule:
-    """A linear warm-up from 0, then a way down that has a name, as in diffusers, sd-scripts and transformers.
+    """A linear warm-up from 0, then a named schedule, as in diffusers, sd-scripts and transformers.
 
-    name: `constant`, `constant_with_warmup`, `linear`, `cosine`, `cosine_with_restarts`, `polynomial`; steps: where the
-    way down ends; warmup: steps of the warm-up; cycles: how often `cosine_with_restarts` starts again; power: of
-    `polynomial`; end: the factor at the end.
+    name: `constant`, `constant_with_warmup`, `linear`, `cosine`, `cosine_with_restarts`, `polynomial`; steps: the end
+    of the schedule; warmup: steps of the warm-up; cycles: of `cosine_with_restarts`; power: of `polynomial`; end: the
+    factor at the end.
     """
 
     WAYS = {
@@ -150,10 +150,10 @@ class NamedSchedule:
 
 
 class NamedStages:
-    """Named schedules one after another, each counting its own steps from 0.
+    """Named schedules in sequence; each one counts its own steps from 0.
 
-    stages: the parameters of `NamedSchedule`, each with `steps`, the length of its stage; after the last the factor is
-    that of its end. Raises `InputError` for a stage that is not longer than its warm-up, and for an unknown name.
+    stages: the parameters of `NamedSchedule`, each with `steps`, the length of its stage. After the last stage the
+    factor is constant. Raises `InputError` for a stage that is not longer than its warm-up, and for an unknown name.
     """
 
     def __init__(self, stages: Sequence[Mapping[str, Any]]):

@@ -1,4 +1,4 @@
-"""Floor 0: regular expressions that files bring along, which may take forever by mistake or by design."""
+"""Floor 0: regular expressions from files, which may take forever by mistake or on purpose."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ LENGTH = 1000
 
 
 class Patterns:
-    """Matches patterns out of one file, in `SECONDS` altogether. Raises `InputError` for what takes longer.
+    """Matches patterns from one file within `SECONDS` in total. Raises `InputError` if it takes longer.
 
-    `regex` knows what `re` knows, and can be stopped.
+    The package `regex` has the features of `re`, and a timeout.
     """
 
     def __init__(self, source: str, seconds: float = SECONDS) -> None:

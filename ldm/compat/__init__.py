@@ -1,1 +1,1 @@
-"""Python interfaces of other programs, for scripts that were written for them: the name of the import changes alone."""
+"""Python interfaces of other programs, for scripts that use them: only the import changes."""

@@ -1,9 +1,8 @@
-"""Captioned pictures in memory: drawings with alpha, put before a new background at every draw, and photographs.
+"""Captioned pictures in memory: photographs, and drawings with alpha that get a new background at every draw.
 
 The file is a webdataset: a tar (compressed or not) in which `<key>.json` and `<key>.webp` are neighbours. The JSON
-holds `captions` (list), `split`, `kind` ("drawing" or "photo"), `weight` (how often, among its kind) and what else is
-known of the picture.
-sample k is a function of (seed, k) alone, whatever was drawn before, in whatever batches and by however many processes.
+holds `captions` (list), `split`, `kind` ("drawing" or "photo"), `weight` (how often, among its kind) and further facts.
+Sample k depends only on (seed, k), not on earlier draws, batches or processes.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ TOLD = (0.3, 0.6, 0.3, 0.4, 0.4)  # how often the caption mentions a background 
 class CaptionedPictures(Dataset):
     """Pictures of one split with captions, drawn at random by weight. All of them are held as one uint8 tensor.
 
-    path: the tar; split: one name or several; size: h and w in pixels; seed and draw number decide everything random;
-    draws: the length of the dataset (default: the number of pictures); shares: by kind, the part of all draws that
-    shows it, e.g. {"drawing": 0.6, "photo": 0.4} (default: by the pictures' weights alone); emphasis: by class, how
-    many times as often as by its weight a picture comes among its kind, e.g. {"animal": 3} (default: 1);
-    group_emphasis: the same by group of emoji, e.g. {"warning": 0.1}; a picture with both gets their product.
-    Raises `InputError` if the file is absent or broken, or has no picture of that split, kind, class or group.
+    path: the tar; split: one name or several; size: h and w in pixels; seed: with the draw number, decides everything
+    random; draws: the length of the dataset (default: the number of pictures); shares: the fraction of draws of each
+    kind, e.g. {"drawing": 0.6, "photo": 0.4} (default: by the pictures' weights); emphasis: a factor of the weight by
+    class, e.g. {"animal": 3} (default: 1); group_emphasis: the same by group of emoji, e.g. {"warning": 0.1}; a picture
+    with both gets the product. Raises `InputError` if the file is absent or broken, or has no picture of that split,
+    kind, class or group.
     """
 
     def __init__(
@@ -79,18 +78,18 @@ class CaptionedPictures(Dataset):
         return self.draws
 
     def __getitem__(self, k: int) -> dict[str, Tensor | str]:
-        """sample k: `image` float32 [h, w, 3] in -1..1, `caption` str."""
+        """Sample k: `image` float32 [h, w, 3] in -1..1, `caption` str."""
         return self.__getitems__([k])[0]
 
     sample = __getitem__
 
     def __getitems__(self, ks: Sequence[int]) -> list[dict[str, Tensor | str]]:
-        """Several draws, put before their backgrounds together."""
+        """Several draws, which are composed with their backgrounds together."""
         batch = self.batch(ks)
         return [{"image": i, "caption": c} for i, c in zip(batch["image"], batch["caption"], strict=True)]
 
     def to(self, device: str | torch.device) -> CaptionedPictures:
-        """Keep the pictures on a device, where `batch` then composes them."""
+        """Move the pictures to a device, on which `batch` then composes them."""
         self.pixels = self.pixels.to(device)
         return self
 
@@ -103,7 +102,7 @@ class CaptionedPictures(Dataset):
         background, words = draw_backgrounds(u[:, 3:], self.size, device)
         opaque = self._opaque[rows]
         picture = self.pixels[rows.to(device)]  # b h w 4
-        mirrored = (opaque & (u[:, 2] < 0.5)).to(device)  # a mirrored drawing may no longer be what its caption says
+        mirrored = (opaque & (u[:, 2] < 0.5)).to(device)  # the caption of a mirrored drawing may be wrong
         picture = torch.where(mirrored[:, None, None, None], picture.flip(2), picture)
         chosen = (u[:, 1] * self._caption_counts[rows]).long()
         captions = [self.captions[row][i] for row, i in zip(rows.tolist(), chosen.tolist(), strict=True)]
@@ -111,13 +110,13 @@ class CaptionedPictures(Dataset):
         return {"image": compose(picture, background), "caption": captions, "row": rows}
 
     def shown(self, rows: Sequence[int] | Tensor, colour: str = "white") -> Tensor:
-        """Pictures by row number before one plain colour: float32 [b, h, w, 3] in -1..1, for evaluation."""
+        """Pictures by row number on one plain colour: float32 [b, h, w, 3] in -1..1, for evaluation."""
         picture = self.pixels[torch.as_tensor(rows, device=self.pixels.device)]
         return compose(picture, torch.tensor(COLOURS[colour], dtype=torch.float32, device=picture.device))
 
 
 def read_records(path: str | Path, splits: set[str] | None = None) -> Iterator[tuple[dict, bytes]]:
-    """The records of a file in order, each with its encoded picture; of all splits, or of those named."""
+    """The records of a file in order, each with its encoded picture; of all splits, or of the named ones."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no captioned pictures at {path}; scripts/sd_mini/build_captioned_pictures.py builds them")
@@ -134,7 +133,7 @@ def read_records(path: str | Path, splits: set[str] | None = None) -> Iterator[t
 
 
 def _bytes(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:
-    """One file of the archive. Raises `InputError` for what is none, or too large for a record or a picture."""
+    """One file of the archive. Raises `InputError` for other members, and for files that are too large."""
     if not member.isfile() or member.size > MEMBER_BYTES:
         raise InputError(f"{path}: {short(member.name)} is no file of at most {MEMBER_BYTES} bytes; build it again")
     return archive.extractfile(member).read()
@@ -155,8 +154,8 @@ def row_weights(
     emphasis: Mapping[str, float],
     group_emphasis: Mapping[str, float],
 ) -> Tensor:
-    """How often each record is drawn, float64 [n]: its weight times its class's and its group's, scaled to the share
-    of its kind."""
+    """The probability of each record, float64 [n]: its weight times the emphasis of its class and group, scaled to the
+    share of its kind."""
     weights = torch.tensor([record.get("weight", 1.0) for record in records], dtype=torch.float64)
     for option, key, factors in (("emphasis", "class", emphasis), ("group_emphasis", "group", group_emphasis)):
         own = [record.get(key) for record in records]
@@ -196,7 +195,8 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def draw_backgrounds(u: Tensor, size: int, device: torch.device | str = "cpu") -> tuple[Tensor, list[str]]:
-    """Backgrounds out of uniforms [b, >= 12]: float32 [b, h, w, 3] in 0..255, and what a caption says of each."""
+    """Backgrounds from uniform numbers [b, >= 12]: float32 [b, h, w, 3] in 0..255, and the words of captions for
+    them."""
     kind = torch.searchsorted(torch.cumsum(KIND_SHARES, 0), u[:, 0].contiguous()).clamp(max=CHECKS)
     names = list(COLOURS)
     first = torch.where(kind == WHITE, 0, (u[:, 1] * len(names)).long())
@@ -224,7 +224,7 @@ def draw_backgrounds(u: Tensor, size: int, device: torch.device | str = "cpu") -
 
 
 def mention(one: str, other: str, kind: int, chance: float) -> str:
-    """What a caption says of a background of a kind and two colours; nothing where `chance` is too large for that."""
+    """The words for a background of a kind and two colours; empty if `chance` is too large."""
     if chance >= TOLD[kind]:
         return ""
     said = {GRADIENT: f"{one} and {other}", STRIPES: "striped", CHECKS: "checkered"}.get(kind, one)
@@ -238,5 +238,5 @@ def compose(picture: Tensor, background: Tensor) -> Tensor:
 
 
 def background_words() -> Iterable[str]:
-    """Everything that a background adds to captions, for training a tokenizer."""
+    """All words that backgrounds add to captions, for training a tokenizer."""
     return [f" on {'an' if n.startswith('orange') else 'a'} {n} background" for n in (*COLOURS, "striped", "checkered")]

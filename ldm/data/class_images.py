@@ -1,4 +1,5 @@
-"""Which class pictures `--num_class_images` still has to make (prior preservation, arXiv:2208.12242, section 3.2)."""
+"""The class pictures that `--num_class_images` still has to draw (prior preservation, arXiv 2208.12242, section
+3.2)."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from ldm.errors import InputError
 
 
 def missing_class_images(folder: str | Path, n: int) -> list[str]:
-    """File names (`00000.png`, ...) of the pictures to add until the folder holds `n`; none where it has enough.
+    """File names (`00000.png`, ...) of the pictures to add until the folder has `n`; empty if it has enough.
 
-    Every picture that is there counts, whatever its name. The numbers continue after the highest one in use, so nothing
-    is overwritten, and asking again after an interruption gives what is still missing. The folder need not exist yet.
+    Every existing picture counts, whatever its name. The numbers continue after the highest one in use, so nothing is
+    overwritten, and after an interruption the result is what is still missing. The folder need not exist.
 
     Raises `InputError` if `folder` is a file or `n` is negative.
     """

@@ -23,35 +23,34 @@ STYLE_TEMPLATES = (
     "a drawing in the style of {}",
 )
 
-# What the prompt says of a picture that was shrunk below 0.6 of the frame, or enlarged beyond it.
+# Words in the prompt for pictures that were shrunk below 0.6 of the frame, or enlarged beyond it.
 SMALL, LARGE = ("a far away ", "very small "), ("zoomed in ", "close up ")
 
-# Keys of one concept, here and in the `concepts_list` files of diffusers. The latter give whole prompts.
+# Keys of one concept, here and in diffusers' `concepts_list` files, which give whole prompts.
 CONCEPT = ("datapath", "caption", "reg_datapath", "reg_caption")
 DIFFUSERS = dict(zip(("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt"), CONCEPT, strict=True))
 
 
 class MaskBase(Dataset):
-    """Pictures of one concept, in turn with pictures of its class if there are any.
+    """Pictures of one concept, alternating with pictures of its class if there are any.
 
     An item is `{"image": float32 [size, size, 3] (h w c) in [-1, 1], "caption": str, "mask": float32 [size, size]}`;
-    the mask is 1 where the picture is. sample k is a function of (`seed`, k): draws 0, 2, ... show the concept, draws
-    1, 3, ... its class, each of them every picture once before any comes again.
+    the mask is 1 inside the picture. Sample k depends only on (`seed`, k): draws 0, 2, ... show the concept, draws
+    1, 3, ... its class; each set shows every picture once before it repeats one.
 
     Args:
         datapath: a folder of pictures, or a text file with the path of one in each line.
-        caption: what they show (`<new1> dog`), to be put into the templates, or a text file (.txt) with the captions
-            themselves, a line for each picture.
-        reg_datapath, reg_caption: the same for the class.
-        size: side of the square in pixels.
-        flip_p: probability of a horizontal flip.
-        aug: rescale the concept's pictures: two times in three to between a third and the whole of the frame, on a grey
-            ground; else to 1.2 up to 1.4 of it, of which the frame shows a part.
+        caption: what they show (`<new1> dog`), which is put into the templates, or a text file (.txt) with one caption
+            per line for each picture.
+        reg_datapath, reg_caption: the same for the class. size: side of the square in pixels. flip_p: probability of a
+        horizontal flip. aug: rescale the concept's pictures: with probability 2/3 to between a third and the whole of
+        the frame, on grey;
+            else to 1.2 to 1.4 times the frame, which then shows a part.
         style: the concept is a style; other templates.
-        repeat: pictures of the concept count that many times for the length of an epoch.
+        repeat: how often each picture of the concept counts for the length of an epoch.
         templates: instead of the default ones; `{}` stands for the caption.
 
-    Raises `InputError` for what cannot be used, and for what `find_pictures` and `read_picture` refuse.
+    Raises `InputError` for invalid arguments, and as `find_pictures` and `read_picture` do.
     """
 
     def __init__(
@@ -124,12 +123,12 @@ class MaskBase(Dataset):
         return [text or self.templates[0].replace("{}", words) for text, words in zip(first, named, strict=True)]
 
     def _scale(self, draws: torch.Generator) -> int:
-        """The side that a picture is resized to."""
+        """The side length that a picture is resized to."""
         low, high = (1 / 3, 1.0) if _uniform(draws) < 2 / 3 else (1.2, 1.4)
         return round((low + (high - low) * _uniform(draws)) * self.size)
 
     def _place(self, number: int, j: int) -> int:
-        """Which picture of a set its j-th draw shows."""
+        """The number of the picture that the j-th draw of a set shows."""
         epoch, place = divmod(j, len(self.sets[number]))
         if self._order.get(number, (None, None))[0] != epoch:
             order = torch.randperm(len(self.sets[number]), generator=self._generator("order", number, epoch))
@@ -143,7 +142,7 @@ class MaskBase(Dataset):
 
 
 def place(pixels: Tensor, size: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A picture [3, s, s] somewhere in a grey frame [3, size, size], or a part of a larger one; mask [size, size]."""
+    """A picture [3, s, s] at a place in a grey frame [3, size, size], or a crop of a larger one; mask [size, size]."""
     side = pixels.shape[1]
     top, left = (int(_uniform(draws) * (abs(size - side) + 1)) for _ in range(2))
     if side >= size:
@@ -155,13 +154,14 @@ def place(pixels: Tensor, size: int, draws: torch.Generator) -> tuple[Tensor, Te
 
 
 def describe(share: float, draws: torch.Generator) -> str:
-    """The words that begin the caption of a picture whose side is this share of the frame's."""
+    """The first words of the caption for a picture of this size relative to the frame."""
     words = SMALL if share < 0.6 else LARGE if share > 1 else ("",)
     return words[int(_uniform(draws) * len(words))]
 
 
 class Concepts(Dataset):
-    """Several concepts at once: sample k is sample k of each; collated, a list of batches, whose losses are added."""
+    """Several concepts: sample k has sample k of each one. Collated, it is a list of batches, whose losses are
+    added."""
 
     def __init__(self, concepts: Sequence[Dataset]) -> None:
         self.concepts = list(concepts)
@@ -173,7 +173,7 @@ class Concepts(Dataset):
         return self.sample(k)
 
     def sample(self, k: int) -> tuple[dict[str, Any], ...]:
-        """Item number k of the run: one of each concept."""
+        """Sample k of the run: one of each concept."""
         return tuple(concept.sample(k) for concept in self.concepts)
 
     def examples(self) -> list[str]:
@@ -208,7 +208,7 @@ def read_concepts(path: str | Path) -> list[dict[str, str]]:
 
 
 def _pictures(where: str, caption: str) -> list[tuple[Path, str | None]]:
-    """Pictures with their captions; without, where one caption goes into the templates for all of them."""
+    """Pictures with their captions; None instead of captions if one caption is for all of them."""
     paths = [Path(line) for line in _lines(where)] if Path(where).is_file() else find_pictures(where)
     captions: list[Any] = [None] * len(paths)
     if caption.endswith(".txt"):

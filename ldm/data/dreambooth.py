@@ -1,4 +1,4 @@
-"""DreamBooth's two sets of pictures with captions, of the subject and of its class (arXiv:2208.12242, section 3)."""
+"""DreamBooth's two sets of captioned pictures: the subject and its class (arXiv 2208.12242, section 3)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Item = dict[str, Any]
 
 
 class Choice(NamedTuple):
-    """What a draw shows: the number of the picture, whether it is flipped, and its caption."""
+    """One draw: the number of the picture, whether it is flipped, and its caption."""
 
     number: int
     flipped: bool
@@ -32,25 +32,23 @@ CACHE_BYTES = 512 * 2**20  # pictures kept in memory per dataset and worker: 680
 
 
 class PersonalizedBase(Dataset):
-    """The pictures of one folder with captions; the k-th item drawn is a function of (`seed`, k) alone.
+    """The pictures of one folder with captions. Sample k depends only on (`seed`, k).
 
-    `dataset[k]` is sample k, counted over the run: k may exceed `len()`, and epoch `k // len()` has its own order.
-    No global random state is read, so workers, epoch boundaries and restarts do not change what sample k is.
+    `dataset[k]` is sample k, counted over the whole run: k may exceed `len()`, and epoch `k // len()` has its own
+    order. No global random state is used, so workers, epoch boundaries and restarts do not change sample k.
 
     An item is `{"image": float32 [size, size, 3] (h w c) in [-1, 1], "caption": str}`, and with `sizes` what SDXL is
     conditioned on (arXiv 2307.01952, section 2.2): `original_size_as_tuple`, `crop_coords_top_left` and
     `target_size_as_tuple`, float32 [2] each, (height, width) or (top, left) in pixels.
 
     Args:
-        data_root: folder with the pictures, see `find_pictures`.
-        size: side of the square in pixels.
-        repeats: how often one epoch shows each picture, `len()` is pictures * repeats.
-        interpolation: one of `ldm.data.pictures.INTERPOLATIONS`.
-        flip_p: probability of a horizontal flip (`set="train"` only).
-        set: "train" shuffles and flips; "val", "validation" and "test" go through the pictures in order.
-        placeholder_token: the identifier, in LDM's name for it.
-        per_image_tokens: with probability `mixing_prob` a draw names its picture by an identifier of its own, which is
-            the shared one followed by the picture's number: `sks0`, `sks1`, ...
+        data_root: folder with the pictures, see `find_pictures`. size: side of the square in pixels. repeats: how often
+        one epoch shows each picture, `len()` is pictures * repeats. interpolation: one of
+        `ldm.data.pictures.INTERPOLATIONS`. flip_p: probability of a horizontal flip (`set="train"` only). set: "train"
+        shuffles and flips; "val", "validation" and "test" go through the pictures in order. placeholder_token: the
+        identifier, in LDM's name for it. per_image_tokens: with probability `mixing_prob`, the caption has an
+        identifier for the single picture: the shared
+            one followed by the picture's number, `sks0`, `sks1`, ...
         center_crop: keep the central square; False squeezes the whole picture into the square, as LDM did.
         mixing_prob: see `per_image_tokens`.
         coarse_class_text: words before the identifier, for instance an adjective that all pictures share.
@@ -61,10 +59,9 @@ class PersonalizedBase(Dataset):
         identifier: the rare token that names the subject; wins over `placeholder_token`.
         seed: of the order, the flips and the choice of templates.
         cache: keep decoded pictures in memory, up to `CACHE_BYTES`.
-        sizes: items say how large the picture is in its file, where the square was cut out of it, and how large it is.
+        sizes: items include the size of the file's picture, the corner of the crop, and the size of the square.
 
-    Raises `InputError`, naming the argument, for values that cannot be used, and for what `find_pictures` and
-    `read_picture` refuse.
+    Raises `InputError`, which names the argument, for invalid values, and as `find_pictures` and `read_picture` do.
     """
 
     def __init__(
@@ -124,20 +121,20 @@ class PersonalizedBase(Dataset):
         return self._length
 
     def __iter__(self) -> Iterator[Item]:
-        """The draws of the first epoch. Without this, iterating would never end, as any k is a draw."""
+        """The draws of the first epoch. Without this method, iteration would never end, because every k is valid."""
         return (self[k] for k in range(len(self)))
 
     def __getitem__(self, k: int) -> Item:
         return self.sample(k)
 
     def sample(self, k: int) -> Item:
-        """Item number k of the run, k >= 0; the shapes are given above. Raises `IndexError` for a negative k."""
+        """Sample k of the run, k >= 0, with the shapes above. Raises `IndexError` for a negative k."""
         chosen = self.choose(k)
         image = self.picture(chosen.number, chosen.flipped)
         return {"image": image, "caption": chosen.caption, **self.sizes_of(chosen.number)}
 
     def sizes_of(self, number: int) -> dict[str, Tensor]:
-        """What an item says of the size of picture `number`; nothing without `sizes`."""
+        """The entries of an item for the size of picture `number`; empty without `sizes`."""
         if not self.sizes:
             return {}
         height, width = picture_size(self.paths[number])
@@ -151,7 +148,7 @@ class PersonalizedBase(Dataset):
         return {name: torch.tensor(pair, dtype=torch.float32) for name, pair in pairs.items()}
 
     def choose(self, k: int) -> Choice:
-        """What sample k shows. Raises `IndexError` for a negative k."""
+        """The draw of sample k. Raises `IndexError` for a negative k."""
         if k < 0:
             raise IndexError(f"draws are counted from 0, got {k}")
         number = self._picture_of(k)
@@ -181,13 +178,13 @@ class PersonalizedBase(Dataset):
         return place % len(self.paths)
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
-        """A generator of its own for every draw and every epoch; the two sets of a pair have different ones."""
+        """A separate generator for every draw and every epoch; the two sets of a pair have different ones."""
         key = (self.seed, self.reg, ("sample", "order", "mask").index(purpose), number)
         state = np.random.SeedSequence([int(part) for part in key]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]) >> 1)
 
     def _read(self, number: int) -> Tensor:
-        """uint8 [3, size, size], from memory where it was read before."""
+        """uint8 [3, size, size], from memory if it was read before."""
         if number in self._pixels:
             return self._pixels[number]
         pixels = fit_square(read_picture(self.paths[number]), self.size, self.interpolation, self.center_crop)
@@ -196,14 +193,14 @@ class PersonalizedBase(Dataset):
         return pixels
 
     def _parts(self, identifier: str) -> dict[str, str]:
-        """What the fields of a template stand for."""
+        """The values of the fields of a template."""
         named = {"word": self.class_word} if self.reg else {"identifier": identifier, "word": self.class_word}
         named = {field: text for field, text in named.items() if text}
         return {"subject": " ".join(filter(None, (self.coarse_class_text, *named.values()))), **named}
 
 
 class DreamBoothPairs(Dataset):
-    """sample k of the subject with sample k of its class; collated, LDM's `[train batch, class batch]`.
+    """Sample k of the subject with sample k of its class; collated, LDM's `[train batch, class batch]`.
 
     An item is `(instance item,)` or `(instance item, class item)`; `len()` is that of the instance set, and a shorter
     class set starts over in a new order.
@@ -223,7 +220,7 @@ class DreamBoothPairs(Dataset):
 
 
 def _read_templates(templates: str | Sequence[str], parts: dict[str, str]) -> list[str]:
-    """The templates as a list, with `{}` spelt `{subject}`; raises `InputError` for fields that mean nothing."""
+    """The templates as a list, with `{subject}` for `{}`. Raises `InputError` for unknown fields."""
     templates = [templates] if isinstance(templates, str) else templates
     usable = isinstance(templates, Sequence) and len(templates) > 0 and all(map(_is_text, templates))
     _check("templates", templates, usable, "a caption such as 'photo of a {}', or a list of them")

@@ -1,4 +1,4 @@
-"""A DreamBooth set whose pictures are encoded already: the same draws, with posteriors in place of pixels."""
+"""A DreamBooth set with encoded pictures: the same draws, with posteriors instead of pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm.data.dreambooth import PersonalizedBase
 
 
 class EncodedSamples(Dataset):
-    """sample k of `dataset`; its "image" is the posterior's parameters [h, w, 2c] of that picture, flipped or not.
+    """Sample k of `dataset`, but "image" has the posterior's parameters [h, w, 2c] of the picture, flipped or not.
 
     `moments` [pictures, 2, 2c, h, w]: the second index is 1 for flipped pictures.
     """

@@ -1,4 +1,4 @@
-"""Latents made once and drawn many times, so that training a diffusion model does nothing but that."""
+"""Latents that are computed once and used many times, so that training computes only the diffusion model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CAPTIONS_LENGTH = 2**26  # letters: a million captions
 
 
 class CachedLatents(Dataset):
-    """Latents with captions out of one file, drawn at random with replacement. All of them are held in memory.
+    """Latents with captions from one file, drawn at random with replacement. All of them are in memory.
 
-    sample k is a function of (seed, k) alone. With probability `ucg_rate` its caption is the empty one, from which
-    classifier-free guidance learns the model without a condition (arXiv 2207.12598, Alg. 1).
-    Raises `InputError` for a file that is absent or no cache of latents.
+    Sample k depends only on (seed, k). With probability `ucg_rate` its caption is empty, which trains the unconditional
+    model for classifier-free guidance (arXiv 2207.12598, Alg. 1).
+    Raises `InputError` if the file is absent or not a cache of latents.
     """
 
     def __init__(self, path: str | Path, ucg_rate: float = 0.0, seed: int = 0) -> None:
@@ -43,7 +43,7 @@ class CachedLatents(Dataset):
         return len(self.latents)
 
     def __getitem__(self, k: int) -> dict[str, Tensor | str]:
-        """sample k: `image` float32 [h, w, c], the latent as LDM's batches have pictures, and `caption` str."""
+        """Sample k: `image` float32 [h, w, c], the latent in the layout of pictures, and `caption` str."""
         return self.__getitems__([k])[0]
 
     sample = __getitem__

@@ -10,17 +10,17 @@ from torch import Tensor
 from ldm.data.dreambooth import Item, PersonalizedBase
 from ldm.errors import InputError, short
 
-SMALLEST, LARGEST = 0.25, 0.75  # sides of what is masked, as shares of the picture's side
+SMALLEST, LARGEST = 0.25, 0.75  # sides of masks relative to the picture's side
 
 
 class MaskedPictures(PersonalizedBase):
-    """The draws of `PersonalizedBase`, each with a mask of what is to be painted; made anew for every draw.
+    """The draws of `PersonalizedBase`, each with a new random mask for inpainting.
 
-    Beside `image` and `caption` an item has `mask` float32 [size, size, 1], 1 where it is to be painted, and
+    Besides `image` and `caption`, an item has `mask` float32 [size, size, 1], 1 where the model paints, and
     `masked_image` [size, size, 3], the picture with zeros there. With probability `whole` the mask is the whole
-    picture, so that the model learns to draw the subject from the prompt alone; else it is an ellipse or a rectangle
-    at a random place, whose sides are a quarter to three quarters of the picture's. Sample k is a function of
-    (`seed`, k) alone. Raises `InputError` as `PersonalizedBase` does, and for a `whole` that is no probability.
+    picture, so that the model also learns to draw the subject from the prompt alone; else it is an ellipse or a
+    rectangle at a random place, whose sides are a quarter to three quarters of the picture's. Sample k depends only on
+    (`seed`, k). Raises `InputError` as `PersonalizedBase` does, and if `whole` is not a probability.
     """
 
     def __init__(self, *args: Any, whole: float = 0.25, **more: Any) -> None:
@@ -36,7 +36,7 @@ class MaskedPictures(PersonalizedBase):
 
 
 def random_mask(draws: Tensor, size: int, whole: float) -> Tensor:
-    """A mask [size, size] of zeros and ones out of six uniform numbers."""
+    """A mask [size, size] of zeros and ones from six uniform numbers."""
     is_whole, is_ellipse, *shape = draws.tolist()
     if is_whole < whole:
         return torch.ones(size, size)

@@ -1,4 +1,4 @@
-"""Finding picture files, reading every kind as RGB, and fitting them into the square tensors of LDM."""
+"""Finds picture files, reads all formats as RGB, and fits them into the square tensors of LDM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
-# What Pillow may take a file for, whatever its name says: no kind (EPS, for one) for which it runs another program.
+# The formats that Pillow may use, whatever the file's name; none (such as EPS) for which it runs another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
 
 INTERPOLATIONS = {
@@ -36,10 +36,10 @@ def is_picture(path: Path) -> bool:
 
 
 def find_pictures(folder: str | Path) -> list[Path]:
-    """The pictures that lie in a folder, sorted by name; sub-folders are not entered.
+    """The pictures in a folder, sorted by name, without sub-folders.
 
-    Everything else in the folder is skipped, with one warning that names a few.
-    Raises `InputError` if the folder does not exist, is no folder, or holds no picture.
+    Other files are skipped, with one warning that names a few.
+    Raises `InputError` if the folder does not exist, is not a folder, or has no pictures.
     """
     folder = Path(folder)
     expected = f"expected a folder with pictures ({', '.join(EXTENSIONS)})"
@@ -60,7 +60,7 @@ def find_pictures(folder: str | Path) -> list[Path]:
 
 @cache
 def _warn_of_skipped(folder: Path, names: tuple[str, ...]) -> None:
-    """Once for each folder, however many datasets read it."""
+    """Warn once for each folder, even if several datasets read it."""
     log.warning("%s: skipped %d that are not pictures: %s", folder, len(names), _some(names))
 
 
@@ -69,7 +69,7 @@ def _some(names: Sequence[str], limit: int = 3) -> str:
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """A picture file as upright 8-bit RGB: EXIF orientation applied, transparency on white, first frame of several.
+    """A picture file as upright 8-bit RGB: EXIF orientation applied, transparency on white, only the first frame.
 
     Palette, grey, CMYK, 1-bit and 16-bit pictures are converted; 16-bit grey is scaled, not clipped.
     Raises `InputError`, naming the file, if it is missing, broken, cut off, or larger than Pillow's safety limit.
@@ -78,13 +78,13 @@ def read_picture(path: str | Path) -> Image.Image:
         with Image.open(path, formats=_formats()) as picture:
             _check_size(picture)
             return _rgb(ImageOps.exif_transpose(picture))
-    except Exception as error:  # Pillow's decoders raise a dozen different kinds for a damaged file
+    except Exception as error:  # Pillow's decoders raise many types for a damaged file
         raise InputError(f"cannot read the picture {path}: {first_line(error)}; replace or remove it") from error
 
 
 @cache
 def picture_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of an upright picture, from its file's header. Raises `InputError` as `read_picture` does."""
+    """(height, width) of an upright picture, from the file's header. Raises `InputError` as `read_picture` does."""
     with explain(f"cannot read the picture {path}; replace or remove it", OSError, SyntaxError, ValueError):
         with Image.open(path, formats=_formats()) as picture:
             width, height = picture.size
@@ -94,13 +94,13 @@ def picture_size(path: str | Path) -> tuple[int, int]:
 
 @cache
 def _formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow has."""
+    """The `FORMATS` that this Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _check_size(picture: Image.Image) -> None:
-    """Before any pixel is decoded. Raises `InputError` for a picture that would take more than a gigabyte."""
+    """Before decoding, raises `InputError` for a picture that would take more than a gigabyte."""
     width, height = picture.size
     is_plain = picture.mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB") and "transparency" not in picture.info
     if width * height * (10 if is_plain else 15) > 2**30:  # bytes for a pixel, with the copies of `read_picture`
@@ -128,10 +128,10 @@ def _grey_from_wide(picture: Image.Image) -> Image.Image:
 def fit_square(picture: Image.Image, size: int, interpolation: str = "bicubic", center_crop: bool = True) -> Tensor:
     """An RGB picture resized to a square, antialiased: uint8 [3, size, size].
 
-    With `center_crop` the largest central square is kept, without it the whole picture is squeezed into the square.
-    The resizing is Pillow's, as in LDM, because it has all five `INTERPOLATIONS` in one call and filters properly:
-    kornia 0.9 blurs with a Gaussian and then samples sparsely, which for a photograph of 780 pixels agrees with
-    Pillow's bicubic result by only 41 dB PSNR at 64 pixels (blurred) and 46 dB at 512 (aliased), and is slower.
+    With `center_crop` the largest central square is kept; without it the whole picture is squeezed into the square.
+    Pillow resizes, as in LDM, because it has all five `INTERPOLATIONS` and filters properly. kornia 0.9 blurs with a
+    Gaussian and samples sparsely: for a photograph of 780 pixels it differs from Pillow's bicubic result by 41 dB PSNR
+    at 64 pixels (blurred) and 46 dB at 512 (aliased), and it is slower.
 
     Raises `InputError` for an unknown interpolation.
     """
@@ -148,7 +148,7 @@ def fit_square(picture: Image.Image, size: int, interpolation: str = "bicubic", 
 
 def normalize(pixels: Tensor) -> Tensor:
     """uint8 [c, h, w] in 0..255 -> float32 [c, h, w] in [-1, 1]."""
-    from kornia.enhance import normalize  # a third of a second to import: not for those who only read pictures
+    from kornia.enhance import normalize  # imported here because it takes a third of a second
 
     return normalize(pixels[None].float() / 255, mean=torch.tensor(0.5), std=torch.tensor(0.5))[0]
 

@@ -1,4 +1,4 @@
-"""Which draws make up which batch: a function of the batch number and the rank, so that a run resumes anywhere."""
+"""The draws of each batch, which depend only on the batch number and the rank, so a run can resume anywhere."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ldm.errors import InputError
 
 
 class ResumableBatches(Sampler[list[int]]):
-    """A batch sampler over draw numbers that never repeat: `DataLoader(dataset, batch_sampler=ResumableBatches(...))`.
+    """A batch sampler of sample indices that never repeat: `DataLoader(dataset, batch_sampler=ResumableBatches(...))`.
 
     With B = `batch_size` and W = `world_size`, batch j (counted over the whole run) on rank r holds the draws
     jBW + rB ... jBW + rB + B - 1, so the ranks are disjoint and together leave no gap. An epoch is `batches_per_epoch`
     batches. The first pass starts at `start_batch`, which may lie within an epoch, and yields the rest of that epoch;
     each later pass yields the next epoch.
 
-    `len()` is that of a full epoch: Lightning asks for it once per run and counts the batches that were done before
-    a resume by itself. It must not wrap this sampler (`use_distributed_sampler=False`). Save the checkpoints to resume
-    from in `on_train_batch_end`: from one saved after the end of an epoch, Lightning itself miscounts the next epoch.
+    `len()` is that of a full epoch: Lightning reads it once per run and itself counts the batches before a resume. It
+    must not wrap this sampler (`use_distributed_sampler=False`). Save checkpoints in `on_train_batch_end`: if one is
+    saved after the end of an epoch, Lightning miscounts the next epoch.
 
     Raises `InputError` unless the counts are positive, the start is not negative and the rank is below the world size.
     """
@@ -51,17 +51,18 @@ class ResumableBatches(Sampler[list[int]]):
         start = self.next_batch
         end = (start // self.batches_per_epoch + 1) * self.batches_per_epoch
         for batch in range(start, end):
-            if batch == end - 1:  # before the last yield: a reader that knows the length does not come back after it
+            if batch == end - 1:  # before the last yield, because a reader that knows the length does not come back
+            after it
                 self.next_batch = end
             first = (batch * self.world_size + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
 
 
 class SharedBatches(Sampler[list[int]]):
-    """A dataset from its beginning to its end, in order, as batches of which each process takes its share.
+    """Batches of a dataset in order, from beginning to end; each process takes its part of each batch.
 
     With B = `batch_size` and W = `world_size`, whole batch k holds the items kBW ... kBW + BW - 1, fewer at the end. A
-    process whose share of a whole batch is empty takes its first item, so that all go along.
+    process whose part would be empty takes the first item, so that all processes have equally many batches.
     """
 
     def __init__(self, length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -86,9 +87,9 @@ class SharedBatches(Sampler[list[int]]):
 
 
 class EndlessSamples(Dataset):
-    """Any finite dataset without end: sample k shows the item at place `k % len` of epoch `k // len`.
+    """Makes a finite dataset endless: sample k shows the item at place `k % len` of epoch `k // len`.
 
-    Each epoch has its own order, a function of `seed` and its number.
+    Each epoch has its own order, which depends on `seed` and its number.
     """
 
     def __init__(self, dataset: Dataset, seed: int = 0) -> None:
@@ -107,5 +108,5 @@ class EndlessSamples(Dataset):
 
 
 def as_samples(dataset: Dataset, seed: int = 0) -> Dataset:
-    """A dataset that has `sample(k)` for any sample index: itself, or wrapped into `EndlessSamples`."""
+    """A dataset with `sample(k)` for any sample index: itself, or wrapped in `EndlessSamples`."""
     return dataset if hasattr(dataset, "sample") else EndlessSamples(dataset, seed)

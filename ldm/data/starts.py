@@ -1,4 +1,4 @@
-"""Pictures that sampling begins at, and masks of what is to be painted: read, brought to a size, as tensors."""
+"""Reads pictures and masks for img2img and inpainting as tensors of a given size."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ldm.errors import InputError
 
 log = logging.getLogger(__name__)
 
-MASK = "_mask"  # how LDM's inpainting calls the mask of a picture: dog.png, dog_mask.png
+MASK = "_mask"  # LDM's naming of masks: dog.png, dog_mask.png
 
 
 def read_start(path: str | Path, multiple: int, size: tuple[int | None, int | None] = (None, None)) -> Tensor:
     """A picture [3, H, W] in [0, 1]. H and W are `size` or the picture's own, rounded down to multiples.
 
-    That it is resized is logged. Raises `InputError` for a picture that cannot be read or is smaller than one multiple.
+    Resizing is logged. Raises `InputError` for a picture that cannot be read or is smaller than one multiple.
     """
     picture = read_picture(path)
     width, height = picture.size
@@ -36,21 +36,21 @@ def read_start(path: str | Path, multiple: int, size: tuple[int | None, int | No
 
 
 def read_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
-    """A mask [1, H, W] of zeros and ones: 1, white in the file, is to be painted.
+    """A mask [1, H, W] of zeros and ones: 1, which is white in the file, means that the model paints there.
 
-    Raises `InputError` for a mask that cannot be read, or without a white place.
+    Raises `InputError` for a mask that cannot be read, or that has no white.
     """
     grey = read_picture(path).convert("L").resize(size[::-1], Image.Resampling.NEAREST)
     mask = (torch.from_numpy(np.array(grey)) >= 128).float()[None]
     if not mask.any():
-        raise InputError(f"the mask {path} is black: white is what is to be painted")
+        raise InputError(f"the mask {path} is black: make the area to paint white")
     return mask
 
 
 def masked_pictures(folder: str | Path) -> list[tuple[Path, Path]]:
-    """The pictures of a folder with their masks, `<name>_mask.<any ending>` beside `<name>.<any ending>`.
+    """The pictures of a folder with their masks, `<name>_mask.<suffix>` beside `<name>.<suffix>`.
 
-    Raises `InputError` for a folder without any, and for a mask without its picture.
+    Raises `InputError` for a folder without masks, and for a mask without its picture.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -62,7 +62,7 @@ def masked_pictures(folder: str | Path) -> list[tuple[Path, Path]]:
     pairs = []
     for stem in masks:
         if (name := stem.removesuffix(MASK)) not in files:
-            raise InputError(f"{files[stem]} is the mask of no picture: {name}.png is missing")
+            raise InputError(f"{files[stem]} has no picture: {name}.png is missing")
         pairs.append((files[name], files[stem]))
     if alone := sorted(files.keys() - {name for stem in masks for name in (stem, stem.removesuffix(MASK))}):
         log.info("%s: skipped %d without a mask: %s", folder, len(alone), ", ".join(alone[:3]))

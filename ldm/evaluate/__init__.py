@@ -1,1 +1,1 @@
-"""Floor 5: how good a model is, in numbers and in pictures. `ldm.evaluate.scoring.score` scores a model in memory."""
+"""Floor 5: evaluation of models in numbers and pictures. `ldm.evaluate.scoring.score` scores a model in memory."""

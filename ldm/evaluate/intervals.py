@@ -1,8 +1,8 @@
-"""Means with bootstrap intervals: pictures are drawn in prompts, and both are samples.
+"""Means with bootstrap intervals for pictures that are grouped by prompt; prompts and pictures are samples.
 
-Two-stage bootstrap (Davison and Hinkley, Bootstrap Methods and their Application, 1997, Sec. 3.8): prompts are drawn
-again with replacement, then the pictures (seeds) of each. The interval lies between percentiles of the resampled means.
-With one prompt only the pictures are drawn again, with one picture of each prompt only the prompts.
+Two-stage bootstrap (Davison and Hinkley, Bootstrap Methods and their Application, 1997, Sec. 3.8): prompts are
+resampled with replacement, then the pictures (seeds) of each. The interval lies between percentiles of the resampled
+means. With one prompt only pictures are resampled, with one picture per prompt only prompts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of `n` values (pictures or pairs of them) and the ends of its interval; None where n is 1."""
+    """The mean of `n` values (pictures or pairs) and the ends of its interval, which are None if n is 1."""
 
     mean: float
     low: float | None
@@ -27,7 +27,7 @@ class Interval:
 
 
 def bootstrap_weights(groups: Sequence[object], draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """How often each resample holds each picture, [draws, n], for the prompt of each, [n]."""
+    """How often each resample contains each picture, [draws, n]. groups: the prompt of each picture, [n]."""
     random = np.random.default_rng(seed)
     _, number = np.unique(np.asarray([str(group) for group in groups]), return_inverse=True)
     members = [np.flatnonzero(number == group) for group in range(number.max() + 1)]
@@ -44,8 +44,8 @@ def mean_interval(
 ) -> Interval:
     """The mean of values, one of each picture [n] or one of each pair [n, n], with its interval.
 
-    Of pairs those count that are of two pictures of one prompt; a picture that is drawn twice makes no pair with
-    itself. Raises `ValueError` where there is nothing to average.
+    Only pairs of pictures of the same prompt count. A picture that is drawn twice makes no pair with itself. Raises
+    `ValueError` if there are no values.
     """
     values = np.asarray(values, dtype=np.float64)
     weights = bootstrap_weights(groups, draws, seed)

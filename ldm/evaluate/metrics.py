@@ -1,4 +1,4 @@
-"""What is measured on pictures and on their embeddings, as pure functions, and the table of them."""
+"""Metrics of pictures and embeddings as pure functions, and their table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def clip_i(samples: Tensor, references: Tensor) -> Tensor:
-    """Each sample's mean cosine to all pictures of the subject, [n], from embeddings [n, d] and [m, d].
+    """The mean cosine of each sample to all pictures of the subject, [n], from embeddings [n, d] and [m, d].
 
     CLIP-I of DreamBooth (arXiv 2208.12242, Sec. 4.2); with embeddings of DINO it is their DINO metric.
     """
@@ -29,26 +29,27 @@ def clip_i(samples: Tensor, references: Tensor) -> Tensor:
 
 
 def pairwise_similarity(samples: Tensor) -> Tensor:
-    """The mean cosine between different rows [n, d]: 1 if all are alike."""
+    """The mean cosine between different rows [n, d]: 1 if all are equal."""
     n = len(samples)
     return (cosines(samples, samples).sum() - n) / (n * (n - 1))
 
 
 def clip_t(pictures: Tensor, captions: Tensor) -> Tensor:
-    """The cosine of each picture's embedding with that of its caption, [n]: CLIP-T (arXiv 2208.12242, Sec. 4.2)."""
+    """The cosine of each picture's embedding to that of its caption, [n]: CLIP-T (arXiv 2208.12242, Sec. 4.2)."""
     return F.cosine_similarity(pictures.float(), captions.float(), dim=-1)
 
 
 def unlike(samples: Tensor, _same: Tensor) -> Tensor:
-    """1 - cosine of each two samples, [n, n]: how much pictures of one prompt differ.
+    """1 - cosine of each pair of samples, [n, n]: how much pictures of one prompt differ.
 
-    DreamBooth's DIV (arXiv 2208.12242, Sec. 4.2) with the distance of this network in place of LPIPS.
+    DreamBooth's DIV (arXiv 2208.12242, Sec. 4.2) with this network's distance instead of LPIPS.
     """
     return 1 - cosines(samples, samples)
 
 
 def alike(tuned: Tensor, _base: Tensor) -> Tensor:
-    """The cosine of each two class pictures, [n, n]; PRES of DreamBooth asks whether the class became the subject."""
+    """The cosine of each pair of class pictures, [n, n]; DreamBooth's PRES: whether the class has become the
+    subject."""
     return cosines(tuned, tuned)
 
 
@@ -58,23 +59,23 @@ def alike_before(_tuned: Tensor, base: Tensor) -> Tensor:
 
 
 def shift(tuned: Tensor, base: Tensor) -> Tensor:
-    """How much more alike each two class pictures are than those that the base draws from the same seeds, [n, n]."""
+    """How much more similar each pair of class pictures is than the base's pair from the same seeds, [n, n]."""
     return cosines(tuned, tuned) - cosines(base, base)
 
 
 def same_seed(tuned: Tensor, base: Tensor) -> Tensor:
-    """The cosine of each class picture with that of the base from the same seed, [n]; 1 if tuning changed nothing."""
+    """The cosine of each class picture to the base's from the same seed, [n]; 1 if tuning has changed nothing."""
     return F.cosine_similarity(tuned.float(), base.float(), dim=-1)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A row: a function of two sets of embeddings, and what these are.
+    """A row: a function of two sets of embeddings, and the sources of these.
 
-    against: what the function's second argument is, which says what its first one is: pictures of the subject, where
-        they are compared with its photographs (`subject`), with their captions or with `each other`; pictures of the
-        class, where they are compared with those of the `base` from the same prompts and seeds
-    function: gives a value for each picture, [n], or for each two, [n, n], of which those of one prompt are averaged
+    against: the second argument. Pictures of the subject are compared with its photographs (`subject`), with their
+        captions (`captions`) or with `each other`; pictures of the class with those of the `base` from the same prompts
+        and seeds function: gives a value for each picture, [n], or for each pair, [n, n]; of pairs, those of one prompt
+        are averaged
     """
 
     title: str
@@ -82,7 +83,8 @@ class Metric:
     function: Callable[..., Tensor]
 
 
-# A column is called by the network and the row: clip_i, efficientnet_diversity, ...; `column` has the one exception.
+# The name of a column is that of the network and the row: clip_i, efficientnet_diversity, ...; for the exception see
+# `column`.
 METRICS = {
     "i": Metric("likeness to the subject's photographs (CLIP-I, DINO)", "subject", clip_i),
     "t": Metric("likeness to the caption (CLIP-T)", "captions", clip_t),
@@ -96,12 +98,12 @@ METRICS = {
 
 
 def column(label: str, metric: str) -> str:
-    """How a metric in the eyes of a network is called: `clip_i`, and `dino` as DreamBooth has it."""
+    """The column of a metric with a network, e.g. `clip_i`; `dino` is DreamBooth's name."""
     return label if (label, metric) == ("dino", "i") else f"{label}_{metric}"
 
 
 def retrieval(queries: Tensor, candidates: Tensor, k: int = 1) -> float:
-    """How often the candidate i is among the k nearest ones of the query i, from embeddings [n, d] each."""
+    """How often candidate i is among the k nearest neighbours of query i, from embeddings [n, d] each."""
     scores = cosines(queries, candidates)
     better = (scores > scores.diagonal()[:, None]).sum(1)
     return (better < k).float().mean().item()

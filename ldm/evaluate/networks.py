@@ -1,7 +1,7 @@
-"""The networks in whose eyes pictures are compared, and the table that recognises them.
+"""The networks that compare pictures, and the table that recognises them.
 
-A network is named by a row's own name, by a folder as Hugging Face's models come in, or by a name on its hub, which is
-looked for in the hub client's cache. A new kind is a row of `NETWORKS`: how it is recognised and how it is loaded.
+A network is named by the name of a row, by a folder in Hugging Face's format, or by a name on the hub, which is looked
+up in the hub client's cache. A new kind is a row of `NETWORKS`: how to recognise it and how to load it.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ HUB_FILES = ("config.json", PREPROCESSOR, *WEIGHTS, "vocab.json", "merges.txt")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a network is shown of a picture: resized (bicubic unless said), its centre, normalised.
+    """The preprocessing of pictures for a network: resize (bicubic by default), centre crop, normalise.
 
-    resize: the shorter side in pixels; crop: the side of the central square; None: the whole is squeezed into `resize`
+    resize: the shorter side in pixels; crop: the side of the central square; None: squeeze the picture into `resize`
     mean, std: of the channels, for values in 0 .. 1
     """
 
@@ -66,11 +66,11 @@ class Preprocessing:
 
 @dataclass
 class Network:
-    """Pictures to vectors, and captions to vectors of the same space where the network has a text tower.
+    """Maps pictures to vectors, and captions to vectors of the same space if the network has a text tower.
 
     embed: normalised pictures [b, 3, h, w] to [b, d]
-    embed_captions: texts to [b, d]; None for networks that read no text
-    label: how the columns of its scores begin
+    embed_captions: texts to [b, d]; None for networks without text
+    label: the prefix of the columns of its scores
     """
 
     name: str
@@ -96,7 +96,7 @@ class Network:
 
 
 def _digest(module: nn.Module, how: str) -> str:
-    """A SHA-256 of all weights and of what is shown to them: vectors of two networks are never taken for one."""
+    """A SHA-256 of all weights and of the preprocessing, so vectors of different networks are never mixed."""
     digest = hashlib.sha256(f"{type(module).__name__} {how}".encode())
     for name, value in module.state_dict().items():
         digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
@@ -106,7 +106,7 @@ def _digest(module: nn.Module, how: str) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """A row: what it is, and two functions of (name, folder or None): whether a network is one, and the network."""
+    """A row: a title, and two functions of (name, folder or None): one recognises a network, one loads it."""
 
     title: str
     recognises: Callable[[str, Path | None], bool]
@@ -157,7 +157,7 @@ def load_vit(name: str, folder: Path) -> Network:
 
 
 def _vit_extras(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The keys of a ViT's config that CLIP's do not have, each of its kind."""
+    """Check the keys of a ViT's config that CLIP's config does not have."""
     for key in VIT_SWITCHES:
         if key in stored and not isinstance(stored[key], bool):
             raise InputError(f"{folder}/config.json: {key} must be true or false, got {short(stored[key])}")
@@ -169,7 +169,7 @@ def _vit_extras(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 class quiet:
-    """Within this context transformers reports no progress and no weights that a network has no use for."""
+    """Within this context, transformers shows no progress bar and does not report unused weights."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging as theirs
@@ -187,7 +187,8 @@ LITE0 = "efficientnet-lite0"
 
 
 def load_efficientnet(name: str, _folder: Path | None) -> Network:
-    """EfficientNet-Lite0 as it was validated: the central 224 of 256 pixels, (0 .. 255 - 127) / 128."""
+    """EfficientNet-Lite0 with the preprocessing of its validation: the central 224 of 256 pixels, (0 .. 255 - 127) /
+    128."""
     module = load_lite0()
     preprocess = Preprocessing(256, 224, [127 / 255] * 3, [128 / 255] * 3)
     return Network(name, "efficientnet", module, preprocess, module.features)
@@ -210,15 +211,15 @@ NETWORKS = [
     Kind("a ViT, DINO or DINOv2: a folder, or a name on the hub", _is(*VITS), load_vit),
 ]
 
-# What each base is scored by where nothing is named: the first must be there, the others are left out with a warning.
+# The default networks of each base. The first one must be available; others are left out with a warning.
 DEFAULTS = {
     "sd-mini": ("models/sd-mini/clip", LITE0),
-    None: ("openai/clip-vit-base-patch32", "facebook/dino-vits16", LITE0),  # those of DreamBooth, Sec. 4.2
+    None: ("openai/clip-vit-base-patch32", "facebook/dino-vits16", LITE0),  # the networks of DreamBooth, Sec. 4.2
 }
 
 
 def default_networks(base: str | None) -> list[str]:
-    """The networks of a base (`ldm.models.bases`), those that are there."""
+    """The available networks of a base (`ldm.models.bases`)."""
     first, *others = DEFAULTS.get(base, DEFAULTS[None])
     there = [name for name in others if is_there(name)]
     if absent := [name for name in others if name not in there]:
@@ -227,13 +228,13 @@ def default_networks(base: str | None) -> list[str]:
 
 
 def is_there(name: str) -> bool:
-    """Whether a network can be loaded without fetching anything."""
+    """Whether a network can be loaded without a download."""
     return weights_file() is not None if name == LITE0 else folder_of(name) is not None
 
 
 @cache
 def load_network(name: str, device: str = "cpu", download: bool = False) -> Network:
-    """A network by name, once for each device. Raises `InputError` for what is none, or not there."""
+    """A network by name, loaded once for each device. Raises `InputError` if it is unknown or not available."""
     folder = folder_of(name, download)
     kind = next((kind for kind in NETWORKS if kind.recognises(name, folder)), None)
     if kind is None and folder is None:
@@ -249,7 +250,8 @@ def load_network(name: str, device: str = "cpu", download: bool = False) -> Netw
 
 
 def folder_of(name: str, download: bool = False) -> Path | None:
-    """The folder that a name means: itself, or the one in the hub's cache (filled first if asked); None for neither."""
+    """The folder of a name: the name itself, or a folder in the hub's cache (with `download`, filled first); else
+    None."""
     folder = find_file(name)
     if (folder / "config.json").is_file():
         return folder
@@ -269,7 +271,7 @@ def _cached(name: str, file: str, download: bool) -> Path | None:
 
     try:
         return Path(hf_hub_download(name, file, local_files_only=not download))
-    except Exception as error:  # the client raises a dozen kinds; all mean that the file is not to be had
+    except Exception as error:  # the client raises many types; all mean that the file is not available
         log.debug("%s of %s: %s", file, name, error)
         return None
 
@@ -282,7 +284,7 @@ def _weights_of(folder: Path) -> Path:
 
 
 def read_preprocessing(folder: Path) -> Preprocessing:
-    """What `preprocessor_config.json` says. Raises `InputError` where it is absent, or says something else."""
+    """The preprocessing in `preprocessor_config.json`. Raises `InputError` if it is absent or not supported."""
     file = folder / PREPROCESSOR
     if not file.is_file():
         raise InputError(f"{folder} lacks {PREPROCESSOR}, which says how pictures are resized and normalised")
@@ -301,7 +303,7 @@ def read_preprocessing(folder: Path) -> Preprocessing:
 
 
 def _side(size: Any) -> int | None:
-    """A side in pixels, of `224`, `{"shortest_edge": 224}` or `{"height": 224, "width": 224}`."""
+    """A side in pixels from `224`, `{"shortest_edge": 224}` or `{"height": 224, "width": 224}`."""
     if isinstance(size, Mapping):
         if size.get("height") != size.get("width"):
             raise ValueError("pictures must be square")

@@ -1,6 +1,7 @@
-"""What is drawn of a subject: DreamBooth's two lists of 25 prompts, and lists of the user.
+"""Prompts for subjects: DreamBooth's two lists of 25 prompts, and the user's own lists.
 
-`{}` stands for the subject ("sks dog"), or for its class ("dog") where a picture is compared with its caption.
+`{}` stands for the subject ("sks dog"); in the captions that pictures are compared with, it stands for its class
+("dog").
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from ldm.errors import InputError
 from ldm.files import read_text
 
 # The prompts of the DreamBooth data set (github.com/google/dreambooth, dataset/prompts_and_classes.txt;
-# arXiv 2208.12242, Sec. 4.1): ten scenes and five properties for all subjects, ten more for each of the two kinds.
+# arXiv 2208.12242, Sec. 4.1): ten scenes and five properties for all subjects, ten more for each of two kinds.
 SCENES = (
     "a {} in the jungle", "a {} in the snow", "a {} on the beach", "a {} on a cobblestone street",
     "a {} on top of pink fabric", "a {} on top of a wooden floor", "a {} with a city in the background",
@@ -34,7 +35,7 @@ OF_LIVE_SUBJECTS = (
 )  # fmt: skip
 PROPERTIES = ("a red {}", "a purple {}", "a shiny {}", "a wet {}", "a cube shaped {}")
 
-# For SD-mini, whose captions are all of two kinds.
+# For SD-mini, which was trained on captions of two kinds.
 MINI = (
     "an emoji of a {}", "an emoji of a {} with sunglasses", "an emoji of a {} on a red background",
     "an emoji of a blue {}", "an emoji of an angry {}", "an emoji of a {} with a santa hat", "a photo of a {}",
@@ -47,7 +48,7 @@ LISTS = {
     "mini": MINI,
 }
 
-# Words whose presence in a class makes it a living one; of DreamBooth's classes these are "cat" and "dog".
+# Words that mark a class as living; among DreamBooth's classes "cat" and "dog".
 LIVING = frozenset(
     "animal baby bear bird boy cat chicken child cow cub deer dog duck elephant face fish fox frog girl goat goose "
     "hamster hen horse human kid kitten lamb lion lizard man monkey mouse owl panda parrot penguin person pet pig pony "
@@ -57,15 +58,15 @@ NOT_LIVING = frozenset("cartoon doll figurine plush plushie statue stuffed toy".
 
 
 def is_living(class_word: str) -> bool:
-    """Whether a class is a living one, by its words; "stuffed animal" and "toy dog" are objects, as in the data set."""
+    """Whether a class is living, by its words; "stuffed animal" and "toy dog" are objects, as in the data set."""
     words = set(class_word.lower().replace("-", " ").split())
     return bool(words & LIVING) and not words & NOT_LIVING
 
 
 def choose_templates(given: str | Sequence[str], class_word: str) -> tuple[str, ...]:
-    """The templates that `given` means: `auto` (the class decides), a name of `LISTS`, a text file, or templates.
+    """The templates for `given`: `auto` (the class decides), a name of `LISTS`, a text file, or templates.
 
-    Raises `InputError` for a file that holds none, and for templates without `{}`.
+    Raises `InputError` for a file without templates, and for templates without `{}`.
     """
     if not isinstance(given, str):
         return _checked(given, "prompts")

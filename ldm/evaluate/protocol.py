@@ -1,4 +1,4 @@
-"""What an evaluation draws and how it compares: DreamBooth's protocol, and quicker ones. Nothing here imports torch."""
+"""The protocol of an evaluation: DreamBooth's, and quicker ones. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is drawn and how it is compared; the default is DreamBooth's.
+    """What to draw and how to compare it; the default is DreamBooth's protocol.
 
     prompts: `auto` (the class decides), `object`, `live`, `mini`, a file of templates, or templates
-    first: how many of them, from the first on; None: all
-    per_prompt: pictures of each
-    class_templates, per_class: the prompts of prior drift and the pictures of each; 0: no prior drift
-    seed: of the first picture; they count up
-    networks: names, see `ldm.evaluate.networks`; None: those of the base
+    first: use only so many of them; None: all
+    per_prompt: pictures of each prompt
+    class_templates, per_class: the prompts for prior drift and the pictures of each; 0: no prior drift
+    seed: of the first picture; it increases by 1 for each picture
+    networks: names, see `ldm.evaluate.networks`; None: the default of the base
     """
 
     prompts: str | tuple[str, ...] = "auto"
@@ -34,6 +34,6 @@ class Protocol:
     download: bool = False  # networks that are not in the hub's cache
 
 
-# Four prompts, four pictures each, by DPM-Solver: on SD-mini a few seconds on two cores.
+# Four prompts with four pictures each by DPM-Solver: a few seconds for SD-mini on two cores.
 FAST = Protocol(first=4, per_class=4, sampler="dpm_solver", steps=10)
 PROTOCOLS = {"dreambooth": Protocol(), "fast": FAST, "mini": replace(FAST, prompts="mini", scale=5.0)}

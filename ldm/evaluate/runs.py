@@ -1,4 +1,4 @@
-"""Scores of what lies on the disk: each checkpoint of a run, what was tuned on any base, or pictures."""
+"""Scores files: the checkpoints of a run, a tuned model on any base, or pictures."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about a path, beside the protocol; what is None is taken from the run.
+    """The question about a path, besides the protocol. Fields that are None are taken from the run.
 
-    config, ckpt, scale: the base model and the strength of what was tuned, where it lies in no run
+    config, ckpt, scale: the base model and the strength, for a path outside a run
     against: a folder of pictures for FID and KID
-    keep: a folder for the pictures that are drawn
+    keep: a folder for the drawn pictures
     """
 
     path: Path
@@ -51,7 +51,7 @@ class Question:
     verbose: bool = False
 
     def of(self, subject: Subject) -> Question:
-        """The same with what a run says about its subject, where nothing else is asked for."""
+        """The question with missing fields from the run's facts about its subject."""
         identifier, template = self.identifier or subject.identifier, self.template or subject.template
         told = {"identifier": identifier, "class_templates": template and (template,)}
         protocol = replace(self.protocol, **{name: value for name, value in told.items() if value})
@@ -60,10 +60,10 @@ class Question:
 
 
 def answers(question: Question, cache: FeatureCache | None = None) -> Iterator[Scores]:
-    """The scores of each checkpoint that is asked for, one after the other. Raises `InputError`."""
+    """The scores of each requested checkpoint, one after the other. Raises `InputError`."""
     cache = cache or FeatureCache()
     if question.against:
-        find_pictures(question.against)  # what is no folder is told before anything is drawn
+        find_pictures(question.against)  # check the folder before anything is drawn
     if is_pictures(question.path):
         yield of_pictures(question, cache)
         return
@@ -78,7 +78,7 @@ def answers(question: Question, cache: FeatureCache | None = None) -> Iterator[S
     for source in sources:
         model = source.base().to(device)
         if prior is None:
-            networks = load_networks(protocol, model)  # what is absent is told before anything is drawn
+            networks = load_networks(protocol, model)  # check the networks before anything is drawn
             prior = class_pictures(model, question.class_word, protocol, question.verbose)
         source.put_into(model)
         found = score(model, question.data_root, question.class_word, protocol, prior, cache, question.verbose)
@@ -87,7 +87,7 @@ def answers(question: Question, cache: FeatureCache | None = None) -> Iterator[S
 
 
 def of_pictures(question: Question, cache: FeatureCache) -> Scores:
-    """The scores of pictures in a folder: without a model there is no prior drift."""
+    """The scores of pictures in a folder. There is no prior drift, because there is no model."""
     if question.checkpoints != "last":
         raise InputError(f"--checkpoints is for runs; {question.path} is a folder of pictures")
     started, protocol = time.perf_counter(), question.protocol
@@ -103,7 +103,7 @@ def of_pictures(question: Question, cache: FeatureCache) -> Scores:
 
 
 def finished(found: Scores, question: Question, networks: Mapping[str, Network], cache: FeatureCache) -> Scores:
-    """Scores with FID and KID where they are asked for; their pictures are kept where that is."""
+    """Add FID and KID if requested, and keep the pictures if requested."""
     if question.against:
         add_distances(found, Files(find_pictures(question.against)), networks, cache, question.verbose)
     if question.keep:
@@ -114,7 +114,7 @@ def finished(found: Scores, question: Question, networks: Mapping[str, Network],
 
 
 def keep(drawn: Drawn, folder: Path) -> None:
-    """Write pictures as PNG files that say their prompt and seed; `ldm evaluate` reads them again."""
+    """Write pictures as PNG files with their prompt and seed, which `ldm evaluate` can read."""
     for number, (picture, prompt, seed) in enumerate(zip(drawn.pictures, drawn.prompts, drawn.seeds, strict=True)):
         save_png(from_pil(picture), folder / f"{number:05}.png", {"prompt": prompt, "seed": seed})
 
@@ -123,9 +123,9 @@ def keep(drawn: Drawn, folder: Path) -> None:
 
 
 def networks_of(run: Run, protocol: Protocol) -> Protocol:
-    """The protocol with the networks of a run's base, all of which are there.
+    """The protocol with the networks of a run's base, checked to be available.
 
-    Raises `InputError` for one that is not: before the training, not after it.
+    Raises `InputError` for a missing network before the training, not after it.
     """
     path, _ = choose_checkpoint(run.config, run.base)
     names = protocol.networks
@@ -144,7 +144,7 @@ def of_run(run: Run, protocol: Protocol, device: str | None = None) -> Scores:
 
 
 def subject_is_known(run: Run) -> None:
-    """Raises `InputError` for a run that has no photographs of one subject, so that it cannot be scored."""
+    """Raises `InputError` for a run without photographs of one subject, because it cannot be scored."""
     subject = subject_of(run)
     if not (subject.data_root and subject.class_word):
         raise InputError("--evaluate scores a run on one subject: it needs --data_root and --class_word")

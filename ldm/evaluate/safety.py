@@ -1,8 +1,8 @@
-"""The safety checker that Stable Diffusion's programs show their pictures before they write them.
+"""The safety checker for pictures of Stable Diffusion's programs.
 
-A CLIP picture tower and a head of concepts: a picture is flagged if its embedding is nearer to one of 17 concepts than
-that concept's threshold; thresholds are 0.01 lower for pictures that are near one of 3 concepts of special care. The
-concepts themselves are not published, only their embeddings, which come with the weights of the checker.
+It has a CLIP picture tower and a head of concepts. A picture is flagged if its cosine to one of 17 concepts exceeds the
+concept's threshold; thresholds are 0.01 lower for pictures that are near one of 3 special-care concepts. The concepts
+are not published, only their embeddings, which are part of the checker's weights.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ldm.modules.encoders.claims import building, read_clip
 log = logging.getLogger(__name__)
 
 PUBLISHED = "CompVis/stable-diffusion-safety-checker"
-PLACES = ("models/safety-checker", PUBLISHED)  # where it is looked for, the second in the hub's cache
+PLACES = ("models/safety-checker", PUBLISHED)  # a folder, and a name in the hub's cache
 LOWERED = 0.01
 
 
 class SafetyHead(nn.Module):
-    """Flags for picture embeddings. Names of parameters are those of the published weights."""
+    """Flags for picture embeddings, with the parameter names of the published weights."""
 
     def __init__(self, width: int, embed_dim: int, concepts: int = 17, special: int = 3) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class SafetyHead(nn.Module):
 
 
 class SafetyChecker(nn.Module):
-    """The tower, the head, and what the tower is shown."""
+    """The tower, the head, and the preprocessing."""
 
     def __init__(self, tower: nn.Module, head: SafetyHead, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class SafetyChecker(nn.Module):
         return self.head(self.tower(pixel_values=shown.to(device)).pooler_output).tolist()
 
     def checked(self, pictures: Sequence[Tensor]) -> list[Tensor]:
-        """The pictures, black where they are flagged; that is logged."""
+        """The pictures, with flagged ones replaced by black, which is logged."""
         flags = self.flagged(pictures)
         if any(flags):
             log.warning("the safety checker blanked %d of %d pictures", sum(flags), len(flags))
@@ -71,9 +71,9 @@ class SafetyChecker(nn.Module):
 
 
 def find_checker(wanted: str | None) -> SafetyChecker | None:
-    """The checker of a folder or hub name; by default the published one, if it is on this machine; None if it is not.
+    """The checker of a folder or hub name; by default the published one, or None if it is not on this machine.
 
-    `off` takes none. Nothing is downloaded. Raises `InputError` for a folder that is asked for and cannot be used.
+    `off` gives None. Nothing is downloaded. Raises `InputError` for a given folder that cannot be used.
     """
     if wanted == "off":
         return None
@@ -87,7 +87,7 @@ def find_checker(wanted: str | None) -> SafetyChecker | None:
 
 
 def load_checker(folder: Path) -> SafetyChecker:
-    """The checker of a folder, as Hugging Face has it. Raises `InputError`."""
+    """The checker of a folder in Hugging Face's format. Raises `InputError`."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = read_clip(folder)
@@ -101,7 +101,7 @@ def load_checker(folder: Path) -> SafetyChecker:
     weights = {name: value for name, value in read_weights(file).items() if not name.endswith("position_ids")}
     own = {name: value for name, value in weights.items() if not name.startswith("vision_model.")}
     seen = {name.removeprefix("vision_model."): v for name, v in weights.items() if name.startswith("vision_model.")}
-    # Released files have vision_model.vision_model.*; transformers 5 spells it vision_model.* or nothing.
+    # Released files have vision_model.vision_model.*; in transformers 5 the prefix is vision_model.* or empty.
     seen = {name.removeprefix("vision_model."): value for name, value in seen.items()}
     inner = getattr(tower, "vision_model", tower)
     for part, found, name in ((inner, seen, "picture tower"), (head, own, "head")):

@@ -1,4 +1,4 @@
-"""How good a tuned model is: pictures are drawn by DreamBooth's protocol and compared in the eyes of some networks.
+"""Scores a tuned model: draws pictures by DreamBooth's protocol and compares them with several networks.
 
     scores = score(model, "photos/a", "dog", Protocol(), prior=class_pictures(base, "dog", Protocol()))
     scores.values["clip_i"]     # Interval(mean, low, high, n)
@@ -42,9 +42,9 @@ Photographs = str | Path | Sequence[str | Path | Image.Image]
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures with what they were drawn from; `captions` are the prompts without the subject's identifier.
+    """Pictures with their prompts and seeds; `captions` are the prompts without the subject's identifier.
 
-    A prompt or caption is None where a picture does not say.
+    A prompt or caption is None if it is unknown.
     """
 
     pictures: Sequence[Image.Image]
@@ -55,7 +55,7 @@ class Drawn:
 
 @dataclass
 class Scores:
-    """What came out: a column each, `clip_i` for one, and the values of each picture behind those of the subject."""
+    """The scores by column, e.g. `clip_i`, and the values of single pictures of the subject."""
 
     values: dict[str, Interval]
     pictures: list[dict[str, Any]]
@@ -87,7 +87,7 @@ class Scores:
 
 
 def draw(model: Any, prompts: Sequence[str], seeds: Sequence[int], protocol: Protocol, verbose: bool = False) -> list:
-    """PIL pictures of prompts and seeds, several prompts in a batch."""
+    """Draw PIL pictures of prompts and seeds, several prompts in a batch."""
     made: list[Image.Image] = []
     size = protocol.batch_size
     settings = generate.Settings(protocol.sampler, protocol.steps, scale=protocol.scale, half=True)
@@ -98,7 +98,7 @@ def draw(model: Any, prompts: Sequence[str], seeds: Sequence[int], protocol: Pro
 
 
 def subject_pictures(model: Any, class_word: str, protocol: Protocol, verbose: bool = False) -> Drawn:
-    """The pictures of the subject: each prompt `per_prompt` times, every picture from a seed of its own."""
+    """The pictures of the subject: each prompt `per_prompt` times, every picture with its own seed."""
     templates = choose_templates(protocol.prompts, class_word)[: protocol.first]
     templates = [template for template in templates for _ in range(protocol.per_prompt)]
     seeds = list(range(protocol.seed, protocol.seed + len(templates)))
@@ -108,9 +108,10 @@ def subject_pictures(model: Any, class_word: str, protocol: Protocol, verbose: b
 
 
 def class_pictures(model: Any, class_word: str, protocol: Protocol, verbose: bool = False) -> Drawn:
-    """The pictures of the class, without the subject's identifier: the base's for `score(prior=...)`, or a tuned one's.
+    """The pictures of the class, without the subject's identifier: of the base for `score(prior=...)`, or of a tuned
+    model.
 
-    Position adapters of the model answer as they are switched.
+    Position adapters that are switched off stay off.
     """
     prompts = [p for p in filled(protocol.class_templates, class_word) for _ in range(protocol.per_class)]
     seeds = list(range(protocol.seed, protocol.seed + len(prompts)))
@@ -131,10 +132,9 @@ def score(
 ) -> Scores:
     """Draw with a model and compare with photographs of the subject.
 
-    `model` is a `LatentDiffusion` with its tuning in it; `photographs` a folder, or paths or pictures. `prior` are the
-    base's class pictures, from `class_pictures(base, ...)` with the same protocol; without them no prior drift.
-    A `cache` that is handed in again spares the photographs and the class pictures of the base from being seen again.
-    Raises `InputError` for what cannot be read or drawn.
+    `model` is a tuned `LatentDiffusion`; `photographs` are a folder, paths or pictures. `prior` are the base's class
+    pictures, from `class_pictures(base, ...)` with the same protocol; without them there is no prior drift. A `cache`
+    from an earlier call saves the computation for photographs and class pictures of the base. Raises `InputError`.
     """
     protocol, started = protocol or Protocol(), time.perf_counter()
     references = read_photographs(photographs)
@@ -159,7 +159,7 @@ def compare(
     cache: FeatureCache | None = None,
     verbose: bool = False,
 ) -> Scores:
-    """The scores of pictures that are there. `tuned` and `prior` are class pictures with and without tuning."""
+    """The scores of existing pictures. `tuned` and `prior` are class pictures with and without tuning."""
     started, cache = time.perf_counter(), cache or FeatureCache()
     values: dict[str, Interval] = {}
     pictures: list[dict[str, Any]] = [
@@ -224,7 +224,7 @@ def _with_base(vectors: Mapping[str, Tensor], _drawn: Drawn, _network: Network) 
     return (vectors["tuned"], vectors["prior"]) if "prior" in vectors else "no class pictures of the base"
 
 
-# The two arguments of a metric by what it compares with, or why they are not there.
+# The two arguments of a metric by what it compares with, or the reason why they are missing.
 SIDES: dict[str, Callable[[Mapping[str, Tensor], Drawn, Network], tuple[Tensor, Tensor] | str]] = {
     "subject": _with_photographs, "captions": _with_captions, "each other": _with_each_other, "base": _with_base,
 }  # fmt: skip
@@ -237,7 +237,7 @@ def add_distances(
     cache: FeatureCache,
     verbose: bool = False,
 ) -> None:
-    """Add FID and KID between the pictures of some scores and others. Raises `InputError` for too few pictures."""
+    """Add FID and KID between the scored pictures and others. Raises `InputError` for too few pictures."""
     for label, network in networks.items():
         sets = (scores.drawn.pictures, references)
         ours, theirs = (vectors_of(network, pictures, cache, verbose=verbose) for pictures in sets)
@@ -246,16 +246,17 @@ def add_distances(
 
 
 def read_photographs(given: Photographs) -> Sequence[Image.Image]:
-    """RGB pictures of a folder, of paths, or as they are. Raises `InputError`."""
+    """RGB pictures from a folder, from paths, or the given pictures. Raises `InputError`."""
     if isinstance(given, (str, Path)):
         return Files(find_pictures(given))
     return [one.convert("RGB") if isinstance(one, Image.Image) else read_picture(one) for one in given]
 
 
 def load_networks(protocol: Protocol, model: Any = None, device: Any = "cpu") -> dict[str, Network]:
-    """The networks of a protocol by label, on the model's device if there is one; a second of a kind is `clip2`, ...
+    """The networks of a protocol by label, on the model's device if there is one; a second one of a kind is `clip2`,
+    ...
 
-    Raises `InputError` for those that are not there.
+    Raises `InputError` for missing networks.
     """
     names = protocol.networks
     if names is None:

@@ -1,4 +1,4 @@
-"""What can be scored: a run with its checkpoints, a folder or file of what was tuned, a folder of pictures."""
+"""Sources of scores: a run with its checkpoints, a folder or file of a tuned model, a folder of pictures."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from ldm.train.run_folder import Run
 
 @dataclass(frozen=True)
 class Source:
-    """What was tuned, one checkpoint of it.
+    """One checkpoint of a tuned model.
 
-    base: builds the model without tuning anew; switched off, its position adapters have learnt nothing
+    base: builds the model again without the trained values; its position adapters are untrained and off
     """
 
     path: Path
@@ -38,14 +38,14 @@ class Source:
     scale: float = 1.0
 
     def put_into(self, model: Any) -> None:
-        """Put what was tuned into a base. Raises `InputError` for another base model."""
+        """Load the checkpoint into a base. Raises `InputError` for another base model."""
         model.model.diffusion_model.adapters_enable(True)
         load_any(model, self.path, self.scale)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a run was about, as far as it is known."""
+    """The known facts about a run's subject."""
 
     data_root: str | None = None
     class_word: str | None = None
@@ -54,12 +54,12 @@ class Subject:
 
 
 def run_of(path: Path) -> Path | None:
-    """The folder of the run that a path is, or lies in as `<run>/checkpoints/<name>`."""
+    """The folder of a run; the path is the folder, or `<run>/checkpoints/<name>`."""
     return next((f for f in (path, path.parent.parent) if (f / "configs" / "project.yaml").is_file()), None)
 
 
 def is_pictures(path: Path) -> bool:
-    """Whether a path is a folder that holds pictures and nothing that was tuned."""
+    """Whether a path is a folder of pictures without a tuned model."""
     if not path.is_dir() or run_of(path) == path or (path / "adapter_config.json").is_file():
         return False
     return not list(path.glob("*.pt")) and not list(path.glob("*.safetensors"))
@@ -68,10 +68,10 @@ def is_pictures(path: Path) -> bool:
 def opened(
     path: Path, checkpoints: str = "last", config: str | None = None, ckpt: str | None = None, scale: float = 1.0
 ) -> tuple[list[Source], Subject]:
-    """What is to be scored, in the order of its steps, and what the run says about its subject.
+    """The checkpoints to score, in the order of steps, and the run's facts about its subject.
 
-    `checkpoints` of a run: `last`, `all`, or steps such as `200,400`. `config` and `ckpt` name the base model of a file
-    or folder that lies in no run. Raises `InputError`.
+    `checkpoints` of a run: `last`, `all`, or steps such as `200,400`. `config` and `ckpt` name the base model for a
+    file or folder outside a run. Raises `InputError`.
     """
     if not path.exists():
         raise InputError(f"{path} does not exist: expected a run, a folder or file of what was tuned, or pictures")
@@ -82,7 +82,7 @@ def opened(
         return [Source(one, step, base, scale) for step, one in chosen(path, checkpoints)], subject_of(run)
     if checkpoints != "last":
         raise InputError(f"--checkpoints is for runs; {path} is none")
-    row = recognise(open_file(path))  # what is of no known kind is told before anything is drawn
+    row = recognise(open_file(path))  # refuse unknown files before anything is drawn
     if row.form == "model":
         raise InputError(f"{path} is {row.title}: give it with --ckpt, and here what was tuned, or pictures of it")
     step = re.match(r"(\d+)-adapters$", path.name)
@@ -90,7 +90,7 @@ def opened(
 
 
 def read_run(folder: Path) -> Run:
-    """The run in a folder, from its config. Raises `InputError` for one that tuned on no subject."""
+    """The run in a folder, from its config. Raises `InputError` if it did not train on a subject."""
     config = read_configs([], [], folder)
     if config.get("dreambooth") is None or OmegaConf.select(config, "data.params.train") is None:
         raise InputError(f"{folder} is no run of ldm train: its config lacks dreambooth or data.params.train")
@@ -98,7 +98,7 @@ def read_run(folder: Path) -> Run:
 
 
 def subject_of(run: Run) -> Subject:
-    """What a run was about."""
+    """The facts about a run's subject."""
     train = run.config.get("data", {}).get("params", {}).get("train") or {}
     params = {} if dreambooth.has_concepts(run.config) else train.get("params", {})
     templates = params.get("templates", "photo of a {}")
@@ -109,7 +109,7 @@ def subject_of(run: Run) -> Subject:
 
 
 def chosen(folder: Path, checkpoints: str) -> list[tuple[int, Path]]:
-    """(step, folder) of the checkpoints of a run that are asked for. Raises `InputError` for absent ones."""
+    """(step, folder) of the requested checkpoints of a run. Raises `InputError` for missing ones."""
     there = {int(path.name.partition("-")[0]): path for path in (folder / "checkpoints").glob("[0-9]*-adapters")}
     if not there and (parts := sorted(one.parent.parent.name for one in folder.glob("*/configs/project.yaml"))):
         raise InputError(f"{folder} holds {len(parts)} trainings; name one of them, such as {folder / parts[0]}")
@@ -126,7 +126,7 @@ def chosen(folder: Path, checkpoints: str) -> list[tuple[int, Path]]:
 
 
 def _base(run: Run | None, config: str | None, ckpt: str | None) -> Callable[[], Any]:
-    """How the base model is built: that of the run, or that of a config."""
+    """The function that builds the base model: that of the run, or that of a config."""
     words = run.config.dreambooth.get("words") if run else None
 
     def build() -> Any:
@@ -142,7 +142,7 @@ def _base(run: Run | None, config: str | None, ckpt: str | None) -> Callable[[],
 
 
 def read_drawn(folder: Path, identifier: str | None, class_word: str | None) -> Drawn:
-    """The pictures of a folder, with the prompts and seeds that PNG files of `ldm sample` say.
+    """The pictures of a folder, with prompts and seeds from the metadata of `ldm sample`.
 
     A caption for CLIP-T is the prompt without the identifier before the class.
     """
@@ -156,10 +156,10 @@ def read_drawn(folder: Path, identifier: str | None, class_word: str | None) -> 
 
 
 def _notes(path: Path) -> dict[str, str]:
-    """The text chunks of a PNG; {} for other files and damaged ones, which are refused when they are read."""
+    """The text chunks of a PNG; {} for other files and for damaged ones, which are refused later."""
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             text: Sequence[tuple[str, Any]] = list(getattr(picture, "text", {}).items())
             return {str(key): str(value) for key, value in text}
-    except Exception:  # Pillow's decoders raise a dozen kinds
+    except Exception:  # Pillow's decoders raise many types
         return {}

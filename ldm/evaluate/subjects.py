@@ -9,7 +9,7 @@ from ldm.files import read_json
 
 
 def class_word_of(subject: Path) -> str:
-    """What the subject is. Raises `InputError` for a folder that does not say."""
+    """The class word of a subject. Raises `InputError` for a folder without `subject.json`."""
     try:
         return read_json(subject / "subject.json")["class_word"]
     except (InputError, LookupError, TypeError) as error:

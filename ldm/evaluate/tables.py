@@ -1,4 +1,4 @@
-"""Scores as files: JSON with everything, CSV with a row for each checkpoint, NPY as the published code has it."""
+"""Writes scores: JSON with everything, CSV with a row per checkpoint, NPY in the format of the published code."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ldm.evaluate.scoring import Scores
 
 
 def save(path: str | Path, scores: Sequence[Scores]) -> None:
-    """Write the scores of checkpoints, in their order, by the suffix of the file. Raises `InputError`."""
+    """Write the scores of checkpoints, in order, in the format of the file's suffix. Raises `InputError`."""
     WRITERS[check(path)](Path(path), scores)
 
 
 def check(path: str | Path) -> str:
-    """The suffix of a file to write. Raises `InputError` for others."""
+    """The suffix of a file to write. Raises `InputError` for unknown suffixes."""
     suffix = Path(path).suffix.lower()
     if suffix not in WRITERS:
         raise InputError(f"--out {path}: expected a name that ends in {', '.join(WRITERS)}")
@@ -34,7 +34,7 @@ def _json(path: Path, scores: Sequence[Scores]) -> None:
 
 
 def rows(scores: Sequence[Scores]) -> list[dict[str, Any]]:
-    """A flat row for each checkpoint; all have the same columns."""
+    """A flat row for each checkpoint, with the same columns in all rows."""
     found = []
     for one in scores:
         head = {"source": one.source, "step": one.step, "class_word": one.class_word}
@@ -53,7 +53,7 @@ def _csv(path: Path, scores: Sequence[Scores]) -> None:
 
 
 def _npy(path: Path, scores: Sequence[Scores]) -> None:
-    """The published code's `similar.npy`: float32 [checkpoints], of each the mean CLIP-I to the photographs."""
+    """The published code's `similar.npy`: float32 [checkpoints], the mean CLIP-I of each to the photographs."""
     name = column("clip", "i")
     if lacking := [one.source for one in scores if name not in one.values]:
         raise InputError(f"{path}: {lacking[0]} has no {name}; it takes photographs and a CLIP as network")

@@ -1,4 +1,4 @@
-"""The invisible watermark of Stable Diffusion's programs, by the package invisible-watermark (extra `watermark`)."""
+"""The invisible watermark of Stable Diffusion's programs, with the package invisible-watermark (extra `watermark`)."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ class Watermark:
         self.text, self.too_small = text, False
 
     def marked(self, picture: Tensor) -> Tensor:
-        """A picture [3, H, W] in [0, 1] with the watermark; one that is too small for it as it is, which is logged."""
+        """A picture [3, H, W] in [0, 1] with the watermark. Too small pictures are returned unchanged, which is
+        logged."""
         if picture.shape[1] * picture.shape[2] < SMALLEST**2:
             if not self.too_small:
-                log.info("no watermark: pictures of fewer than %d x %d pixels have no room for it", SMALLEST, SMALLEST)
+                log.info("no watermark: pictures need at least %d x %d pixels for it", SMALLEST, SMALLEST)
             self.too_small = True
             return picture
         blue_first = np.array(to_pil(picture))[..., ::-1]
@@ -53,7 +54,7 @@ class Watermark:
 
 
 def find_watermark(text: str | None) -> Watermark | None:
-    """What writes a text; None for `off`, and, where no text was asked for, without the package, which is logged."""
+    """The writer of a text; None for `off`. Without a given text and without the package also None, which is logged."""
     if text == "off":
         return None
     if text is None:
@@ -66,7 +67,7 @@ def find_watermark(text: str | None) -> Watermark | None:
 
 
 def read_watermark(picture: Image.Image, length: int = len(PUBLISHED)) -> str:
-    """The text of `length` bytes in an RGB picture; what is no text is replaced. Raises `InputError`."""
+    """The text of `length` bytes in an RGB picture; invalid bytes are replaced. Raises `InputError`."""
     if picture.width * picture.height < SMALLEST**2:
         raise InputError(f"the picture has fewer than {SMALLEST} x {SMALLEST} pixels: it can hold no watermark")
     decoder = _package().WatermarkDecoder("bytes", 8 * length)
@@ -75,6 +76,6 @@ def read_watermark(picture: Image.Image, length: int = len(PUBLISHED)) -> str:
 
 
 def finish(pictures: list[torch.Tensor], checker: Any, watermark: Watermark | None) -> list[Tensor]:
-    """Pictures as programs write them: checked, then marked."""
+    """Apply the safety checker, then the watermark."""
     pictures = pictures if checker is None else checker.checked(pictures)
     return pictures if watermark is None else [watermark.marked(one) for one in pictures]

@@ -1,4 +1,4 @@
-"""Tensors, which lie on the bytes of a file, in the place of the claims that a pickle made."""
+"""Replaces the claims of a pickle by tensors, which use the mapped bytes of the file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from ldm.errors import InputError
 from ldm.pickles.claims import EXPANDED, SCALARS, Claim, Name, NumpyType, Storage
 
-DEPTH, VALUES = 64, 4_000_000  # of what a file may hold beside its tensors
-SHARED = 8  # how often, on average, tensors may share the bytes of a file
+DEPTH, VALUES = 64, 4_000_000  # limits for the content besides tensors
+SHARED = 8  # tensors may claim at most this multiple of the bytes of the file
 
 
 @dataclass
 class Assembly:
-    """Puts tensors on the bytes of a file into what the machine made."""
+    """Replaces the claims in the result of the machine by tensors on the bytes of the file."""
 
     mapped: mmap.mmap
     places: Mapping[str, int]
@@ -34,7 +34,7 @@ class Assembly:
         return self._finished(value, 0)[0]
 
     def _finished(self, value: Any, depth: int) -> tuple[Any, int]:
-        """The finished value, and how many values it holds, those that are there several times counted so."""
+        """The finished value, and the number of values in it, with repeated values counted repeatedly."""
         if type(value) in (*SCALARS, torch.dtype, type, Counter):
             return value, 1
         if id(value) in self.made:

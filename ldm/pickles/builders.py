@@ -25,13 +25,13 @@ DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-# numpy's numbers, by numpy's name for their type: the letter for `struct`
+# numpy's types by name: the letter for `struct`
 NUMPY = {"f2": "e", "f4": "f", "f8": "d", "b1": "?"} | {f"{k}{n}": c for k, cs in (("i", "bhiq"), ("u", "BHIQ"))
                                                        for n, c in zip((1, 2, 4, 8), cs, strict=True)}  # fmt: skip
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Claim:
-    """Of `torch._utils._rebuild_tensor_v2`: what lies outside its storage, or is larger, is refused."""
+    """`torch._utils._rebuild_tensor_v2`. Raises `ValueError` for tensors outside their storage, or larger than it."""
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")
     numbers = [offset, *size, *stride]
@@ -55,7 +55,7 @@ def _same(value: Any, *_: Any) -> Any:
 
 
 def _with_attributes(function: Any, _kind: Any, args: Any, _attributes: Any) -> Any:
-    """A tensor that had attributes of Python, which are left out."""
+    """A tensor with Python attributes, which are left out."""
     if not isinstance(function, Name) or not function.dotted.startswith("torch._utils."):
         raise ValueError(f"{short(function)} in place of a tensor")
     return BUILDERS[function.dotted](*only(args, tuple))
@@ -90,7 +90,7 @@ def _encoded(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
-# What a pickle may "call". Python 2 called `builtins` `__builtin__`.
+# The functions that a pickle may "call". `__builtin__` is Python 2's name of `builtins`.
 BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
@@ -109,7 +109,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "numpy.core.multiarray.scalar": _numpy_number,
     "numpy._core.multiarray.scalar": _numpy_number,
 }
-# Classes that are mere names in the files: Lightning's bookkeeping in SD v1 has one as a key.
+# Classes that files only mention: Lightning's bookkeeping in SD v1 has one as a key.
 CLASSES = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "torch.Tensor",
@@ -119,12 +119,12 @@ SPECIAL = ("torch._utils._rebuild_", "torch._tensor.", "torch.sparse.", "torch.n
 
 
 def named(dotted: str, source: str) -> Any:
-    """What a name in a pickle stands for. Raises `InputError` for names that no weights need."""
+    """The object for a name in a pickle. Raises `InputError` for names that weights do not need."""
     if dotted in BUILDERS:
         return Name(dotted)
     module, _, name = dotted.rpartition(".")
     if dotted in CLASSES:
-        return type(name, (), {"__module__": module})  # an empty class in its place
+        return type(name, (), {"__module__": module})  # an empty class instead
     if module == "torch" and name in DTYPES:
         return DTYPES[name]
     dtypes = {str(dtype): dtype for dtype in DTYPES.values()}
@@ -142,7 +142,7 @@ def named(dotted: str, source: str) -> Any:
 
 
 def set_state(made: Any, state: Any) -> None:
-    """What a pickle adds to a thing that it made."""
+    """Apply the state that a pickle sets on an object."""
     match made:
         case Parameters():
             parameters = state.get("_parameters") if isinstance(state, dict) else None
@@ -150,6 +150,6 @@ def set_state(made: Any, state: Any) -> None:
         case NumpyType() if isinstance(state, tuple) and len(state) > 1:
             made.order = ">" if state[1] == ">" else "<"
         case dict():
-            pass  # attributes of an OrderedDict, which hold no weights
+            pass  # attributes of an OrderedDict, which are not weights
         case _:
             raise ValueError(f"a state for a {type(made).__name__}")

@@ -1,4 +1,4 @@
-"""What a pickle makes beside plain values: claims about tensors, which name no memory yet."""
+"""Objects that a pickle makes besides plain values: claims about tensors, without memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SCALARS = (str, bytes, int, float, bool, type(None))
 
 
 class Name(NamedTuple):
-    """A name that a pickle asked for; one of `BUILDERS`."""
+    """A name in a pickle; one of `BUILDERS`."""
 
     dotted: str
 
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """`elements` numbers in the file, of which a view has those from `first` on."""
+    """A storage of `elements` numbers in the file, or a view of `count` of them from `first` on."""
 
     key: str
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """A tensor to be made: where it lies in its storage."""
+    """A future tensor: its place in its storage."""
 
     storage: Storage
     offset: int
@@ -48,7 +48,7 @@ class Claim:
         return math.prod(self.size) * self.storage.dtype.itemsize
 
     def overlaps(self) -> bool:
-        """Whether two of its elements may be one number in memory."""
+        """Whether two of its elements may share memory."""
         reach = 1
         for stride, size in sorted(zip(self.stride, self.size, strict=True)):
             if size > 1:
@@ -64,21 +64,21 @@ class Parameters(dict):
 
 @dataclass(eq=False)
 class NumpyType:
-    """The type of numpy numbers, of which only the name and the order of bytes mean anything."""
+    """The type of numpy numbers: its name and its byte order."""
 
     letter: str
     order: str = "<"
 
 
 def as_key(value: Any) -> Any:
-    """A value that may be a key or in a set: plain, and no integer of those that all have the same hash."""
+    """Check a key or a member of a set: it must be plain, and not one of the integers with colliding hashes."""
     if type(value) not in (*SCALARS, type) or type(value) is int and abs(value) >= 2**60:
         raise ValueError(f"a {type(value).__name__} as a key")
     return value
 
 
 def only(value: Any, kind: type) -> Any:
-    """The value, which must be of a kind; a `Parameters` is no dict to a pickle."""
+    """Check that a value has exactly this type; a `Parameters` does not count as a dict."""
     if type(value) is not kind:
         raise ValueError(f"a {type(value).__name__} in place of a {kind.__name__}")
     return value

@@ -20,16 +20,17 @@ MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how files of before torch 1.6 
 
 
 def read(path: str | Path) -> Any:
-    """What a torch file holds: tensors that are mapped into memory, dicts, lists, tuples, sets and plain values.
+    """The content of a torch file: memory-mapped tensors, dicts, lists, tuples, sets and plain values.
 
-    Attributes of dicts (`_metadata` of state dicts) are left out, parameters are plain tensors, numpy numbers are
-    Python's, a device is its name. Raises `InputError` for a damaged file, for one that asks for code, for tensors
-    that are not dense (sparse, quantized, ...), and for one that claims more than it holds.
+    Attributes of dicts (`_metadata` of state dicts) are left out, parameters become plain tensors, numpy numbers become
+    Python numbers, devices become their names. Raises `InputError` for damaged files, files that ask for code, tensors
+    that are not dense (sparse, quantized, ...), and files that claim more than they hold.
     """
     path = Path(path)
     try:
         with _Bounded(path) as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writing to a tensor leaves the file alone
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writing to a tensor does not change the
+            file
             read_format = _read_zip if mapped[:2] == b"PK" else _read_old
             return read_format(file, mapped, str(path))
     except InputError:
@@ -51,7 +52,7 @@ def _damaged(path: str | Path, reason: Any) -> InputError:
 
 
 class _Bounded(io.FileIO):
-    """A file that hands out no more at once than the table of contents of a zip file may have."""
+    """A file with a limit for single reads: the largest size of a zip file's table of contents."""
 
     def read(self, size: int = -1) -> bytes:
         if size > DIRECTORY_BYTES:
@@ -85,7 +86,7 @@ def _read_zip(file: io.FileIO, mapped: mmap.mmap, source: str) -> Any:
 
 
 def _entries(file: io.FileIO, mapped: mmap.mmap, source: str) -> dict[str, tuple[int, int, int]]:
-    """Name -> (where it starts, bytes, checksum) of the files within a zip file; stored, whole, and side by side."""
+    """Name -> (start, bytes, checksum) of the files in a zip file. They must be uncompressed and must not overlap."""
     with zipfile.ZipFile(file) as archive:
         infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     entries: dict[str, tuple[int, int, int]] = {}
@@ -105,7 +106,7 @@ def _entries(file: io.FileIO, mapped: mmap.mmap, source: str) -> dict[str, tuple
 
 
 def _read_old(_: io.FileIO, mapped: mmap.mmap, source: str) -> Any:
-    """Five pickles, then the storages in the order of the fifth: a count of elements and the bytes of each."""
+    """Read five pickles, then the storages in the order of the fifth: number of elements and bytes of each."""
     position = 0
     machine = Machine(source)
     found = []

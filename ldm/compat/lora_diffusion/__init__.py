@@ -2,10 +2,10 @@
 
     from ldm.compat.lora_diffusion import inject_trainable_lora, patch_pipe, tune_lora_scale
 
-in place of `from lora_diffusion import ...`; nothing else changes. It works on a `UNet2DConditionModel`, a
-`CLIPTextModel` and a `StableDiffusionPipeline`. Layers are numbered in the order of published files, whatever the
-version of diffusers. What differs from the published package: files are never unpickled, what does not fit is refused
-before a model is changed, ranks are read off the tensors, and `set_lora_diag` weighs convolutions too.
+replaces `from lora_diffusion import ...`; nothing else changes. It works on a `UNet2DConditionModel`, a
+`CLIPTextModel` and a `StableDiffusionPipeline`. Layers are numbered in the order of published files for every version
+of diffusers. Differences from the published package: files are never unpickled, a LoRA that does not fit is refused
+before a model is changed, ranks are those of the tensors, and `set_lora_diag` supports convolutions.
 """
 
 from ldm.compat.lora_diffusion.files import (

@@ -23,7 +23,7 @@ from ldm.interchange import cloneofsimo as cs
 from ldm.interchange.formats import Opened
 from ldm.interchange.lora import Factors
 
-Safeloras = str | Path | Any  # a path, or what `safetensors.safe_open` opened
+Safeloras = str | Path | Any  # a path, or an open file of `safetensors.safe_open`
 Parsed = dict[str, tuple[list[Tensor], list[int], list[str]]]
 ModelMap = Mapping[str, tuple[nn.Module, Collection[str]]]
 
@@ -34,9 +34,9 @@ def save_lora_weight(
     target_replace_module: Collection[str] = DEFAULT_TARGET_REPLACE,
     save_half: bool = True,
 ) -> None:
-    """A list [up, down, ...]. The strength that `tune_lora_scale` set is not in it, as published."""
+    """A list [up, down, ...]. As published, it does not include the strength of `tune_lora_scale`."""
     dtype = torch.float16 if save_half else torch.float32
-    extract_lora_ups_down(model, target_replace_module)  # refuses a model without a LoRA
+    extract_lora_ups_down(model, target_replace_module)  # raises for a model without a LoRA
     pairs = [(one.selected_up(), one.lora_down.weight) for one in injected(model, target_replace_module).values()]
     save_torch(path, [tensor.detach().cpu().to(dtype) for pair in pairs for tensor in pair])
 
@@ -96,7 +96,7 @@ def convert_loras_to_safeloras(modelmap: Mapping | None = None, outpath: str | P
 
 
 def published(safeloras: Safeloras) -> cs.Published:
-    """What a `.safetensors` holds. Raises `InputError` for an order of layers that belongs to another model."""
+    """The content of a `.safetensors`. Raises `InputError` for an order of layers that belongs to another model."""
     if isinstance(safeloras, (str, Path)):
         content, name = cs.read_safetensors(safeloras), str(safeloras)
     else:
@@ -109,7 +109,7 @@ def published(safeloras: Safeloras) -> cs.Published:
 
 
 def parse_safeloras(safeloras: Safeloras) -> Parsed:
-    """By model its list [up, down, ...], its ranks and the classes that were searched."""
+    """For each model: its list [up, down, ...], its ranks and the classes that were searched."""
     content = published(safeloras)
     return {
         part: (
@@ -146,9 +146,9 @@ def load_safeloras_both(path: str | Path, device: str = "cpu") -> tuple[Parsed, 
 
 
 def monkeypatch_or_replace_safeloras(models: Any, safeloras: Safeloras | Parsed) -> None:
-    """Put the LoRAs of a file into the models that are attributes of `models`, such as a pipeline.
+    """Put the LoRAs of a file into the models that are attributes of `models`, e.g. of a pipeline.
 
-    Raises `InputError` where `models` lacks one of them, or one does not fit.
+    Raises `InputError` if `models` lacks one of them, or one does not fit.
     """
     parsed: Parsed = safeloras if isinstance(safeloras, dict) else parse_safeloras(safeloras)
     for part in parsed:

@@ -1,4 +1,4 @@
-"""Layers with a low-rank branch beside them, and the search for the layers that get one."""
+"""Layers with a low-rank branch, and the search for layers that get one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LoraInjected(nn.Module):
     """
 
     plain: str
-    ones: tuple[int, ...] = ()  # what follows on [out, in] in the shape of a weight of size 1
+    ones: tuple[int, ...] = ()  # the dimensions after [out, in] of a weight with window 1
 
     def _attach(self, layer: nn.Module, r: int, dropout_p: float, scale: float) -> None:
         weight = layer.weight
@@ -65,7 +65,7 @@ class LoraInjected(nn.Module):
         return self.layer(x) + self.dropout(self.lora_up(self.selector(self.lora_down(x)))) * self.scale
 
     def selected_up(self) -> Tensor:
-        """The weight of `up` with the diagonal of the selector in it, without the scale."""
+        """The weight of `up` multiplied by the selector's diagonal, without the scale."""
         up = self.lora_up.weight
         if isinstance(self.selector, nn.Identity):
             return up
@@ -77,7 +77,7 @@ class LoraInjected(nn.Module):
         return self.selected_up().detach() * self.scale, self.lora_down.weight.detach()
 
     def set_selector_from_diag(self, diag: Tensor) -> None:
-        """Weigh the r components of the change one by one; `diag` [r]. Raises `ValueError` for another shape."""
+        """Weight the r components of the change by `diag` [r]. Raises `ValueError` for another shape."""
         if diag.shape != (self.r,):
             raise ValueError(f"expected a diagonal of {self.r} values, one for each rank, got shape {list(diag.shape)}")
         kind = nn.Linear if not self.ones else nn.Conv2d
@@ -141,7 +141,7 @@ def targets(
 ) -> dict[str, nn.Module]:
     """Linear and convolution layers, plain or with a branch, inside modules of the named classes (None: anywhere).
 
-    Each comes once, by name, in the order in which published files number them (`numbered`).
+    Each one appears once, by name, in the order of published files (`numbered`).
     """
     found: dict[str, nn.Module] = {}
     known = (*kinds, *(INJECTED[kind] for kind in kinds))
@@ -158,9 +158,9 @@ def targets(
 
 
 def numbered(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Layers in the order of published files: that of the versions of diffusers and transformers they come from.
+    """Sort layers in the order of published files, i.e. of the versions of diffusers and transformers of that time.
 
-    There a transformer block had its feed-forward before its cross-attention. Layers of other models stay as they are.
+    There the feed-forward came before the cross-attention. The order of other models does not change.
     """
     for known, key in ((_is_unet, _unet_key), (_is_text, _text_key)):
         if found and all(map(known, found)):
@@ -169,7 +169,7 @@ def numbered(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def known_order(model: nn.Module, classes: Collection[str]) -> str | None:
-    """`diffusers` where the layers of a UNet are put into the order of published files, else None."""
+    """`diffusers` if the layers of a UNet are in the order of published files, else None."""
     found = targets(model, classes)
     return "diffusers" if found and all(map(_is_unet, found)) else None
 
@@ -202,7 +202,7 @@ def injected(model: nn.Module, classes: Collection[str] | None = None) -> dict[s
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer in the place of another."""
+    """Replace a layer by another."""
     parent, _, child = name.rpartition(".")
     owner = model.get_submodule(parent)
     owner._modules[child] = layer

@@ -1,4 +1,4 @@
-"""LoRAs put into a model, tuned, added to each other, folded into the weights and taken away again."""
+"""Puts LoRAs into a model, trains, adds and folds them, and removes them."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def inject_trainable_lora(
     dropout_p: float = 0.0,
     scale: float = 1.0,
 ) -> tuple[Learning, list[str]]:
-    """Put a branch that learns beside the linear layers inside modules of some classes.
+    """Add a trainable branch to the linear layers inside modules of some classes.
 
-    loras: what the branches start from, a list [up, down, ...] or the path of a `.pt` file of one.
-    Returns iterators over what learns, two for each layer, and the layers' names within their modules. The rest of the
-    model is left as it is: freeze it by `model.requires_grad_(False)` first.
+    loras: the initial factors, a list [up, down, ...] or the path of a `.pt` file with one.
+    Returns iterators over the trainable parameters, two for each layer, and the layers' names within their modules. It
+    does not freeze the rest of the model: call `model.requires_grad_(False)` first.
     """
     return _inject(model, target_replace_module, r, loras, (nn.Linear,), verbose, dropout_p, scale)
 
@@ -91,7 +91,7 @@ def tensors_of(loras: Loras) -> list[Tensor]:
 def _fitting(
     loras: Sequence[Tensor], layers: dict[str, nn.Module], what: str
 ) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
-    """Each layer's (up, down). Raises `InputError` where numbers or shapes differ, before anything is changed."""
+    """The (up, down) of each layer. Raises `InputError` if numbers or shapes differ, before anything is changed."""
     pairs = list(pairs_of(loras))
     if len(pairs) != len(layers):
         raise InputError(f"{what}: {len(pairs)} pairs of factors for a model with {len(layers)} layers to change")
@@ -111,9 +111,9 @@ def monkeypatch_or_replace_lora(
     target_replace_module: Collection[str] = DEFAULT_TARGET_REPLACE,
     r: int | Sequence[int] | None = None,
 ) -> None:
-    """Put a LoRA into a model, in the place of one that may be there. Ranks are those of the tensors; `r` is unused.
+    """Put a LoRA into a model, replacing an existing one. Ranks are those of the tensors; `r` is unused.
 
-    Raises `InputError` for a LoRA that does not fit; the model is then as it was.
+    Raises `InputError` for a LoRA that does not fit; then the model does not change.
     """
     _patch(model, loras, target_replace_module, (nn.Linear,))
 
@@ -151,10 +151,10 @@ def monkeypatch_add_lora(
     alpha: float = 1.0,
     beta: float = 1.0,
 ) -> None:
-    """`alpha` times the factors of a LoRA plus `beta` times those that are in the model, ups and downs separately.
+    """Set the factors to `alpha` times those of a LoRA plus `beta` times those in the model, ups and downs separately.
 
-    As published; that is not the sum of the changes (`LoRAManager` and `ldm lora-add --mode sum` have that).
-    Raises `InputError` where the model has no LoRA, or one of other ranks.
+    As published, this is not the sum of the changes; `LoRAManager` and `ldm lora-add --mode sum` compute the sum.
+    Raises `InputError` if the model has no LoRA, or one of other ranks.
     """
     layers = injected(model, target_replace_module)
     for name, (_, down) in (fitting := _fitting(tensors_of(loras), layers, "loras")).items():
@@ -168,7 +168,7 @@ def monkeypatch_add_lora(
 
 
 def monkeypatch_remove_lora(model: nn.Module) -> None:
-    """Take all branches away; the layers are those from before, with what `collapse_lora` folded into them."""
+    """Remove all branches. The layers are the original ones, with the changes of `collapse_lora`."""
     for name, one in injected(model).items():
         replace(model, name, one.layer)
 
@@ -180,16 +180,16 @@ def tune_lora_scale(model: nn.Module, alpha: float = 1.0) -> None:
 
 
 def set_lora_diag(model: nn.Module, diag: Tensor) -> None:
-    """Weigh the components of the LoRA one by one: `diag` [r]."""
+    """Weight the components of the LoRA by `diag` [r]."""
     for one in injected(model).values():
         one.set_selector_from_diag(diag)
 
 
 @torch.no_grad()
 def collapse_lora(model: nn.Module, alpha: float = 1.0) -> None:
-    """Fold `alpha` times the LoRA into the weights, for good; `scale` does not enter, as published.
+    """Fold `alpha` times the LoRA into the weights permanently. As published, `scale` is not used.
 
-    The branch is still there: follow with `monkeypatch_remove_lora`, or it counts twice.
+    The branch stays: call `monkeypatch_remove_lora` afterwards, or it counts twice.
     """
     for one in injected(model, ANYWHERE).values():
         change = delta(Factors(one.lora_down.weight, one.selected_up(), alpha))
@@ -209,7 +209,7 @@ extract_lora_up_downs = extract_lora_ups_down
 def extract_lora_as_tensor(
     model: nn.Module, target_replace_module: Collection[str] = DEFAULT_TARGET_REPLACE, as_fp16: bool = True
 ) -> list[tuple[Tensor, Tensor]]:
-    """The factors (up, down) of each branch, the scale inside `up`; copies, in fp16 or the model's own dtype."""
+    """Copies of the factors (up, down) of each branch, with the scale in `up`, in fp16 or the model's dtype."""
     pairs = [one.realize_as_lora() for one in _with_lora(model, target_replace_module)]
     return [tuple(t.half() if as_fp16 else t.clone() for t in pair) for pair in pairs]
 

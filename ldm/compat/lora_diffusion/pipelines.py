@@ -1,4 +1,4 @@
-"""LoRAs and learnt words in a pipeline of diffusers."""
+"""LoRAs and learnt words in diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def apply_learned_embed_in_clip(
     token: str | Sequence[str] | None = None,
     idempotent: bool = False,
 ) -> str | None:
-    """Give the tokenizer learnt words and the text encoder their vectors [d] or [v, d].
+    """Add learnt words to the tokenizer and their vectors [d] or [v, d] to the text encoder.
 
-    token: other names for the words, in their order. idempotent: a word that the tokenizer knows gets the vector;
-    without it the word gets the name `<word-1>`, ... that is free. A word of several vectors becomes the tokens
-    `<word>`, `<word>_1`, ..., all of which a prompt must name. Returns the name of the last token.
+    token: other names for the words, in order. idempotent: a word that the tokenizer knows gets the new vector; without
+    it, the new word gets the first free name `<word-1>`, ... A word of several vectors becomes the tokens `<word>`,
+    `<word>_1`, ..., and a prompt must name all of them. Returns the name of the last token.
     Raises `InputError` for another number of names than of words, and for vectors of another width.
     """
     names = list(learned_embeds) if token is None else [token] if isinstance(token, str) else list(token)
@@ -67,7 +67,7 @@ def apply_learned_embed_in_clip(
 
 
 def _added(name: str, tokenizer: Any, idempotent: bool) -> str:
-    """The name under which the tokenizer has the word."""
+    """The name of the word in the tokenizer."""
     free, number = name, 0
     while tokenizer.add_tokens(free) == 0 and not idempotent:
         number += 1
@@ -89,7 +89,7 @@ def load_learned_embed_in_clip(
 
 
 def _words_beside(path: str | Path) -> Path:
-    """Where the words of a `.pt` LoRA lie: `name.ti.pt` beside `name.pt`."""
+    """The file with the words of a `.pt` LoRA: `name.ti.pt` beside `name.pt`."""
     path = Path(path)
     return path.with_name(f"{path.name.removesuffix('.pt')}.ti.pt")
 
@@ -108,9 +108,9 @@ def patch_pipe(
 ) -> dict[str, Tensor]:
     """Put a `.safetensors` or `.pt` LoRA into a pipeline, with its text encoder's part and its learnt words.
 
-    Of a `name.pt` the former is in `name.text_encoder.pt`, the latter in `name.ti.pt`. Ranks are those of the tensors;
-    `r` is unused. The strengths are set by `tune_lora_scale(pipe.unet, ...)` and `(pipe.text_encoder, ...)`.
-    Returns the learnt words. Raises `InputError` for what does not fit.
+    For `name.pt`, these are in `name.text_encoder.pt` and `name.ti.pt`. Ranks are those of the tensors; `r` is unused.
+    Set the strengths with `tune_lora_scale(pipe.unet, ...)` and `(pipe.text_encoder, ...)`. Returns the learnt words.
+    Raises `InputError` for a LoRA that does not fit.
     """
     path = Path(maybe_unet_path)
     wanted = {"unet": patch_unet, "text_encoder": patch_text}
@@ -146,8 +146,8 @@ def save_all(
 ) -> None:
     """Save the LoRAs of both models and the vectors of learnt words; with `safe_form` as one `.safetensors`.
 
-    Without it as `name.pt`, `name.text_encoder.pt` and `name.ti.pt`. Raises `InputError` for a `save_path` of the other
-    ending, and for words without ids.
+    Without it, the files are `name.pt`, `name.text_encoder.pt` and `name.ti.pt`. Raises `InputError` for a `save_path`
+    with the wrong suffix, and for words without ids.
     """
     path, suffix = Path(save_path), ".safetensors" if safe_form else ".pt"
     if path.suffix != suffix:
@@ -170,7 +170,7 @@ def save_all(
 
 
 def _vectors_of(text_encoder: nn.Module, words: Sequence[str], ids: Sequence[int]) -> dict[str, Tensor]:
-    """The vectors [d] of words by their ids. Raises `InputError` for fewer or more of those."""
+    """The vectors [d] of words by their ids. Raises `InputError` if the numbers of words and ids differ."""
     if len(words) != len(ids):
         raise InputError(f"{len(words)} placeholder_tokens and {len(ids)} placeholder_token_ids; expected as many")
     table = text_encoder.get_input_embeddings().weight.detach().cpu()
@@ -178,7 +178,7 @@ def _vectors_of(text_encoder: nn.Module, words: Sequence[str], ids: Sequence[int
 
 
 class LoRAManager:
-    """Several `.safetensors` LoRAs in a pipeline at once, whose changes add up, each with a strength of its own.
+    """Several `.safetensors` LoRAs in a pipeline at once. Their changes add up, each with its own strength.
 
     Their words become `<s0-0>`, `<s0-1>`, ... for the first file, `<s1-0>`, ... for the second. Raises `InputError` for
     files that change different layers, and for one whose layers have different ranks.
@@ -209,9 +209,9 @@ class LoRAManager:
         return ranks.pop()
 
     def tune(self, scales: Sequence[float], text_scales: Sequence[float] | None = None) -> None:
-        """The strength of each LoRA in the UNet and, if given, in the text encoder, as many as there are files.
+        """Set the strength of each LoRA in the UNet and, if given, in the text encoder; one number for each file.
 
-        As published the text encoder keeps its strengths, 1 at first, where `text_scales` is not given.
+        As published, without `text_scales` the text encoder keeps its strengths, which are 1 at first.
         """
         for part, given in (("unet", scales), ("text_encoder", text_scales)):
             if given is None or part not in self.parts:
@@ -223,7 +223,7 @@ class LoRAManager:
                 one.set_selector_from_diag(diag)
 
     def prompt(self, prompt: str | None) -> str | None:
-        """A prompt with `<1>`, `<2>`, ... in place of the words of the first, second, ... file."""
+        """Replace `<1>`, `<2>`, ... in a prompt by the words of the first, second, ... file."""
         for index, size in enumerate(self.token_size_list if prompt is not None else ()):
             prompt = prompt.replace(f"<{index + 1}>", "".join(f"<s{index}-{j}>" for j in range(size)))
         return prompt
