@@ -51,8 +51,7 @@ class ResumableBatches(Sampler[list[int]]):
         start = self.next_batch
         end = (start // self.batches_per_epoch + 1) * self.batches_per_epoch
         for batch in range(start, end):
-            if batch == end - 1:  # before the last yield, because a reader that knows the length does not come back
-            after it
+            if batch == end - 1:  # before the last yield: a reader that knows the length does not come back after it
                 self.next_batch = end
             first = (batch * self.world_size + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))

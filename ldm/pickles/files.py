@@ -29,8 +29,7 @@ def read(path: str | Path) -> Any:
     path = Path(path)
     try:
         with _Bounded(path) as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writing to a tensor does not change the
-            file
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writing to a tensor leaves the file alone
             read_format = _read_zip if mapped[:2] == b"PK" else _read_old
             return read_format(file, mapped, str(path))
     except InputError:
