@@ -81,7 +81,7 @@ def test_a_folder_is_inpainted(photo, mask, tmp_path, capsys):
     mask_alone = tmp_path / "alone"
     mask_alone.mkdir()
     (mask_alone / "x_mask.png").write_bytes(mask.read_bytes())
-    with pytest.raises(InputError, match="is the mask of no picture: x.png is missing"):
+    with pytest.raises(InputError, match="x_mask.png has no picture: x.png is missing"):
         Program("inpaint")([*MINI, "--indir", str(mask_alone), "--outdir", str(tmp_path)])
 
 

@@ -115,4 +115,4 @@ def test_the_program_blanks_and_says_so(folder, tmp_path, caplog):
                         "--safety_checker", str(strict), "--skip_grid"])  # fmt: skip
     drawn = sorted((tmp_path / "out" / "samples").glob("*.png"))
     assert len(drawn) == 3 and all(read_picture(path).getbbox() is None for path in drawn)
-    assert "blanked 3 of 3 pictures" in caplog.text and "no watermark: pictures of fewer" in caplog.text
+    assert "blanked 3 of 3 pictures" in caplog.text and "no watermark: pictures need at least" in caplog.text

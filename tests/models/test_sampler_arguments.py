@@ -200,5 +200,5 @@ def test_refused_image_to_image(model):
 def test_a_model_without_text_refuses_prompts():
     from ldm.generate import Settings, generate
 
-    with pytest.raises(InputError, match="this model has no text encoder, so that it cannot draw a prompt"):
+    with pytest.raises(InputError, match="this model has no text encoder, so it cannot draw prompts"):
         generate(SimpleNamespace(cond_stage_model=None), ["a cat"], [0], Settings())
