@@ -87,6 +87,7 @@ setup(
         # `pip install --no-deps -r requirements-vq.txt` (what the Makefile does) brings only what is used.
         "vq": ["taming-transformers-rom1504>=0.0.6"],
         "optimizers": OPTIMIZERS,
+        "parquet": ["pyarrow>=15"],  # captions in metadata.parquet
         "watermark": WATERMARK,
         "bitsandbytes": ["bitsandbytes>=0.45"],  # 124 MB
         "wandb": ["wandb>=0.17"],

@@ -49,7 +49,7 @@ TARGETS = (
     r"ldm\.modules\.losses\.contperceptual\.LPIPSWithDiscriminator",
     r"ldm\.modules\.losses\.vqperceptual\.VQLPIPSWithDiscriminator",
     r"ldm\.modules\.losses\.late\.LateDiscriminator",
-    r"ldm\.data\.(dreambooth\.PersonalizedBase|masked\.MaskedPictures)",
+    r"ldm\.data\.(dreambooth\.PersonalizedBase|masked\.MaskedPictures|folder\.CaptionedFolder)",
     r"ldm\.data\.captioned\.CaptionedPictures",
     r"ldm\.data\.custom\.MaskBase",
     r"ldm\.data\.latents\.CachedLatents",

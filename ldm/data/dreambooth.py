@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,11 @@ from kornia.geometry.transform import hflip
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.pictures import INTERPOLATIONS, find_pictures, fit_square, normalize, picture_size, read_picture
+from ldm.data.captions import TABLES, Captions, extensions_of, read_settings, tell_unread
+from ldm.data.pictures import INTERPOLATIONS, find_pictures, fit_square, normalize, picture_size, read_picture, some
 from ldm.errors import InputError, short
+
+log = logging.getLogger(__name__)
 
 Item = dict[str, Any]
 
@@ -28,6 +32,7 @@ class Choice(NamedTuple):
 
 
 SETS = ("train", "val", "validation", "test")
+PURPOSES = ("sample", "order", "mask", "caption")  # each has random numbers of its own
 CACHE_BYTES = 512 * 2**20  # pictures kept in memory per dataset and worker: 680 of 512 pixels
 
 
@@ -55,11 +60,13 @@ class PersonalizedBase(Dataset):
         reg: the pictures show the class, not the subject: captions have no identifier.
         class_word: what the subject is, for instance "dog".
         templates: one caption or several to choose from. `{}` stands for the subject ("sks dog"; in class captions
-            "dog"), `{identifier}` and `{word}` for its parts.
+            "dog"), `{identifier}` and `{word}` for its parts. None: every picture has a caption of its own.
         identifier: the rare token that names the subject; wins over `placeholder_token`.
         seed: of the order, the flips and the choice of templates.
         cache: keep decoded pictures in memory, up to `CACHE_BYTES`.
         sizes: items include the size of the file's picture, the corner of the crop, and the size of the square.
+        captions: where captions are from, see `ldm.data.captions`; the template is for pictures without. By default
+            the template makes all of them.
 
     Raises `InputError`, which names the argument, for invalid values, and as `find_pictures` and `read_picture` do.
     """
@@ -79,11 +86,12 @@ class PersonalizedBase(Dataset):
         coarse_class_text: str | None = None,
         reg: bool = False,
         class_word: str | None = None,
-        templates: str | Sequence[str] = "photo of a {}",
+        templates: str | Sequence[str] | None = "photo of a {}",
         identifier: str | None = None,
         seed: int = 0,
         cache: bool = True,
         sizes: bool = False,
+        captions: str | Mapping | None = None,
     ) -> None:
         _check("data_root", data_root, isinstance(data_root, (str, Path)), "the path of a folder with pictures")
         _check("size", size, _is_count(size), "a number of pixels such as 512")
@@ -110,8 +118,14 @@ class PersonalizedBase(Dataset):
         self.mixing_prob = mixing_prob if per_image_tokens else 0.0
         self.reg, self.seed, self.sizes = reg, seed, sizes
         self.identifier, self.class_word, self.coarse_class_text = identifier, class_word, coarse
-        self.templates = _read_templates(templates, self._parts(identifier))
-        self.paths = find_pictures(data_root)
+        self.templates = _read_templates(templates, self._parts(identifier)) if templates is not None else []
+        settings = read_settings(captions)
+        self.paths = find_pictures(data_root, (*extensions_of(settings), *TABLES))
+        self.captions = Captions(data_root, self.paths, settings)
+        if captions is None:
+            option = "data.params.reg.params.captions=auto" if reg else "--captions auto"
+            tell_unread(Path(data_root), tuple(path.name for path in self.paths), option)
+        self._check_captions(Path(data_root))
         self._length = len(self.paths) * repeats
         self._pixels: dict[int, Tensor] = {}
         self._order: tuple[int, Tensor] | None = None
@@ -154,8 +168,12 @@ class PersonalizedBase(Dataset):
         number = self._picture_of(k)
         flip, mix, choice = torch.rand(3, generator=self._generator("sample", k)).tolist()
         identifier = f"{self.identifier}{number}" if mix < self.mixing_prob else self.identifier
-        template = self.templates[int(choice * len(self.templates))]
-        return Choice(number, flip < self.flip_p, template.format_map(self._parts(identifier)))
+        if texts := self.captions.texts[number]:
+            caption = self.captions.draw(texts, self._generator("caption", k) if self.shuffle else None)
+        else:
+            template = self.templates[int(choice * len(self.templates))]
+            caption = template.format_map(self._parts(identifier))
+        return Choice(number, flip < self.flip_p, caption)
 
     def picture(self, number: int, flipped: bool) -> Tensor:
         """Picture `number` as [size, size, 3] in [-1, 1]."""
@@ -163,10 +181,29 @@ class PersonalizedBase(Dataset):
         return (hflip(pixels) if flipped else pixels).permute(1, 2, 0).contiguous()  # c h w -> h w c
 
     def all_captions(self) -> list[str]:
-        """Every caption that a draw can have."""
-        own = [f"{self.identifier}{number}" for number in range(len(self.paths))] if self.mixing_prob else []
-        names = [*([self.identifier] if self.mixing_prob < 1 else []), *own]
-        return sorted({t.format_map(self._parts(name)) for t in self.templates for name in names})
+        """Every caption that a draw can have, with all its tags in the order in which they are written."""
+        alone = [number for number, texts in enumerate(self.captions.texts) if not texts]
+        own = [f"{self.identifier}{number}" for number in alone] if self.mixing_prob else []
+        names = [*([self.identifier] if self.mixing_prob < 1 and alone else []), *own]
+        made = {t.format_map(self._parts(name)) for t in self.templates for name in names}
+        return sorted(made | {self.captions.framed(text) for texts in self.captions.texts for text in texts})
+
+    def _check_captions(self, folder: Path) -> None:
+        """Raises `InputError` for a picture that has neither a caption nor a template; warns of captions without the
+        identifier."""
+        texts = self.captions.texts
+        lacking = [path.name for path, own in zip(self.paths, texts, strict=True) if not own]
+        if lacking and not self.templates:
+            raise InputError(
+                f"{folder}: no caption for {some(lacking)}; write {Path(lacking[0]).stem}.txt beside it, choose "
+                "another source of captions (filename, folder), or give templates"
+            )
+        named = any(self.identifier in self.captions.framed(text) for own in texts for text in own)
+        if any(texts) and self.templates and not self.reg and not named:
+            log.warning(
+                "%s: no caption has the identifier %s; add it, or captions.prefix=%r",
+                folder, self.identifier, f"{self.identifier} {self.class_word or ''}".strip(),
+            )  # fmt: skip
 
     def _picture_of(self, k: int) -> int:
         """The number of the picture that sample k shows."""
@@ -179,7 +216,7 @@ class PersonalizedBase(Dataset):
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         """A separate generator for every draw and every epoch; the two sets of a pair have different ones."""
-        key = (self.seed, self.reg, ("sample", "order", "mask").index(purpose), number)
+        key = (self.seed, self.reg, PURPOSES.index(purpose), number)
         state = np.random.SeedSequence([int(part) for part in key]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]) >> 1)
 

@@ -35,10 +35,10 @@ def is_picture(path: Path) -> bool:
     return path.suffix[1:].lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
 
 
-def find_pictures(folder: str | Path) -> list[Path]:
+def find_pictures(folder: str | Path, beside: Sequence[str] = ()) -> list[Path]:
     """The pictures in a folder, sorted by name, without sub-folders.
 
-    Other files are skipped, with one warning that names a few.
+    Other files are skipped, with one warning that names a few; not those whose names end with one of `beside`.
     Raises `InputError` if the folder does not exist, is not a folder, or has no pictures.
     """
     folder = Path(folder)
@@ -49,9 +49,10 @@ def find_pictures(folder: str | Path) -> list[Path]:
         raise InputError(f"{folder} is a file: {expected}; give the folder that it lies in")
     entries = sorted(folder.iterdir())
     pictures = [path for path in entries if is_picture(path)]
-    skipped = [path.name for path in entries if path not in set(pictures)]
+    taken = set(pictures)
+    skipped = [path.name for path in entries if path not in taken and not path.name.endswith(tuple(beside))]
     if not pictures:
-        found = f"has no pictures, only {_some(skipped)}" if skipped else "is empty"
+        found = f"has no pictures, only {some(skipped)}" if skipped else "is empty"
         raise InputError(f"the folder {folder} {found}: {expected}, directly in it; put some there or name another")
     if skipped:
         _warn_of_skipped(folder, tuple(skipped))
@@ -61,10 +62,11 @@ def find_pictures(folder: str | Path) -> list[Path]:
 @cache
 def _warn_of_skipped(folder: Path, names: tuple[str, ...]) -> None:
     """Warn once for each folder, even if several datasets read it."""
-    log.warning("%s: skipped %d that are not pictures: %s", folder, len(names), _some(names))
+    log.warning("%s: skipped %d that are not pictures: %s", folder, len(names), some(names))
 
 
-def _some(names: Sequence[str], limit: int = 3) -> str:
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """The first few of many names."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 

@@ -9,6 +9,8 @@ from ldm.schema.documentation import page
 from ldm.schema.kinds import phrase
 from ldm.schema.sections import (
     Adapter,
+    Captions,
+    CaptionSource,
     CheckpointParams,
     Config,
     DreamBooth,
@@ -26,7 +28,7 @@ from ldm.schema.sections import (
 )
 
 __all__ = [
-    "Adapter", "CheckpointParams", "Config", "DreamBooth", "Embedder", "Entry", "Loss", "Model", "Optimizer",
-    "Schedule", "Section", "Trainer", "Training", "Tuning", "check", "check_part", "fits", "page", "phrase", "says",
-    "select", "unused",
+    "Adapter", "CaptionSource", "Captions", "CheckpointParams", "Config", "DreamBooth", "Embedder", "Entry",
+    "Loss", "Model", "Optimizer", "Schedule", "Section", "Trainer", "Training", "Tuning", "check",
+    "check_part", "fits", "page", "phrase", "says", "select", "unused",
 ]  # fmt: skip

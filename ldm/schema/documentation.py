@@ -8,6 +8,7 @@ from ldm.schema.kinds import phrase
 from ldm.schema.sections import (
     Adapter,
     AdapterConfig,
+    Captions,
     Checkpoint,
     CheckpointParams,
     Config,
@@ -27,7 +28,8 @@ PAGE = (
     (Config, "Top level"), (Model, "model"), (Tuning, "model.params.tuning"),
     (AdapterConfig, "adapter_config"), (Adapter, "entries of adapter_config"),
     (Embedder, "entries of emb_models"), (Data, "data"),
-    (DataParams, "data.params"), (Lightning, "lightning"), (Trainer, "lightning.trainer"),
+    (DataParams, "data.params"), (Captions, "captions of a dataset"),
+    (Lightning, "lightning"), (Trainer, "lightning.trainer"),
     (ModelCheckpoint, "lightning.modelcheckpoint"), (CheckpointParams, "lightning.modelcheckpoint.params"),
     (DreamBooth, "dreambooth"), (Training, "training"), (Checkpoint, "checkpoint"),
 )  # fmt: skip

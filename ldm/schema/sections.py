@@ -229,6 +229,24 @@ class Training(Section):
     keep_memory: bool = says(True, "on a CPU, keep what a step frees for the next one")
 
 
+Probability = Annotated[float, Field(ge=0, le=1)]
+CaptionSource = Literal["auto", "txt", "metadata", "filename", "folder", "template"]
+
+
+class Captions(Section):
+    """`captions` of a dataset: where captions are from, and how they vary; a source, or what is below. docs/data.md."""
+
+    source: CaptionSource = says("auto", "auto takes the first that has any: txt, metadata, kohya's folder, template")
+    ext: str | list[str] | None = says(None, "endings of caption files (default: .txt, .caption)")
+    shuffle_tags: bool = says(False, "show the tags of a caption in another order each time")
+    keep_tags: AtLeast0 = says(0, "so many tags stay in front, and are never dropped")
+    tag_dropout: Probability = says(0.0, "how often each other tag is left out")
+    separator: str = says(",", "what stands between tags")
+    dropout: Probability = says(0.0, "how often a caption is empty, for guidance without a classifier")
+    prefix: str = says("", "words before every caption that is read")
+    suffix: str = says("", "words after every caption that is read")
+
+
 class DreamBooth(Section):
     """`dreambooth`: options of a run of `ldm train`. An option of the command line wins."""
 
@@ -242,6 +260,7 @@ class DreamBooth(Section):
     base: str | None = says(None, "checkpoint of the base model (default: the one that the config names)")
     data_root: str | None = says(None, "folder with photographs of the subject")
     reg_data_root: str | None = says(None, "folder with pictures of its class, for prior preservation")
+    captions: CaptionSource | Captions | None = says(None, "captions of the photographs, see data.*.params.captions")
     words: str | None = says(None, "file of learnt words to add to the text encoder")
     concepts: list[dict[str, str | None]] | None = says(None, "Custom Diffusion: datapath, caption, ... of each")
 
@@ -276,5 +295,8 @@ DEEPER = {
     "model.params.network_config.params.adapter_config": AdapterConfig | None,
     "model.params.conditioner_config.params.emb_models": list[Embedder] | None,
     "data.params": DataParams | None,
+    "data.params.train.params.captions": CaptionSource | Captions | None,
+    "data.params.reg.params.captions": CaptionSource | Captions | None,
+    "data.params.validation.params.captions": CaptionSource | Captions | None,
 }
 DATA_TARGET = "ldm.train.datamodule.DataModuleFromConfig"

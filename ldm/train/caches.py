@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ldm.checkpoints import fingerprint, read_weights, refuse_not_finite, save_safetensors
 from ldm.data.dreambooth import PersonalizedBase
 from ldm.data.encoded import EncodedSamples
+from ldm.data.folder import CaptionedFolder
 from ldm.errors import InputError, short
 from ldm.modules.cached_encoders import CachedPosteriors, CachedPrompts, Encoding, each
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -29,6 +30,8 @@ from ldm.modules.encoders.prompts import cut_words
 from ldm.train.datamodule import DataModuleFromConfig
 
 log = logging.getLogger(__name__)
+
+CACHED = (PersonalizedBase, CaptionedFolder)  # without random changes of pictures other than flips
 
 
 @contextmanager
@@ -47,7 +50,7 @@ def encoded(models: Sequence[Any], data: DataModuleFromConfig, where: str, devic
         return
     stages = [(model.first_stage_model, model.text_encoders()) for model in models]
     datasets, workers = dict(data.datasets), data.num_workers
-    if all(type(dataset) is PersonalizedBase for dataset in data.datasets.values()):
+    if all(type(dataset) in CACHED for dataset in data.datasets.values()):
         _encode_pictures(models, data, None if where == "memory" else Path(where), device)
         _encode_prompts(models, data, device)
     try:
@@ -104,6 +107,9 @@ def _encode_pictures(
 
 def _encode_prompts(models: Sequence[Any], data: DataModuleFromConfig, device: torch.device) -> None:
     sets = [getattr(dataset, "dataset", dataset) for dataset in data.datasets.values()]
+    if any(pictures.captions.vary for pictures in sets):
+        log.info("captions have other tags at each draw, so they are encoded in every step; pictures only once")
+        return
     captions = sorted({caption for pictures in sets for caption in pictures.all_captions()} | {""})
     for name in models[0].text_encoders():
         frozen = [one for one in models if not any(key.startswith(f"{name}.") for key in one.trainable_parameters())]

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import get_obj_from_str, parameters_of
+from ldm.data.captions import EXTENSIONS, TABLES
 from ldm.data.pictures import find_pictures
 from ldm.errors import InputError
 from ldm.modules.encoders.tokens import load_words
@@ -23,6 +24,7 @@ from ldm.train.run_folder import Run
 log = logging.getLogger(__name__)
 
 UNET = "model.diffusion_model"
+BESIDE = (*EXTENSIONS, *TABLES)  # files beside pictures of which the datasets tell
 NO_WORD = "what is on the class pictures? name it with --class_word, e.g. --class_word dog"
 DEFAULTS = {key: value for key, value in DreamBooth().model_dump().items() if value is not None}
 
@@ -42,6 +44,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         "cache": options.cache,
         "base_precision": options.base_precision,
         "class_scale": options.class_scale,
+        "captions": asked_captions(options),
         "words": getattr(options, "embedding_manager_ckpt", None) or None,
         "concepts": concepts.asked(options) or None,
     }
@@ -126,9 +129,31 @@ def fill_in_pictures(config: DictConfig, settings: DictConfig, num_class_images:
         values = {"data_root": root, "seed": settings.seed} | ({"class_word": word} if word else {})
         taken = {key: value for key, value in values.items() if known is None or key in known}
         dataset.params = OmegaConf.merge(dataset.get("params") or {}, taken)
-    find_pictures(settings.data_root)
+    if settings.get("captions") is not None:
+        fill_in_captions(sets, settings.captions)
+    find_pictures(settings.data_root, BESIDE)
     if sets.get("reg") is not None and not num_class_images:
-        find_pictures(settings.reg_data_root)
+        find_pictures(settings.reg_data_root, BESIDE)
+
+
+def fill_in_captions(sets: DictConfig, captions: Any) -> None:
+    """Put the setting `captions` into the sets that show the photographs. Raises `InputError` if they do not take it.
+    """
+    for name in ("train", "validation"):
+        if (dataset := sets.get(name)) is None:
+            continue
+        if not concepts.takes(dataset.target, "captions"):
+            raise InputError(f"--captions: data.params.{name} is a {dataset.target}, which makes its captions itself")
+        given = dataset.params.get("captions")
+        both = [{"source": one} if isinstance(one, str) else one for one in (given or {}, captions)]
+        dataset.params.captions = OmegaConf.merge(*both)
+
+
+def asked_captions(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The setting `captions` of the command line. An ending of caption files means that they are read."""
+    ext = getattr(options, "caption_ext", None)
+    source = getattr(options, "captions", None) or ("txt" if ext else None)
+    return ({"source": source} | ({"ext": ext} if ext else {})) if source else None
 
 
 def report(run: Run) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from ldm import schema
 from ldm.cli import Parser, add_allow_family, add_compile, boolean, count, seed_number, text
@@ -86,6 +86,9 @@ def add_dreambooth(p: Parser, several: bool = False) -> None:
     subject.add_argument("--data_root", metavar="DIR", help=help_of(schema.DreamBooth, "data_root"), **each)
     subject.add_argument("--reg_data_root", metavar="DIR", help=help_of(schema.DreamBooth, "reg_data_root"), **each)
     subject.add_argument("--class_word", type=text, help=help_of(schema.DreamBooth, "class_word"), **each)
+    subject.add_argument("--captions", choices=get_args(schema.CaptionSource),
+                         help="where captions of photographs are from (default template); docs/data.md")  # fmt: skip
+    subject.add_argument("--caption_ext", metavar=".txt", help="ending of caption files beside the photographs")
     subject.add_argument("--num_class_images", type=int, default=0, metavar="N",
                          help="first fill --reg_data_root up to N pictures by sampling the base model")  # fmt: skip
     subject.add_argument("--class_scale", type=float, metavar="S",
