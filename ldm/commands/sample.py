@@ -261,9 +261,9 @@ def config_of(ckpt: str | None) -> str:
     """The config of the base that a checkpoint is of, by the names and shapes of its weights."""
     if ckpt is None:
         return DEFAULT.config
-    from ldm.checkpoints import read_weights
+    from ldm.interchange.base_files import base_weights
 
-    weights = read_weights(ckpt)
+    weights = base_weights(ckpt)
     base = base_of(weights)
     if base is None:
         what = recognise(weights)

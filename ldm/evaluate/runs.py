@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ldm.checkpoints import read_weights
 from ldm.data.pictures import find_pictures
 from ldm.devices import best_device
 from ldm.errors import InputError
@@ -19,6 +18,7 @@ from ldm.evaluate.protocol import Protocol
 from ldm.evaluate.scoring import Drawn, Scores, add_distances, class_pictures, compare, load_networks, score
 from ldm.evaluate.sources import Subject, is_pictures, opened, read_drawn, subject_of
 from ldm.generate import from_pil, save_png
+from ldm.interchange.base_files import base_weights
 from ldm.models.bases import base_of
 from ldm.models.building import choose_checkpoint
 from ldm.train.run_folder import Run
@@ -130,7 +130,7 @@ def networks_of(run: Run, protocol: Protocol) -> Protocol:
     path, _ = choose_checkpoint(run.config, run.base)
     names = protocol.networks
     if names is None:
-        base = base_of(read_weights(path)) if path else None
+        base = base_of(base_weights(path)) if path else None
         names = default_networks(base and base.name)
     for name in names:
         load_network(name, download=protocol.download)

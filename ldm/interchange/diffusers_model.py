@@ -159,6 +159,8 @@ def configurations(params: Mapping[str, Any], base: Base = DEFAULT) -> dict[str,
         parts["text_encoder"].folder: {
             "architectures": [parts["text_encoder"].cls],
             "model_type": "clip_text_model",
+            # transformers would else load the dtype of the file while diffusers loads float32, which do not mix
+            "torch_dtype": "float32",
             **_text(params, base),
         },
         "scheduler": {

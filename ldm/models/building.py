@@ -138,11 +138,16 @@ def without_replaced(model: nn.Module, weights: Mapping[str, Tensor], source: st
 
 
 def build_model(
-    config: Mapping, ckpt: str | Path | None, random_seed: int | None = None, tuned: bool = True
+    config: Mapping,
+    ckpt: str | Path | None,
+    random_seed: int | None = None,
+    tuned: bool = True,
+    read: Callable[[str | Path], Mapping[str, Tensor]] = read_weights,
 ) -> nn.Module:
     """The model of a config with the weights of a checkpoint; if `ckpt` is None, with seeded random weights.
 
     `config` is a whole config; its section `model` is built. With `tuned`, its tuning is installed with initial values.
+    `read` reads `ckpt`: `ldm.interchange.base_files.base_weights` reads diffusers folders, too.
     Raises `InputError`.
     """
     if "model" not in config:
@@ -155,7 +160,7 @@ def build_model(
         if tuned:
             tune(model)
         return model
-    return filled_model(config, read_weights(ckpt), str(ckpt), tuned)
+    return filled_model(config, read(ckpt), str(ckpt), tuned)
 
 
 def filled_model(config: Mapping, weights: Mapping[str, Tensor], source: str, tuned: bool = True) -> nn.Module:
@@ -237,5 +242,5 @@ def choose_checkpoint(config: Mapping, given: str | None) -> tuple[str | None, i
         log.warning("%s: starting from random base weights (seed %s)", absent, own["random_seed"])
         return None, int(own["random_seed"])
     raise InputError(
-        f"{absent}: name a .ckpt or .safetensors file with --actual_resume (training) or --ckpt (sampling)"
+        f"{absent}: name a checkpoint or a diffusers folder with --actual_resume (training) or --ckpt (sampling)"
     )

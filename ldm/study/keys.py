@@ -18,6 +18,7 @@ import torch
 from ldm.checkpoints import sha256_of
 from ldm.config import PACKAGE, find_file, plain
 from ldm.data.pictures import find_pictures
+from ldm.interchange.base_files import folder_of
 from ldm.models.building import choose_checkpoint
 from ldm.train.run_folder import Run
 
@@ -52,7 +53,16 @@ def pictures_digest(folder: str | Path | None) -> str | None:
 def base_digest(run: Run) -> str:
     """The SHA-256 of the base's checkpoint, or the seed of a random base."""
     path, seed = choose_checkpoint(run.config, run.base)
-    return f"random seed {seed}" if path is None else file_digest(find_file(path))
+    if path is None:
+        return f"random seed {seed}"
+    folder = folder_of(path)
+    return file_digest(find_file(path)) if folder is None else tree_digest(folder)
+
+
+def tree_digest(folder: Path) -> str:
+    """A digest of all files below a folder, such as a diffusers model, with their places."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return digest([[str(path.relative_to(folder)), file_digest(path)] for path in files])
 
 
 def folder_digest(folder: str | Path) -> str:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from ldm.checkpoints import read_weights
 from ldm.errors import InputError, did_you_mean
 from ldm.evaluate.features import FeatureCache
 from ldm.evaluate.networks import default_networks, folder_of, is_there
 from ldm.evaluate.protocol import PROTOCOLS, Protocol
 from ldm.evaluate.scoring import Drawn, Scores, class_pictures, score, subject_pictures
 from ldm.generate import save_png
+from ldm.interchange.base_files import base_weights
 from ldm.models.bases import base_of
 from ldm.models.building import choose_checkpoint
 from ldm.study.keys import digest, folder_digest
@@ -41,7 +41,7 @@ def protocol_for(run: Run, given: Mapping[str, Any]) -> Protocol:
     Both draw 16 pictures of the subject. Raises `InputError` for networks that are not there.
     """
     path, _ = choose_checkpoint(run.config, run.base)
-    base = base_of(read_weights(path)) if path else None
+    base = base_of(base_weights(path)) if path else None
     name = base and base.name
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if key != CHOSEN}
     protocol = replace(PROTOCOLS[given.get(CHOSEN) or ("mini" if name == "sd-mini" else "fast")], **values)

@@ -143,3 +143,15 @@ def test_refusals(model, tmp_path):
         diffusers_model.to_diffusers({"a": torch.zeros(1)}, "a.ckpt")
     with pytest.raises(InputError, match=r"1 names .*input_blocks.1.7.weight"):
         diffusers_model.to_diffusers({**model.state_dict(), names.UNET + "input_blocks.1.7.weight": torch.zeros(1)})
+
+
+@pytest.mark.slow
+def test_half_weights_make_a_pipeline_of_one_dtype(config, model, tmp_path):
+    """The plain `from_pretrained`: diffusers loads float32, and transformers would load what the file holds."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install .[test]")
+    half = {name: value.half() for name, value in model.state_dict().items()}
+    diffusers_model.write_folder(tmp_path / "half", half, config.model.params)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "half")
+    assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(interchange_models.PROMPT, num_inference_steps=1, height=64, width=64).images[0].size == (64, 64)

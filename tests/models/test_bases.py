@@ -81,7 +81,7 @@ CHOSEN = {"sd_v2": "stable-diffusion/v2-inference", "sdxl_base": "sdxl/sd_xl_bas
 
 @pytest.mark.parametrize(("name", "config"), CHOSEN.items())
 def test_the_config_of_a_checkpoint_is_found(golden, monkeypatch, capsys, name, config):
-    monkeypatch.setattr("ldm.checkpoints.read_weights", lambda _path: manifest(golden, name))
+    monkeypatch.setattr("ldm.interchange.base_files.base_weights", lambda _path: manifest(golden, name))
     assert config_of("x.ckpt") == f"configs/{config}.yaml"
     assert f"x.ckpt is a checkpoint of {bases.base_of(manifest(golden, name)).title}" in capsys.readouterr().out
     assert config_of(None) == bases.DEFAULT.config
@@ -91,7 +91,7 @@ def test_what_is_of_no_base_is_refused_by_the_automatic_choice(monkeypatch):
     for weights, message in (({"a": torch.zeros(1)}, "of no base that is known"), (
         {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, "a Flux checkpoint"
     )):  # fmt: skip
-        monkeypatch.setattr("ldm.checkpoints.read_weights", lambda _path, weights=weights: weights)
+        monkeypatch.setattr("ldm.interchange.base_files.base_weights", lambda _path, weights=weights: weights)
         with pytest.raises(InputError, match=message):
             config_of("x.ckpt")
 
