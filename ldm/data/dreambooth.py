@@ -32,7 +32,7 @@ class Choice(NamedTuple):
 
 
 SETS = ("train", "val", "validation", "test")
-PURPOSES = ("sample", "order", "mask", "caption")  # each has random numbers of its own
+PURPOSES = ("sample", "order", "mask", "caption", "crop")  # each has random numbers of its own
 CACHE_BYTES = 512 * 2**20  # pictures kept in memory per dataset and worker: 680 of 512 pixels
 
 
@@ -70,6 +70,8 @@ class PersonalizedBase(Dataset):
 
     Raises `InputError`, which names the argument, for invalid values, and as `find_pictures` and `read_picture` do.
     """
+
+    why_not_cached: str | None = None  # why pictures differ at each draw, so that they cannot be encoded once
 
     def __init__(
         self,
@@ -144,8 +146,11 @@ class PersonalizedBase(Dataset):
     def sample(self, k: int) -> Item:
         """Sample k of the run, k >= 0, with the shapes above. Raises `IndexError` for a negative k."""
         chosen = self.choose(k)
-        image = self.picture(chosen.number, chosen.flipped)
-        return {"image": image, "caption": chosen.caption, **self.sizes_of(chosen.number)}
+        return {"image": self.picture(chosen.number, chosen.flipped), **self.beside(chosen)}
+
+    def beside(self, chosen: Choice) -> Item:
+        """What an item has besides its picture."""
+        return {"caption": chosen.caption, **self.sizes_of(chosen.number)}
 
     def sizes_of(self, number: int) -> dict[str, Tensor]:
         """The entries of an item for the size of picture `number`; empty without `sizes`."""
@@ -154,12 +159,14 @@ class PersonalizedBase(Dataset):
         height, width = picture_size(self.paths[number])
         side = min(height, width)
         corner = [(length - side) * self.size // (2 * side) * self.center_crop for length in (height, width)]
-        pairs = {
-            "original_size_as_tuple": (height, width),
-            "crop_coords_top_left": corner,
-            "target_size_as_tuple": (self.size, self.size),
-        }
-        return {name: torch.tensor(pair, dtype=torch.float32) for name, pair in pairs.items()}
+        return self._sizes((height, width), corner, (self.size, self.size))
+
+    @staticmethod
+    def _sizes(original: Sequence[int], corner: Sequence[int], target: Sequence[int]) -> dict[str, Tensor]:
+        """What SDXL is conditioned on, each (height, width) or (top, left)."""
+        names = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
+        pairs = zip(names, (original, corner, target), strict=True)
+        return {name: torch.tensor(pair, dtype=torch.float32) for name, pair in pairs}
 
     def choose(self, k: int) -> Choice:
         """The draw of sample k. Raises `IndexError` for a negative k."""
@@ -176,9 +183,17 @@ class PersonalizedBase(Dataset):
         return Choice(number, flip < self.flip_p, caption)
 
     def picture(self, number: int, flipped: bool) -> Tensor:
-        """Picture `number` as [size, size, 3] in [-1, 1]."""
-        pixels = normalize(self._read(number))
-        return (hflip(pixels) if flipped else pixels).permute(1, 2, 0).contiguous()  # c h w -> h w c
+        """Picture `number` as [h, w, 3] in [-1, 1], where both sides are `size`."""
+        return as_item(self._read(number), flipped)
+
+    @property
+    def crops(self) -> bool | str:
+        """What is cut off pictures, for those who keep them."""
+        return self.center_crop
+
+    def shape_of(self, number: int) -> tuple[int, int]:
+        """(height, width) of picture `number` in items."""
+        return self.size, self.size
 
     def all_captions(self) -> list[str]:
         """Every caption that a draw can have, with all its tags in the order in which they are written."""
@@ -221,19 +236,29 @@ class PersonalizedBase(Dataset):
         return torch.Generator().manual_seed(int(state[0]) >> 1)
 
     def _read(self, number: int) -> Tensor:
-        """uint8 [3, size, size], from memory if it was read before."""
+        """uint8 [3, h, w], from memory if it was read before."""
         if number in self._pixels:
             return self._pixels[number]
-        pixels = fit_square(read_picture(self.paths[number]), self.size, self.interpolation, self.center_crop)
+        pixels = self._fitted(number)
         if self.cache and (len(self._pixels) + 1) * pixels.nbytes <= CACHE_BYTES:
             self._pixels[number] = pixels
         return pixels
+
+    def _fitted(self, number: int) -> Tensor:
+        """uint8 [3, size, size]."""
+        return fit_square(read_picture(self.paths[number]), self.size, self.interpolation, self.center_crop)
 
     def _parts(self, identifier: str) -> dict[str, str]:
         """The values of the fields of a template."""
         named = {"word": self.class_word} if self.reg else {"identifier": identifier, "word": self.class_word}
         named = {field: text for field, text in named.items() if text}
         return {"subject": " ".join(filter(None, (self.coarse_class_text, *named.values()))), **named}
+
+
+def as_item(pixels: Tensor, flipped: bool) -> Tensor:
+    """uint8 [3, h, w] -> float32 [h, w, 3] in [-1, 1], flipped or not."""
+    values = normalize(pixels)
+    return (hflip(values) if flipped else values).permute(1, 2, 0).contiguous()  # c h w -> h w c
 
 
 class DreamBoothPairs(Dataset):

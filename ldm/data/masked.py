@@ -23,6 +23,8 @@ class MaskedPictures(PersonalizedBase):
     (`seed`, k). Raises `InputError` as `PersonalizedBase` does, and if `whole` is not a probability.
     """
 
+    why_not_cached = "masks are drawn at random"
+
     def __init__(self, *args: Any, whole: float = 0.25, **more: Any) -> None:
         super().__init__(*args, **more)
         if not isinstance(whole, (int, float)) or not 0 <= whole <= 1:

@@ -137,15 +137,37 @@ def fit_square(picture: Image.Image, size: int, interpolation: str = "bicubic", 
 
     Raises `InputError` for an unknown interpolation.
     """
+    if not center_crop:
+        return resized(picture, (size, size), interpolation)
+    width, height = picture.size
+    return resized(picture, (size, size), interpolation, region(height, width, (size, size)))
+
+
+Region = tuple[int, int, int, int]  # top, left, height, width in pixels
+
+
+def region(height: int, width: int, shape: tuple[int, int], place: tuple[float, float] = (0.5, 0.5)) -> Region:
+    """The largest part of a picture with the aspect ratio of `shape` (h, w).
+
+    `place`: how far down and to the right it lies, from 0 to 1; by default in the middle.
+    """
+    tall, wide = min(height, max(1, round(width * shape[0] / shape[1]))), width
+    if tall == height:
+        wide = min(width, max(1, round(height * shape[1] / shape[0])))
+    return int((height - tall) * place[0]), int((width - wide) * place[1]), tall, wide
+
+
+def resized(
+    picture: Image.Image, shape: tuple[int, int], interpolation: str = "bicubic", part: Region | None = None
+) -> Tensor:
+    """An RGB picture, or a part of it, resized to `shape` (h, w): uint8 [3, h, w]. Raises `InputError`."""
     if interpolation not in INTERPOLATIONS:
         raise InputError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {short(interpolation)}")
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    if center_crop:
-        picture = picture.crop((left, top, left + side, top + side))
-    square = picture.resize((size, size), INTERPOLATIONS[interpolation])
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # h w c -> c h w
+    if part is not None:
+        top, left, height, width = part
+        picture = picture.crop((left, top, left + width, top + height))
+    pixels = picture.resize(shape[::-1], INTERPOLATIONS[interpolation])
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()  # h w c -> c h w
 
 
 def normalize(pixels: Tensor) -> Tensor:

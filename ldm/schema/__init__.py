@@ -9,6 +9,7 @@ from ldm.schema.documentation import page
 from ldm.schema.kinds import phrase
 from ldm.schema.sections import (
     Adapter,
+    Buckets,
     Captions,
     CaptionSource,
     CheckpointParams,
@@ -28,7 +29,7 @@ from ldm.schema.sections import (
 )
 
 __all__ = [
-    "Adapter", "CaptionSource", "Captions", "CheckpointParams", "Config", "DreamBooth", "Embedder", "Entry",
+    "Adapter", "Buckets", "CaptionSource", "Captions", "CheckpointParams", "Config", "DreamBooth", "Embedder", "Entry",
     "Loss", "Model", "Optimizer", "Schedule", "Section", "Trainer", "Training", "Tuning", "check",
     "check_part", "fits", "page", "phrase", "says", "select", "unused",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from ldm.schema.kinds import phrase
 from ldm.schema.sections import (
     Adapter,
     AdapterConfig,
+    Buckets,
     Captions,
     Checkpoint,
     CheckpointParams,
@@ -28,7 +29,7 @@ PAGE = (
     (Config, "Top level"), (Model, "model"), (Tuning, "model.params.tuning"),
     (AdapterConfig, "adapter_config"), (Adapter, "entries of adapter_config"),
     (Embedder, "entries of emb_models"), (Data, "data"),
-    (DataParams, "data.params"), (Captions, "captions of a dataset"),
+    (DataParams, "data.params"), (Captions, "captions of a dataset"), (Buckets, "buckets of a dataset"),
     (Lightning, "lightning"), (Trainer, "lightning.trainer"),
     (ModelCheckpoint, "lightning.modelcheckpoint"), (CheckpointParams, "lightning.modelcheckpoint.params"),
     (DreamBooth, "dreambooth"), (Training, "training"), (Checkpoint, "checkpoint"),

@@ -247,6 +247,15 @@ class Captions(Section):
     suffix: str = says("", "words after every caption that is read")
 
 
+class Buckets(Section):
+    """`buckets` of a dataset: true, or what is below. docs/data.md."""
+
+    step: AtLeast1 | None = says(None, "sides are multiples of it (default: 64, or a quarter of a smaller size)")
+    min: AtLeast1 | None = says(None, "shortest side (default: half of size)")
+    max: AtLeast1 | None = says(None, "longest side (default: twice the size)")
+    upscale: bool = says(True, "false: smaller pictures are not enlarged, and have buckets of their own")
+
+
 class DreamBooth(Section):
     """`dreambooth`: options of a run of `ldm train`. An option of the command line wins."""
 
@@ -296,6 +305,7 @@ DEEPER = {
     "model.params.conditioner_config.params.emb_models": list[Embedder] | None,
     "data.params": DataParams | None,
     "data.params.train.params.captions": CaptionSource | Captions | None,
+    **{f"data.params.{name}.params.buckets": bool | Buckets | None for name in ("train", "reg", "validation")},
     "data.params.reg.params.captions": CaptionSource | Captions | None,
     "data.params.validation.params.captions": CaptionSource | Captions | None,
 }

@@ -7,8 +7,6 @@ those of a batch of one.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,22 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from ldm.checkpoints import fingerprint, read_weights, refuse_not_finite, save_safetensors
-from ldm.data.dreambooth import PersonalizedBase
 from ldm.data.encoded import EncodedSamples
-from ldm.data.folder import CaptionedFolder
-from ldm.errors import InputError, short
+from ldm.errors import InputError
 from ldm.modules.cached_encoders import CachedPosteriors, CachedPrompts, Encoding, each
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.prompts import cut_words
 from ldm.train.datamodule import DataModuleFromConfig
+from ldm.train.picture_cache import pictures
 
 log = logging.getLogger(__name__)
 
-CACHED = (PersonalizedBase, CaptionedFolder)  # without random changes of pictures other than flips
+PROMPT_BYTES = 2**31  # encoded captions that are kept in memory
 
 
 @contextmanager
@@ -40,8 +34,8 @@ def encoded(models: Sequence[Any], data: DataModuleFromConfig, where: str, devic
 
     The models belong to one training, or to several trainings side by side, which share a base.
 
-    `where`: `off`, `memory`, or a folder that keeps the encodings for later runs. Datasets with random augmentations
-    are not cached, and neither is a text encoder that is trained.
+    `where`: `off`, `memory`, or a folder that keeps the encodings of pictures for later runs. Pictures that change at
+    random are not cached, and neither is a text encoder that is trained, nor captions that are too many or vary.
     """
     data.setup()
     refuse_cut_captions(models, data)
@@ -50,8 +44,12 @@ def encoded(models: Sequence[Any], data: DataModuleFromConfig, where: str, devic
         return
     stages = [(model.first_stage_model, model.text_encoders()) for model in models]
     datasets, workers = dict(data.datasets), data.num_workers
-    if all(type(dataset) in CACHED for dataset in data.datasets.values()):
+    reasons = {getattr(dataset, "why_not_cached", "") for dataset in data.datasets.values()} - {None}
+    if told := ", ".join(filter(None, reasons)):
+        log.info("pictures are encoded in every step, captions only once: %s", told)
+    if not reasons:
         _encode_pictures(models, data, None if where == "memory" else Path(where), device)
+    if "" not in reasons:
         _encode_prompts(models, data, device)
     try:
         yield
@@ -107,58 +105,26 @@ def _encode_pictures(
 
 def _encode_prompts(models: Sequence[Any], data: DataModuleFromConfig, device: torch.device) -> None:
     sets = [getattr(dataset, "dataset", dataset) for dataset in data.datasets.values()]
-    if any(pictures.captions.vary for pictures in sets):
+    if any(one.captions.vary for one in sets):
         log.info("captions have other tags at each draw, so they are encoded in every step; pictures only once")
         return
-    captions = sorted({caption for pictures in sets for caption in pictures.all_captions()} | {""})
+    captions = sorted({caption for one in sets for caption in one.all_captions()} | {""})
     for name in models[0].text_encoders():
         frozen = [one for one in models if not any(key.startswith(f"{name}.") for key in one.trainable_parameters())]
         if not frozen:
             continue
-        known = prompts(frozen[0].text_encoders()[name], captions, device)
+        encoder = frozen[0].text_encoders()[name]
+        known = prompts(encoder, captions[:1], device)
+        if len(captions) * sum(map(_bytes, known.values())) > PROMPT_BYTES:
+            log.info("%d captions are too many to keep: they are encoded in every step", len(captions))
+            return
+        known |= prompts(encoder, captions[1:], device)
         for model in frozen:
             model.replace_text_encoder(name, CachedPrompts(model.text_encoders()[name].cpu(), known))
 
 
-@torch.no_grad()
-def pictures(model: Any, dataset: PersonalizedBase, folder: Path | None, device: torch.device, name: str) -> Tensor:
-    """The posteriors' parameters [pictures, 2, 2c, h, w] of a dataset; read from `folder` if they are there and fit."""
-    key = _key(model.first_stage_model, dataset) if folder else ""
-    file = folder / f"pictures-{key}.safetensors" if folder else None
-    if file is not None and file.is_file():
-        try:
-            return _fitting(read_weights(file), model, dataset)
-        except InputError as error:
-            log.warning("%s is rebuilt: %s", file, error)
-    elif folder is not None and any(folder.glob("pictures-*.safetensors")):
-        log.info("%s holds encodings of other pictures or of another autoencoder; new ones are added", folder)
-    first_stage = model.first_stage_model.to(device).eval()
-    moments = []
-    for number in tqdm(range(len(dataset.paths)), desc=f"encoding pictures ({name})"):
-        both = [dataset.picture(number, flipped).permute(2, 0, 1)[None].to(device) for flipped in (False, True)]
-        encoded = [first_stage.encode(picture) for picture in both]
-        if not isinstance(encoded[0], DiagonalGaussianDistribution):
-            raise InputError(f"{type(first_stage).__name__} has no posterior to keep: train with --cache off")
-        moments.append(torch.cat([posterior.parameters.cpu() for posterior in encoded]))
-    stacked = torch.stack(moments)
-    if file is not None:
-        save_safetensors(file, {"moments": stacked})
-    return stacked
-
-
-def _fitting(kept: dict[str, Tensor], model: Any, dataset: PersonalizedBase) -> Tensor:
-    """The posteriors of a cache. Raises `InputError` if they do not fit these pictures."""
-    moments = kept.get("moments")
-    side = dataset.size // model.first_stage_model.downsampling_factor
-    wanted = (len(dataset.paths), 2, side, side)
-    shape = () if moments is None else tuple(moments.shape)
-    kind = next(model.first_stage_model.parameters()).dtype
-    fits = len(kept) == 1 and (*shape[:2], *shape[3:]) == wanted and shape[2] % 2 == 0 and moments.dtype == kind
-    if not fits:
-        found = {name: [str(value.dtype), *value.shape] for name, value in kept.items()}
-        raise InputError(f"it holds {short(found)}, expected moments of {wanted[0]} pictures, {side} x {side}, {kind}")
-    refuse_not_finite(kept, "it")
-    return moments
+def _bytes(encoding: Encoding) -> int:
+    return sum(part.nbytes for part in (encoding if isinstance(encoding, tuple) else (encoding,)))
 
 
 @torch.no_grad()
@@ -169,11 +135,3 @@ def prompts(encoder: nn.Module, captions: list[str], device: torch.device) -> di
     encoder.cpu()
     return encoded
 
-
-def _key(first_stage: nn.Module, dataset: PersonalizedBase) -> str:
-    """A digest of everything that the encodings depend on: the pictures' bytes, the cropping, the autoencoder."""
-    digest = hashlib.sha256(fingerprint(first_stage.state_dict()).encode())
-    digest.update(json.dumps([dataset.size, dataset.interpolation, dataset.center_crop]).encode())
-    for path in dataset.paths:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:24]

@@ -76,7 +76,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def draws(self) -> Dataset:
         """The training set as an endless sequence of draws; with class pictures, each draw is a pair."""
-        train, *reg = (as_samples(self.datasets[name], self.seed) for name in ("train", "reg") if name in self.datasets)
+        step = self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        sets = [one_shape_for_each(self.datasets[name], step) for name in ("train", "reg") if name in self.datasets]
+        train, *reg = (as_samples(one, self.seed) for one in sets)
         return DreamBoothPairs(train, *reg) if reg else train
 
     def batches_of(self, draws: Dataset) -> DataLoader:
@@ -136,7 +138,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         """A loader that goes through a dataset once, in order; an empty one if the config has no such dataset."""
         if name not in self.datasets:
             return []
-        dataset, world, rank = self.datasets[name], self.trainer.world_size, self.trainer.global_rank
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        dataset = one_shape_for_each(self.datasets[name], self.batch_size * world)
         return self._loader(dataset, batch_sampler=SharedBatches(len(dataset), self.batch_size, rank, world))
 
     def _loader(self, dataset: Dataset, **how: Any) -> DataLoader:
@@ -163,3 +166,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if not isinstance(done, int) or any(not isinstance(value, int) or value < 0 for value in state.values()):
             raise InputError(f"the checkpoint is damaged: the state of its data is {short(state)}: no batches_done")
         self.batches_done, self.was = done, state
+
+
+def one_shape_for_each(dataset: Dataset, number: int) -> Dataset:
+    """The same dataset; if its pictures have several shapes, each `number` of draws has one from now on."""
+    if hasattr(dataset, "group_by"):
+        dataset.group_by(number)
+    return dataset

@@ -101,6 +101,8 @@ class ManyData(DataModuleFromConfig):
         for number, part in enumerate(self.parts):
             part.setup(stage)
             for name in ("train", "reg"):
+                if getattr(part.datasets.get(name), "shapes", None):
+                    raise InputError("trainings side by side compute together what has one shape; train buckets alone")
                 if name in part.datasets:
                     self.datasets.setdefault(f"{name} {number}", part.datasets[name])
 
@@ -111,6 +113,7 @@ class ManyData(DataModuleFromConfig):
         for number, part in enumerate(self.parts):  # the cache may have replaced their datasets
             names = {name: f"{name} {number}" for name in ("train", "reg")}
             part.datasets |= {name: self.datasets[own] for name, own in names.items() if own in self.datasets}
+            part.trainer = self.trainer
         return self.batches_of(SideBySide([part.draws() for part in self.parts]))
 
 

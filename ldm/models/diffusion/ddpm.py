@@ -236,16 +236,15 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
     def losses_of(
         self, drawn: Sequence[Drawn], masks: Sequence[Tensor | None] | None = None
     ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """The losses for several results of `draw`, from one call of the UNet."""
-        if len({x_start.shape[1:] for x_start, *_ in drawn}) > 1:
-            raise InputError(
-                "pictures of the subject and of its class must have one size; set data.params.*.params.size"
-            )
+        """The losses for several results of `draw`, from one call of the UNet for each shape that they have."""
+        masks = masks or [None] * len(drawn)
+        if len({x_start.shape[1:] for x_start, *_ in drawn}) > 1:  # buckets: the class pictures have their own
+            return [loss for one, mask in zip(drawn, masks, strict=True) for loss in self.losses_of([one], [mask])]
         x_start, cond, t, noise, x_noisy = (_join(*column) for column in zip(*drawn, strict=True))
         predicted = self.apply_model(x_noisy, t, cond)
         sizes = [len(x) for x, *_ in drawn]
         columns = [column.split(sizes) for column in (predicted, x_start, noise, t)]
-        return [self.loss_of(*parts) for parts in zip(*columns, masks or [None] * len(drawn), strict=True)]
+        return [self.loss_of(*parts) for parts in zip(*columns, masks, strict=True)]
 
     def rest(self, step: int) -> None:
         """Remove the gradients of parameters that are not trained in this step."""
