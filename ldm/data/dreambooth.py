@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import string
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +73,8 @@ class PersonalizedBase(Dataset):
     """
 
     why_not_cached: str | None = None  # why pictures differ at each draw, so that they cannot be encoded once
+    has_subject = True  # so captions should have its identifier
+    told_elsewhere: Sequence[str] = ()  # endings of files beside the pictures that are no surprise
 
     def __init__(
         self,
@@ -122,7 +125,7 @@ class PersonalizedBase(Dataset):
         self.identifier, self.class_word, self.coarse_class_text = identifier, class_word, coarse
         self.templates = _read_templates(templates, self._parts(identifier)) if templates is not None else []
         settings = read_settings(captions)
-        self.paths = find_pictures(data_root, (*extensions_of(settings), *TABLES))
+        self.paths = find_pictures(data_root, (*extensions_of(settings), *TABLES, *self.told_elsewhere))
         self.captions = Captions(data_root, self.paths, settings)
         if captions is None:
             option = "data.params.reg.params.captions=auto" if reg else "--captions auto"
@@ -145,7 +148,11 @@ class PersonalizedBase(Dataset):
 
     def sample(self, k: int) -> Item:
         """Sample k of the run, k >= 0, with the shapes above. Raises `IndexError` for a negative k."""
-        chosen = self.choose(k)
+        return self.item(self.picture_of(k), k)
+
+    def item(self, number: int, k: int) -> Item:
+        """Picture `number` with the random choices of sample k."""
+        chosen = self.choice(number, k)
         return {"image": self.picture(chosen.number, chosen.flipped), **self.beside(chosen)}
 
     def beside(self, chosen: Choice) -> Item:
@@ -170,9 +177,10 @@ class PersonalizedBase(Dataset):
 
     def choose(self, k: int) -> Choice:
         """The draw of sample k. Raises `IndexError` for a negative k."""
-        if k < 0:
-            raise IndexError(f"draws are counted from 0, got {k}")
-        number = self._picture_of(k)
+        return self.choice(self.picture_of(k), k)
+
+    def choice(self, number: int, k: int) -> Choice:
+        """Picture `number` with the flip and the caption of sample k."""
         flip, mix, choice = torch.rand(3, generator=self._generator("sample", k)).tolist()
         identifier = f"{self.identifier}{number}" if mix < self.mixing_prob else self.identifier
         if texts := self.captions.texts[number]:
@@ -204,8 +212,7 @@ class PersonalizedBase(Dataset):
         return sorted(made | {self.captions.framed(text) for texts in self.captions.texts for text in texts})
 
     def _check_captions(self, folder: Path) -> None:
-        """Raises `InputError` for a picture that has neither a caption nor a template; warns of captions without the
-        identifier."""
+        """Raises `InputError` for a picture that has neither a caption nor a template."""
         texts = self.captions.texts
         lacking = [path.name for path, own in zip(self.paths, texts, strict=True) if not own]
         if lacking and not self.templates:
@@ -214,20 +221,23 @@ class PersonalizedBase(Dataset):
                 "another source of captions (filename, folder), or give templates"
             )
         named = any(self.identifier in self.captions.framed(text) for own in texts for text in own)
-        if any(texts) and self.templates and not self.reg and not named:
-            log.warning(
-                "%s: no caption has the identifier %s; add it, or captions.prefix=%r",
-                folder, self.identifier, f"{self.identifier} {self.class_word or ''}".strip(),
-            )  # fmt: skip
+        if any(texts) and self.has_subject and not self.reg and not named:
+            _tell_unnamed(folder, self.identifier, f"{self.identifier} {self.class_word or ''}".strip())
 
-    def _picture_of(self, k: int) -> int:
-        """The number of the picture that sample k shows."""
+    def picture_of(self, k: int) -> int:
+        """The number of the picture that sample k shows. Raises `IndexError` for a negative k."""
+        if k < 0:
+            raise IndexError(f"draws are counted from 0, got {k}")
         epoch, place = divmod(k, len(self))
-        if self.shuffle:
-            if self._order is None or self._order[0] != epoch:
-                self._order = epoch, torch.randperm(len(self), generator=self._generator("order", epoch))
-            place = int(self._order[1][place])
-        return place % len(self.paths)
+        if self._order is None or self._order[0] != epoch:
+            generator = self._generator("order", epoch) if self.shuffle else None
+            self._order = epoch, self.epoch_order(generator)
+        return int(self._order[1][place])
+
+    def epoch_order(self, generator: torch.Generator | None) -> Tensor:
+        """The numbers of the pictures of one epoch, [len]; without a generator in their own order."""
+        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+        return order % len(self.paths)
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         """A separate generator for every draw and every epoch; the two sets of a pair have different ones."""
@@ -259,6 +269,12 @@ def as_item(pixels: Tensor, flipped: bool) -> Tensor:
     """uint8 [3, h, w] -> float32 [h, w, 3] in [-1, 1], flipped or not."""
     values = normalize(pixels)
     return (hflip(values) if flipped else values).permute(1, 2, 0).contiguous()  # c h w -> h w c
+
+
+@cache
+def _tell_unnamed(folder: Path, identifier: str, subject: str) -> None:
+    """Once for each folder, even if several datasets read it."""
+    log.warning("%s: no caption has the identifier %s; add it, or captions.prefix=%r", folder, identifier, subject)
 
 
 class DreamBoothPairs(Dataset):

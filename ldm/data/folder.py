@@ -1,126 +1,128 @@
-"""A folder of captioned pictures of any shapes, as kohya, OneTrainer and diffusers train on."""
+"""Folders of captioned pictures of any shapes, as kohya, OneTrainer and diffusers train on."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.data.buckets import Buckets, GroupedOrder, Shape, told
+from ldm.config import parameters_of
+from ldm.data.buckets import GroupedOrder, Shape
 from ldm.data.captions import kohya_name
-from ldm.data.dreambooth import Choice, Item, PersonalizedBase, as_item
-from ldm.data.pictures import Region, picture_size, read_picture, region, resized
-from ldm.errors import InputError, short
+from ldm.data.dreambooth import Choice, Item
+from ldm.data.pictures import is_picture
+from ldm.data.shaped import ShapedPictures
+from ldm.errors import InputError, did_you_mean, short
 
-log = logging.getLogger(__name__)
-
-CROPS = ("center", "random", "none")
-MIDDLE = (0.5, 0.5)
+COMMON = ("set", "seed", "reg", "sizes", "interpolation", "size")  # what all folders share
 
 
-class CaptionedFolder(PersonalizedBase):
-    """The pictures of one folder, each with its own captions. Sample k depends only on (`seed`, k).
+class CaptionedFolder(ShapedPictures):
+    """The pictures of one folder, or of several, each with settings of its own.
 
-    Items are those of `PersonalizedBase`, whose other arguments it takes too; with buckets, `image` is [h, w, 3].
+    Sample k depends only on (`seed`, k). Items and all other arguments are those of `ShapedPictures`.
 
-    captions: see `ldm.data.captions`; repeats: how often an epoch shows each picture (default: the number in a folder's
-    name such as `10_sks dog`, else 1); templates: for pictures without a caption, with `{}` for the identifier and the
-    class word. buckets: keep the pictures' shapes, see `Buckets`; by default all become squares. crop: the part of a
-    picture that has the right shape: `center`, `random` at every draw (then pictures are encoded in every step, too),
-    or `none`, the whole picture, squeezed. Raises `InputError`, also for a picture without a caption if there are no
-    templates.
+    data_root: a folder of pictures, or a folder without pictures that has folders such as `10_sks dog`. concepts: in
+    place of it, mappings of `path` and any arguments of `ShapedPictures` but `COMMON`; what a mapping lacks is taken
+    from the other arguments. Raises `InputError`.
     """
 
     def __init__(
-        self,
-        data_root: str | Path,
-        size: int = 512,
-        captions: str | Mapping | None = "auto",
-        repeats: int | None = None,
-        templates: str | Sequence[str] | None = None,
-        buckets: bool | Mapping | None = None,
-        crop: Literal["center", "random", "none"] = "center",
-        **more: Any,
+        self, data_root: str | Path | None = None, concepts: Sequence[Mapping[str, Any]] | None = None, **more: Any
     ) -> None:
-        if repeats is None:
-            repeats, _ = kohya_name(Path(data_root)) or (1, "")
-        captions = "auto" if captions is None else captions
-        super().__init__(data_root, size, captions=captions, repeats=repeats, templates=templates, **more)
-        if crop not in CROPS:
-            raise InputError(f"crop: expected one of {', '.join(CROPS)}, got {short(crop)}")
-        self.crop = "none" if crop == "center" and not self.center_crop else crop
-        self.shapes = self._shapes(Path(data_root), Buckets(size, buckets)) if buckets else None
-        self.repeats = [repeats] * len(self.paths)
+        folders = [read_concept(one, number) for number, one in enumerate(concepts or ())] or folders_in(data_root)
+        self.parts = [ShapedPictures(**{**more, **folder}) for folder in folders]
+        first = self.parts[0]
+        self.size, self.interpolation, self.sizes, self.seed = first.size, first.interpolation, first.sizes, first.seed
+        self.shuffle, self.reg, self.identifier = first.shuffle, first.reg, first.identifier
+        self.class_word = first.class_word
+        self.paths = [path for part in self.parts for path in part.paths]
+        self.shapes = [shape for part in self.parts for shape in part.shapes or ()] or None
+        self.repeats = [count for part in self.parts for count in part.repeats]
+        self.why_not_cached = next(filter(None, (part.why_not_cached for part in self.parts)), None)
+        self.captions = SimpleNamespace(
+            texts=[texts for part in self.parts for texts in part.captions.texts],
+            vary=any(part.captions.vary for part in self.parts),
+        )
+        self.has_masks = any(part.masks is not None for part in self.parts)
+        self._starts = torch.tensor([len(part.paths) for part in self.parts]).cumsum(0)
         self.group_by(1)
-        if self.crop == "random" and self.shuffle:
-            self.why_not_cached = "crop: random shows another part at each draw"
-
-    def _shapes(self, folder: Path, buckets: Buckets) -> list[Shape]:
-        shapes = [buckets.shape_of(*picture_size(path), str(path)) for path in self.paths]
-        _tell(folder, told(shapes))
-        return shapes
 
     def group_by(self, group: int) -> None:
-        """From now on, each `group` of draws in a row, counted from 0, has pictures of one shape."""
-        shapes = [self.shape_of(number) for number in range(len(self.paths))]
+        shapes = [part.shape_of(number) for part in self.parts for number in range(len(part.paths))]
         self._grouped = GroupedOrder(shapes, self.repeats, group if len(set(shapes)) > 1 else 1)
         self._length, self._order = self._grouped.length, None
 
+    def _part(self, number: int) -> tuple[ShapedPictures, int, int]:
+        """The folder of picture `number`, its number there, and the number of the folder's first picture."""
+        place = int(torch.searchsorted(self._starts, number, right=True))
+        start = int(self._starts[place - 1]) if place else 0
+        return self.parts[place], number - start, start
+
     @property
     def crops(self) -> str:
-        return self.crop
+        return ", ".join(f"{part.crops} {len(part.paths)}" for part in self.parts)
 
     def shape_of(self, number: int) -> Shape:
-        """(height, width) of picture `number` in items."""
-        return self.shapes[number] if self.shapes else (self.size, self.size)
+        part, own, _ = self._part(number)
+        return part.shape_of(own)
 
-    def sample(self, k: int) -> Item:
-        chosen, place = self.choose(k), self._place(k)
-        pixels = self._read(chosen.number) if place is None else self._fitted(chosen.number, place)
-        return {"image": as_item(pixels, chosen.flipped), **self.beside(chosen, place)}
+    def picture(self, number: int, flipped: bool) -> Tensor:
+        part, own, _ = self._part(number)
+        return part.picture(own, flipped)
+
+    def choice(self, number: int, k: int) -> Choice:
+        part, own, start = self._part(number)
+        chosen = part.choice(own, k)
+        return chosen._replace(number=chosen.number + start)
+
+    def item(self, number: int, k: int) -> Item:
+        part, own, _ = self._part(number)
+        return self._with_mask(part.item(own, k), part.shape_of(own))
 
     def beside(self, chosen: Choice, place: tuple[float, float] | None = None) -> Item:
-        return {"caption": chosen.caption, **self.sizes_of(chosen.number, place)}
+        part, own, _ = self._part(chosen.number)
+        return self._with_mask(part.beside(chosen._replace(number=own), place), part.shape_of(own))
 
-    def _place(self, k: int) -> tuple[float, float] | None:
-        """Where a random crop of sample k lies; None if pictures are not cropped at random."""
-        if self.why_not_cached is None:
-            return None
-        return tuple(torch.rand(2, generator=self._generator("crop", k)).tolist())
-
-    def _region(self, number: int, place: tuple[float, float] | None) -> Region | None:
-        """The part of picture `number` that is shown; None for all of it."""
-        if self.crop == "none":
-            return None
-        return region(*picture_size(self.paths[number]), self.shape_of(number), place or MIDDLE)
-
-    def _fitted(self, number: int, place: tuple[float, float] | None = None) -> Tensor:
-        """uint8 [3, h, w]."""
-        return resized(
-            read_picture(self.paths[number]), self.shape_of(number), self.interpolation, self._region(number, place)
-        )
+    def _with_mask(self, item: Item, shape: Shape) -> Item:
+        """Where some folders have masks, the items of all have one, so that they make batches."""
+        return item | ({"loss_mask": torch.ones(shape)} if self.has_masks and "loss_mask" not in item else {})
 
     def sizes_of(self, number: int, place: tuple[float, float] | None = None) -> dict[str, Tensor]:
-        if not self.sizes:
-            return {}
-        shape, part = self.shape_of(number), self._region(number, place)
-        corner = [0, 0] if part is None else [part[i] * shape[i] // part[2 + i] for i in (0, 1)]
-        return self._sizes(picture_size(self.paths[number]), corner, shape)
+        part, own, _ = self._part(number)
+        return part.sizes_of(own, place)
 
-    def _picture_of(self, k: int) -> int:
-        epoch, place = divmod(k, len(self))
-        if self._order is None or self._order[0] != epoch:
-            generator = self._generator("order", epoch) if self.shuffle else None
-            self._order = epoch, self._grouped.order(generator)
-        return int(self._order[1][place])
+    def all_captions(self) -> list[str]:
+        return sorted({caption for part in self.parts for caption in part.all_captions()})
 
 
-@cache
-def _tell(folder: Path, listed: str) -> None:
-    """Once for each folder, even if several datasets read it."""
-    log.info("%s: buckets %s", folder, listed)
+def read_concept(concept: Any, number: int) -> dict[str, Any]:
+    """An entry of `concepts` as arguments of `ShapedPictures`. Raises `InputError` for unknown and missing keys."""
+    if not isinstance(concept, Mapping) or not isinstance(concept.get("path"), (str, Path)):
+        raise InputError(f"concepts.{number}: expected path, the path of a folder with pictures, got {short(concept)}")
+    known = {"path", *parameters_of(ShapedPictures)[1]} - {"data_root", *COMMON}
+    for key in concept:
+        if key in COMMON:
+            raise InputError(f"concepts.{number}.{key}: all folders have the same {key}; set it beside concepts")
+        if key not in known:
+            raise InputError(f"concepts.{number}.{key} is unknown{did_you_mean(str(key), sorted(known))}")
+    return {"data_root" if key == "path" else key: value for key, value in concept.items()}
+
+
+def folders_in(root: str | Path | None) -> list[dict[str, Any]]:
+    """The folder itself, or, if it has no pictures, its folders whose names are such as `10_sks dog` (kohya's layout).
+
+    Raises `InputError` without a folder.
+    """
+    if root is None:
+        raise InputError("no pictures: data_root names a folder of them, concepts several")
+    path = Path(root)
+    within = sorted(path.iterdir()) if path.is_dir() else []
+    named = [one for one in within if one.is_dir() and kohya_name(one)]
+    if not named or any(map(is_picture, within)):
+        return [{"data_root": root}]
+    return [{"data_root": one} for one in named]

@@ -21,6 +21,8 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 # The formats that Pillow may use, whatever the file's name; none (such as EPS) for which it runs another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
 
+LABEL = "-masklabel"  # OneTrainer's names of masks: dog-masklabel.png beside dog.jpg
+
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "linear": Image.Resampling.BILINEAR,
@@ -38,7 +40,8 @@ def is_picture(path: Path) -> bool:
 def find_pictures(folder: str | Path, beside: Sequence[str] = ()) -> list[Path]:
     """The pictures in a folder, sorted by name, without sub-folders.
 
-    Other files are skipped, with one warning that names a few; not those whose names end with one of `beside`.
+    Other files are skipped, with one warning that names a few; not those whose names end with one of `beside`. So are
+    masks (`dog-masklabel.png` beside dog.jpg), unless `LABEL` is one of `beside`.
     Raises `InputError` if the folder does not exist, is not a folder, or has no pictures.
     """
     folder = Path(folder)
@@ -49,6 +52,10 @@ def find_pictures(folder: str | Path, beside: Sequence[str] = ()) -> list[Path]:
         raise InputError(f"{folder} is a file: {expected}; give the folder that it lies in")
     entries = sorted(folder.iterdir())
     pictures = [path for path in entries if is_picture(path)]
+    stems = {path.stem for path in pictures}
+    masks = {path for path in pictures if path.stem.endswith(LABEL) and path.stem.removesuffix(LABEL) in stems}
+    pictures = [path for path in pictures if path not in masks]
+    entries = [path for path in entries if path not in masks or LABEL not in beside]
     taken = set(pictures)
     skipped = [path.name for path in entries if path not in taken and not path.name.endswith(tuple(beside))]
     if not pictures:
@@ -81,6 +88,23 @@ def read_picture(path: str | Path) -> Image.Image:
             _check_size(picture)
             return _rgb(ImageOps.exif_transpose(picture))
     except Exception as error:  # Pillow's decoders raise many types for a damaged file
+        raise InputError(f"cannot read the picture {path}: {first_line(error)}; replace or remove it") from error
+
+
+def read_alpha(path: str | Path, only_ask: bool = False) -> Image.Image | bool | None:
+    """The upright alpha channel of a picture, 8-bit grey; None if it has none, or is opaque everywhere.
+
+    `only_ask`: whether it has one, from the file's header. Raises `InputError` as `read_picture` does.
+    """
+    try:
+        with Image.open(path, formats=_formats()) as picture:
+            has_one = picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info
+            if only_ask or not has_one:
+                return has_one if only_ask else None
+            _check_size(picture)
+            alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
+            return alpha if alpha.getextrema()[0] < 255 else None
+    except Exception as error:  # see `read_picture`
         raise InputError(f"cannot read the picture {path}: {first_line(error)}; replace or remove it") from error
 
 

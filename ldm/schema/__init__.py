@@ -18,6 +18,7 @@ from ldm.schema.sections import (
     Embedder,
     Entry,
     Loss,
+    Masks,
     Model,
     Optimizer,
     Schedule,
@@ -30,6 +31,6 @@ from ldm.schema.sections import (
 
 __all__ = [
     "Adapter", "Buckets", "CaptionSource", "Captions", "CheckpointParams", "Config", "DreamBooth", "Embedder", "Entry",
-    "Loss", "Model", "Optimizer", "Schedule", "Section", "Trainer", "Training", "Tuning", "check",
+    "Loss", "Masks", "Model", "Optimizer", "Schedule", "Section", "Trainer", "Training", "Tuning", "check",
     "check_part", "fits", "page", "phrase", "says", "select", "unused",
 ]  # fmt: skip

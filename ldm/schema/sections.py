@@ -256,6 +256,16 @@ class Buckets(Section):
     upscale: bool = says(True, "false: smaller pictures are not enlarged, and have buckets of their own")
 
 
+MaskSource = Literal["auto", "alpha", "label", "folder"]
+
+
+class Masks(Section):
+    """`masks` of a dataset: where masks that weigh the loss are from; a source, or what is below. docs/data.md."""
+
+    source: MaskSource = says("auto", "label: dog-masklabel.png; folder: mask/dog.png; alpha: the picture's; auto: any")
+    rest: Probability = says(0.1, "weight of the loss where the mask is black; white has 1")
+
+
 class DreamBooth(Section):
     """`dreambooth`: options of a run of `ldm train`. An option of the command line wins."""
 
@@ -292,6 +302,7 @@ class Config(Section):
     optimizer: str | Optimizer | None = says(None, "the optimizer, by name; the same as model.params.optimizer_config")
     schedule: str | Schedule | None = says(None, "the learning rate over the steps; as model.params.scheduler_config")
     loss: Loss | None = says(None, "what a step draws and how errors are weighed; the same as model.params.loss")
+    concepts: list[dict[str, Any]] | None = says(None, "folders of pictures; as data.params.train.params.concepts")
     dreambooth: DreamBooth | None = says(None, "options of a run of ldm train")
     training: Training | None = says(None, "options of a run of ldm fit")
 
@@ -306,6 +317,7 @@ DEEPER = {
     "data.params": DataParams | None,
     "data.params.train.params.captions": CaptionSource | Captions | None,
     **{f"data.params.{name}.params.buckets": bool | Buckets | None for name in ("train", "reg", "validation")},
+    **{f"data.params.{name}.params.masks": MaskSource | Masks | None for name in ("train", "reg", "validation")},
     "data.params.reg.params.captions": CaptionSource | Captions | None,
     "data.params.validation.params.captions": CaptionSource | Captions | None,
 }

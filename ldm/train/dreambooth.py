@@ -12,7 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import get_obj_from_str, parameters_of
 from ldm.data.captions import EXTENSIONS, TABLES
-from ldm.data.pictures import find_pictures
+from ldm.data.folder import folders_in
+from ldm.data.loss_masks import FOLDERS
+from ldm.data.pictures import LABEL, find_pictures
 from ldm.errors import InputError
 from ldm.modules.encoders.tokens import load_words
 from ldm.schema import DreamBooth
@@ -24,7 +26,7 @@ from ldm.train.run_folder import Run
 log = logging.getLogger(__name__)
 
 UNET = "model.diffusion_model"
-BESIDE = (*EXTENSIONS, *TABLES)  # files beside pictures of which the datasets tell
+BESIDE = (*EXTENSIONS, *TABLES, LABEL, *FOLDERS)  # files beside pictures of which the datasets tell
 NO_WORD = "what is on the class pictures? name it with --class_word, e.g. --class_word dog"
 DEFAULTS = {key: value for key, value in DreamBooth().model_dump().items() if value is not None}
 
@@ -110,7 +112,7 @@ def new_folder(options: argparse.Namespace) -> Path:
 def fill_in_pictures(config: DictConfig, settings: DictConfig, num_class_images: int) -> None:
     """Put the folders, the class word and the seed into the data section. Raises `InputError` for what is missing."""
     sets = config.data.get("params", {})
-    if not settings.get("data_root"):
+    if not settings.get("data_root") and not OmegaConf.select(sets, "train.params.concepts"):
         raise InputError("no photographs: name their folder with --data_root")
     if sets.get("reg") is not None and not settings.get("reg_data_root"):
         raise InputError(
@@ -126,14 +128,17 @@ def fill_in_pictures(config: DictConfig, settings: DictConfig, num_class_images:
         if dataset is None:
             continue
         _, known = parameters_of(get_obj_from_str(dataset.target))
-        values = {"data_root": root, "seed": settings.seed} | ({"class_word": word} if word else {})
+        given = {"data_root": root, "class_word": word}
+        values = {"seed": settings.seed} | {key: value for key, value in given.items() if value}
         taken = {key: value for key, value in values.items() if known is None or key in known}
         dataset.params = OmegaConf.merge(dataset.get("params") or {}, taken)
     if settings.get("captions") is not None:
         fill_in_captions(sets, settings.captions)
-    find_pictures(settings.data_root, BESIDE)
-    if sets.get("reg") is not None and not num_class_images:
-        find_pictures(settings.reg_data_root, BESIDE)
+    for name in ("train", *(["reg"] if sets.get("reg") is not None and not num_class_images else [])):
+        if not OmegaConf.select(sets, f"{name}.params.concepts"):
+            several = concepts.takes(sets[name].target, "concepts")
+            for folder in folders_in(roots[name]) if several else [{"data_root": roots[name]}]:
+                find_pictures(folder["data_root"], BESIDE)
 
 
 def fill_in_captions(sets: DictConfig, captions: Any) -> None:

@@ -16,9 +16,11 @@ from ldm.config import (
     check,
     check_entries,
     find_file,
+    get_obj_from_str,
     load_config,
     merged,
     override,
+    parameters_of,
     plain,
     stored_config,
     unet_params,
@@ -41,6 +43,7 @@ def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -
         tell_of_adapters(first, second)
     config = override(merged(*configs), overrides)
     spell_out(config)
+    spread_concepts(config)
     check_config(config)
     for section in ("model", "data"):
         if config.get(section) is None:
@@ -49,6 +52,24 @@ def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -
         if OmegaConf.select(config, section) is None:
             OmegaConf.update(config, section, {})  # left out, or `callbacks:` with nothing below it
     return config
+
+
+def spread_concepts(config: DictConfig) -> None:
+    """Turn the section `concepts` of a config into parameters of its datasets, in place. Raises `InputError`."""
+    folders = config.pop("concepts", None)
+    if folders is None:
+        return
+    for name in ("train", "validation"):
+        dataset = OmegaConf.select(config, f"data.params.{name}")
+        if dataset is None and name == "validation":
+            continue
+        target = dataset.get("target") if OmegaConf.is_dict(dataset) else None
+        if not target or "concepts" not in (parameters_of(get_obj_from_str(str(target)))[1] or []):
+            raise InputError(
+                f"concepts: data.params.{name}.target is {target}, which reads one folder; expected "
+                "ldm.data.folder.CaptionedFolder"
+            )
+        OmegaConf.update(config, f"data.params.{name}.params.concepts", folders, merge=False, force_add=True)
 
 
 def tell_of_adapters(first: tuple[Any, DictConfig], second: tuple[Any, DictConfig]) -> None:

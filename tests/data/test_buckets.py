@@ -83,7 +83,7 @@ def test_every_group_has_one_shape_and_every_picture_is_shown():
 
 
 def test_items_have_the_shape_of_their_bucket(folder, caplog):
-    from ldm.data import folder as module
+    from ldm.data import shaped as module
 
     module._tell.cache_clear()
     with caplog.at_level(logging.INFO):
@@ -105,12 +105,12 @@ def test_a_square_is_what_it_was_without_buckets(folder):
         left, top = (picture.size[0] - side) // 2, (picture.size[1] - side) // 2
         assert region(*picture.size[::-1], (32, 32)) == (top, left, side, side)
     plain = CaptionedFolder(folder, size=32, captions="filename", set="val")
-    assert torch.equal(plain._read(0), fit_square(read_picture(folder / "0.png"), 32))
+    assert torch.equal(plain.parts[0]._read(0), fit_square(read_picture(folder / "0.png"), 32))
 
 
 def test_crops(folder):
     whole = bucketed(folder, crop="none", set="val")
-    assert torch.equal(whole._read(0), torch.from_numpy(
+    assert torch.equal(whole.parts[0]._read(0), torch.from_numpy(
         np.array(read_picture(folder / "0.png").resize((40, 24), Image.Resampling.BICUBIC))
     ).permute(2, 0, 1))  # fmt: skip
     random = bucketed(folder, crop="random", repeats=40, sizes=True, flip_p=0)

@@ -75,7 +75,9 @@ class LatentInpaintDiffusion(LatentDiffusion):
         return self.get_first_stage_encoding(self.encode_first_stage(value)).detach()
 
     def masks_of(self, batches: Sequence[Mapping[str, Any]], drawn: Sequence[tuple]) -> list[Tensor | None]:
-        return [None] * len(batches)
+        """The batch's `mask` is a condition; only `loss_mask` weighs the loss."""
+        weighed = [{key: batch[key] for key in ("loss_mask",) if key in batch} for batch in batches]
+        return super().masks_of(weighed, drawn)
 
 
 def painting_condition(model: LatentDiffusion, text: Any, picture: Tensor, mask: Tensor) -> Any:

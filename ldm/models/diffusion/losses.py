@@ -22,9 +22,9 @@ def simple_loss(
     DDPM (arXiv 2006.11239) Eq. 14 for `l2`; `l1` takes absolute values; a function
     gives the errors [b, c, h, w] itself. Raises `InputError` for another kind.
 
-    The mask is [b, 1, h, w] (Custom Diffusion, arXiv 2212.04488, section 3.2). By default a mask of ones changes
-    nothing, so losses with and without masks are comparable. The published code divides the sum over all channels by
-    the number of places only, which gives c times as much: `mask_as_published`.
+    The mask is [b, 1, h, w] (Custom Diffusion, arXiv 2212.04488, section 3.2); values between 0 and 1 are weights. By
+    default a mask of ones changes nothing, so losses with and without masks are comparable. The published code divides
+    the sum over all channels by the number of places only, which gives c times as much: `mask_as_published`.
     """
     measures = {"l2": F.mse_loss, "l1": F.l1_loss}
     if callable(kind):
@@ -36,7 +36,7 @@ def simple_loss(
     if mask is None:
         return errors.flatten(1).mean(1)
     counted = mask if mask_as_published else mask.expand_as(errors)
-    return (errors * mask).flatten(1).sum(1) / counted.flatten(1).sum(1)
+    return (errors * mask).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1e-6)  # a crop may be all black
 
 
 def diffusion_loss(

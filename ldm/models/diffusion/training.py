@@ -263,7 +263,12 @@ def with_full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mask_of(batch: Mapping[str, Any], size: torch.Size) -> Tensor | None:
-    """A mask of pixels [b, H, W] as a mask of latents [b, 1, h, w]: 1 if all pixels of a latent are masked."""
+    """The weights of the loss [b, 1, h, w] at each latent.
+
+    From `loss_mask` [b, H, W], the mean of its pixels; from `mask` [b, H, W], 1 if all pixels of a latent are masked.
+    """
+    if "loss_mask" in batch:
+        return nn.functional.adaptive_avg_pool2d(batch["loss_mask"].float()[:, None], tuple(size))
     if "mask" not in batch:
         return None
     mask = batch["mask"].float()
