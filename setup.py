@@ -41,7 +41,7 @@ LORA_COMMANDS = [
 DATA = {
     "ldm._data.configs": ["**/*.yaml"],
     "ldm._data.models": ["sd-mini/**/*"],
-    "ldm._data.examples": ["subjects/**/*"],
+    "ldm._data.examples": ["subjects/**/*", "*.txt"],
 }
 
 setup(

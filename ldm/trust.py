@@ -51,7 +51,7 @@ TARGETS = (
     r"ldm\.modules\.losses\.late\.LateDiscriminator",
     r"ldm\.data\.(dreambooth\.PersonalizedBase|masked\.MaskedPictures|folder\.CaptionedFolder)",
     r"ldm\.data\.captioned\.CaptionedPictures",
-    r"ldm\.data\.custom\.MaskBase",
+    r"ldm\.data\.(custom\.MaskBase|concepts\.ConceptPictures)",
     r"ldm\.data\.latents\.CachedLatents",
     r"ldm\.train\.datamodule\.DataModuleFromConfig",
     r"ldm\.train\.callbacks\.(ImageLogger|EpochReport)",

@@ -17,7 +17,7 @@ from tests.runs import ENVIRONMENT
 pytestmark = pytest.mark.slow
 
 SOURCES = ("setup.py", "pyproject.toml", "ldm", "main_dream_booth.py", "sample.py")
-DATA = ("configs", "models/sd-mini", "examples/subjects")
+DATA = ("configs", "models/sd-mini", "examples/subjects", "examples/regularization_captions.txt")
 ALONE = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
 
 
@@ -56,7 +56,7 @@ def installed(wheel, tmp_path_factory):
 
 def test_the_wheel_holds_what_it_needs(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    data = [path for folder in DATA for path in (ROOT / folder).rglob("*") if path.is_file()]
+    data = [path for name in DATA for path in (ROOT / name, *(ROOT / name).rglob("*")) if path.is_file()]
     shipped = [f"ldm/_data/{path.relative_to(ROOT)}" for path in data if path.suffix != ".pyc"]
     assert len(shipped) > 100 and not set(shipped) - names
     assert "ldm/py.typed" in names and "sample.py" in names and "main_dream_booth.py" in names

@@ -18,14 +18,16 @@ from ldm import lightning
 from ldm.cli import Parser, complete
 
 VERBS = {
-    "training": ("train", "train-many", "plan", "fit", "lora-pti", "cache-latents", "config"),
+    "training": ("train", "train-many", "plan", "fit", "lora-pti", "custom-diffusion",
+                 "cache-latents", "config"),
     "studies": ("sweep", "anova", "report"),
     "pictures": ("sample", "txt2img", "img2img", "inpaint", "sample-diffusion", "before-after", "evaluate", "demo"),
     "files of adapters, LoRAs, deltas, words and models": (
         "inspect", "convert", "merge", "lora-add", "distill", "deltas", "compress", "compose",
     ),
 }  # fmt: skip
-TRAINS = {"train", "train-many", "fit", "lora-pti", "sweep", "demo"}  # the others do without Lightning
+# The others do without Lightning.
+TRAINS = {"train", "train-many", "fit", "lora-pti", "custom-diffusion", "sweep", "demo"}
 
 
 def verbs() -> list[str]:

@@ -13,11 +13,14 @@ import argparse
 from pathlib import Path
 
 from ldm.cli import Parser, add_files
+from ldm.config import find_file
 from ldm.errors import InputError
 from ldm.files import read_text
 from ldm.models.bases import CONDITIONER, DEFAULT
 
 MOST = 200  # captions read of each file
+CAPTIONS = "./data/regularization_captions.txt"  # the published default...
+OURS = "examples/regularization_captions.txt"  # ... and what stands for it where there is no such file
 
 
 def add_arguments(p: Parser) -> None:
@@ -31,14 +34,21 @@ def add_arguments(p: Parser) -> None:
     )
     p.add_argument(
         "--regularization_prompt",
-        default="./data/regularization_captions.txt",
-        help=f"captions on which the weights are to stay, one per line, the first {MOST} count (default %(default)s)",
+        default=CAPTIONS,
+        help=f"captions on which the weights are to stay, one per line, the first {MOST} count (default "
+        f"%(default)s or, if there is none, {OURS} of this package)",
     )
     p.add_argument("--device", help="cuda, mps or cpu; by default the best there is")
     add_files(p, DEFAULT.config)
 
 
-def read_lines(path: str) -> list[str]:
+def captions_file(given: str) -> Path:
+    """The file of captions: the given one; for the default that does not exist, that of this package."""
+    path = Path(given)
+    return find_file(OURS) if given == CAPTIONS and not path.exists() else path
+
+
+def read_lines(path: str | Path) -> list[str]:
     """The first non-empty lines of a text file."""
     try:
         lines = [line.strip() for line in read_text(path).splitlines()]
@@ -64,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     prompts = [read_lines(path) for path in options.prompts.split("+")] if options.prompts else None
     if prompts and len(prompts) != len(paths):
         raise InputError(f"--prompts names {len(prompts)} files for {len(paths)} deltas; expected one for each")
-    regularization = read_lines(options.regularization_prompt)
+    regularization = read_lines(captions_file(options.regularization_prompt))
     deltas = [custom_diffusion.read(path) for path in paths]
     weights = read_model(options.ckpt)
     text = {n.removeprefix(CONDITIONER): v for n, v in weights.items() if n.startswith(CONDITIONER)}

@@ -91,12 +91,13 @@ def convert_delta(options: argparse.Namespace) -> str:
     delta = custom_diffusion.read(source, custom_diffusion.split_words(options.modifier_token))
     if not options.mode.endswith("-to-webui"):
         to_ldm = options.mode == "diffuser-to-compvis"
-        name, to = ("delta.ckpt", "delta") if to_ldm else ("delta.bin", "delta-diffusers")
+        name, to = ("delta_model.ckpt", "delta") if to_ldm else ("delta.bin", "delta-diffusers")
         output = to_be_written(source.with_name(name), options.force)
         by_name(to).write(output, delta, Context())
         return f"{output}  {len(delta.weights)} weights, words {', '.join(delta.tokens) or 'none'}"
-    output = to_be_written(source.with_name(options.modelname), options.force)
-    files = {word: to_be_written(source.with_name(f"{word}.pt"), options.force) for word in delta.tokens}
+    place = source.parent / "webui"
+    output = to_be_written(place / options.modelname, options.force)
+    files = {word: to_be_written(place / "embeddings" / f"{word}.pt", options.force) for word in delta.tokens}
     weights = read_model(options.ckpt)
     changed = apply.merged(weights, custom_diffusion.changes(delta, weights, str(source)))
     by_name("checkpoint").write(output, changed, Context())

@@ -2,14 +2,15 @@
 
     ldm deltas --path logs/<run> --newtoken 1
 
-writes checkpoints/delta_<name>.ckpt for each checkpoint of the run; last.ckpt counts only where there is no other, as
-after a run of this code. The checkpoints stay.
+writes checkpoints/delta_<name>.ckpt for each checkpoint of the run, as delta_epoch=000004.ckpt; last.ckpt counts only
+where there is no other, as after a run of this code, and is named after its epoch. The checkpoints stay.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ldm.cli import Parser
 from ldm.errors import InputError
@@ -38,14 +39,23 @@ def checkpoints(path: Path) -> list[Path]:
     return [f for f in found if f.name != "last.ckpt"] or found
 
 
+def name_of(file: Path, content: Any) -> str:
+    """The name of a checkpoint's delta. Published runs name their checkpoints after epochs."""
+    epoch = content.get("epoch") if file.name == "last.ckpt" and isinstance(content, dict) else None
+    return f"delta_epoch={epoch:06d}.ckpt" if isinstance(epoch, int) else f"delta_{file.stem}.ckpt"
+
+
 def run(options: argparse.Namespace) -> None:
-    from ldm.checkpoints import read_weights
+    from ldm.checkpoints import read_object, weights_in
     from ldm.interchange import custom_diffusion
     from ldm.interchange.command import to_be_written
 
     files = checkpoints(Path(options.path))
-    outputs = [to_be_written(f.with_name(f"delta_{f.stem}.ckpt"), options.force) for f in files]
-    for number, (file, output) in enumerate(zip(files, outputs, strict=True), 1):
-        delta = custom_diffusion.extract(read_weights(file), options.newtoken, options.freeze_model, str(file))
+    contents = [read_object(file) for file in files]  # memory-mapped
+    names = [name_of(file, content) for file, content in zip(files, contents, strict=True)]
+    outputs = [to_be_written(file.with_name(name), options.force) for file, name in zip(files, names, strict=True)]
+    for number, (file, content, output) in enumerate(zip(files, contents, outputs, strict=True), 1):
+        weights = weights_in(content, file)
+        delta = custom_diffusion.extract(weights, options.newtoken, options.freeze_model, str(file))
         custom_diffusion.write(output, delta)
         print(f"[{number}/{len(files)}] {output}  {len(delta.weights)} weights, {len(delta.tokens)} new words")

@@ -209,13 +209,18 @@ def read_concepts(path: str | Path) -> list[dict[str, str]]:
 
 def _pictures(where: str, caption: str) -> list[tuple[Path, str | None]]:
     """Pictures with their captions; None instead of captions if one caption is for all of them."""
-    paths = [Path(line) for line in _lines(where)] if Path(where).is_file() else find_pictures(where)
+    paths = _listed(Path(where)) if Path(where).is_file() else find_pictures(where)
     captions: list[Any] = [None] * len(paths)
     if caption.endswith(".txt"):
         captions = _lines(caption)
     if len(captions) != len(paths):
         raise InputError(f"{caption} has {len(captions)} captions for the {len(paths)} pictures of {where}")
     return list(zip(paths, captions, strict=True))
+
+
+def _listed(file: Path) -> list[Path]:
+    """The pictures of a list: paths from the working directory or, if there is none, from the list's folder."""
+    return [path if path.exists() else file.parent / path for path in map(Path, _lines(str(file)))]
 
 
 def _lines(path: str) -> list[str]:

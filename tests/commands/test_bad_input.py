@@ -156,7 +156,7 @@ TRAINING = {
     "negative class pictures": ("--num_class_images -4", "num_class_images must not be negative, got -4"),
     "base model": ("--actual_resume {work}/wide.ckpt", r"out.2.bias has shape \[7\], the model wants \[4\]"),
     "other weights": ("--actual_resume {work}/whole.ckpt", r"this config: it lacks \d+ of \d+ weights .* holds 1 that"),
-    "no base model": ("checkpoint.random_seed=null checkpoint.path=no.ckpt", "no.ckpt does not exist: name a .ckpt or"),
+    "no base model": ("checkpoint.random_seed=null checkpoint.path=no.ckpt", "no.ckpt does not exist: name a check"),
     "learnt words": ("--embedding_manager_ckpt {work}/numbers.ckpt", "holds no token embeddings"),
     "learning rate": ("model.base_learning_rate=fast", "base_learning_rate must be a positive number, got .fast."),
     "learning nothing": ("model.params.train_level=[all]", "train_level has 'all': expected adapter"),

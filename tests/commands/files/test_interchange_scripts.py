@@ -167,9 +167,10 @@ def test_compose(base, tuned, tmp_path, capsys):
         base[1],
     ]
     flags += ["--save_path", tmp_path / "logs", "--device", "cpu"]
-    with pytest.raises(InputError, match="regularization_captions.txt cannot be read"):
-        run("compose", *flags)
-    flags += ["--regularization_prompt", tmp_path / "captions.txt"]
+    with pytest.raises(InputError, match="absent.txt cannot be read"):
+        run("compose", *flags, "--regularization_prompt", tmp_path / "absent.txt")
+    run("compose", *flags)  # by the captions of this package
+    flags += ["--regularization_prompt", tmp_path / "captions.txt", "--force"]
     run("compose", *flags)
     output = tmp_path / "logs/cat_wooden-pot/checkpoints/delta_epoch=000000.ckpt"
     joint = custom_diffusion.read(output)
@@ -177,7 +178,7 @@ def test_compose(base, tuned, tmp_path, capsys):
     assert all(value.isfinite().all() for value in joint.weights.values())
     assert "<new1> (cat), <new2> (wooden pot)" in capsys.readouterr().out
     with pytest.raises(InputError, match="exists"):
-        run("compose", *flags)
+        run("compose", *flags[:-1])
 
 
 # --- convert, inspect, adapters
@@ -267,13 +268,13 @@ def test_convert_by_the_published_modes(base, tuned, tmp_path):
     common = ["--ckpt", base[0], "--config", base[1]]
     run("convert", "--mode", "compvis-to-diffuser", "--delta_ckpt", tmp_path / "d.ckpt", *common)
     run("convert", "--mode", "diffuser-to-compvis", "--delta_ckpt", tmp_path / "delta.bin", *common)
-    back = custom_diffusion.read(tmp_path / "delta.ckpt")
+    back = custom_diffusion.read(tmp_path / "delta_model.ckpt")
     assert all(torch.equal(back.weights[name], value) for name, value in tuned.weights.items())
     run("convert", "--mode", "compvis-to-webui", "--delta_ckpt", tmp_path / "d.ckpt", *common)
-    merged, before = read_weights(tmp_path / "model.ckpt"), read_weights(base[0])
+    merged, before = read_weights(tmp_path / "webui" / "model.ckpt"), read_weights(base[0])
     assert merged.keys() == before.keys()
     assert all(torch.allclose(merged[name], tuned.weights.get(name, before[name])) for name in merged)
-    assert (tmp_path / "<new1>.pt").is_file()
+    assert (tmp_path / "webui" / "embeddings" / "<new1>.pt").is_file()
 
 
 def test_inspect(base, lora, tuned, tmp_path, capsys):

@@ -149,10 +149,11 @@ def test_nothing_is_overwritten_unasked(base, lora, tuned, tmp_path):
     assert list(embeddings.read(tmp_path / "m.words.safetensors")) == ["<s1>"]
 
     custom_diffusion.write(tmp_path / "d.ckpt", tuned)
-    (tmp_path / "<new1>.pt").write_bytes(old)
+    (tmp_path / "webui" / "embeddings").mkdir(parents=True)
+    (tmp_path / "webui" / "embeddings" / "<new1>.pt").write_bytes(old)
     with pytest.raises(InputError, match="<new1>.pt exists"):
         run("convert", "--mode", "compvis-to-webui", "--delta_ckpt", tmp_path / "d.ckpt", "--ckpt", checkpoint)
-    assert not (tmp_path / "model.ckpt").exists()
+    assert not (tmp_path / "webui" / "model.ckpt").exists()
 
 
 def test_lora_add_upl(base, lora, tmp_path):
