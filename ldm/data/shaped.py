@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ldm.data.augment import Colours
 from ldm.data.buckets import Buckets, GroupedOrder, Shape, told
 from ldm.data.captions import kohya_name
 from ldm.data.dreambooth import CACHE_BYTES, Choice, Item, PersonalizedBase, as_item
@@ -21,7 +22,8 @@ from ldm.errors import InputError, short
 log = logging.getLogger(__name__)
 
 CROPS = ("center", "random", "none")
-MIDDLE = (0.5, 0.5)
+Place = tuple[float, float, float]  # how far down and to the right a part lies, and how far it is enlarged
+MIDDLE = (0.5, 0.5, 1.0)
 
 
 class ShapedPictures(PersonalizedBase):
@@ -33,7 +35,8 @@ class ShapedPictures(PersonalizedBase):
     name such as `10_sks dog`, else 1); templates: for pictures without a caption, with `{}` for the identifier and the
     class word. buckets: keep the pictures' shapes, see `Buckets`; by default all become squares. crop: the part of a
     picture that has the right shape: `center`, `random` at every draw (then pictures are encoded in every step, too),
-    or `none`, the whole picture, squeezed. masks: weigh the loss, see `LossMasks`; items then have `loss_mask` [h, w].
+    or `none`, the whole picture, squeezed. augment: random changes of training pictures, see `ldm.schema.Augment`, with
+    which they are encoded in every step. masks: weigh the loss, see `LossMasks`; items then have `loss_mask` [h, w].
     Raises `InputError`, also for a picture without a caption if there are no
     templates.
     """
@@ -50,6 +53,7 @@ class ShapedPictures(PersonalizedBase):
         buckets: bool | Mapping | None = None,
         crop: Literal["center", "random", "none"] = "center",
         masks: str | Mapping | None = None,
+        augment: Mapping | None = None,
         **more: Any,
     ) -> None:
         if repeats is None:
@@ -66,8 +70,14 @@ class ShapedPictures(PersonalizedBase):
         self._weights: dict[int, Tensor] = {}
         self.repeats = [repeats] * len(self.paths)
         self.group_by(1)
-        if self.crop == "random" and self.shuffle:
-            self.why_not_cached = "crop: random shows another part at each draw"
+        change = Colours(augment or {})
+        self.colours = change if self.shuffle and change.changes else None
+        self.zoom = change.chosen.zoom
+        self.moves = self.shuffle and (crop == "random" or self.zoom > 1)
+        reasons = {"crop: random": self.shuffle and crop == "random", "zoom": self.shuffle and self.zoom > 1}
+        reasons["augment"] = self.colours is not None
+        if told := " and ".join(name for name, holds in reasons.items() if holds):
+            self.why_not_cached = f"{told}, at each draw anew"
 
     def _shapes(self, folder: Path, buckets: Buckets) -> list[Shape]:
         shapes = [buckets.shape_of(*picture_size(path), str(path)) for path in self.paths]
@@ -91,16 +101,18 @@ class ShapedPictures(PersonalizedBase):
     def item(self, number: int, k: int) -> Item:
         chosen, place = self.choice(number, k), self._place(k)
         pixels = self._read(chosen.number) if place is None else self._fitted(chosen.number, place)
+        if self.colours is not None:
+            pixels = self.colours(pixels, self._generator("colours", k))
         return {"image": as_item(pixels, chosen.flipped), **self.beside(chosen, place)}
 
-    def beside(self, chosen: Choice, place: tuple[float, float] | None = None) -> Item:
+    def beside(self, chosen: Choice, place: Place | None = None) -> Item:
         item = {"caption": chosen.caption, **self.sizes_of(chosen.number, place)}
         if self.masks is not None:
             weights = self._loss_mask(chosen.number, place)
             item["loss_mask"] = weights.flip(1) if chosen.flipped else weights
         return item
 
-    def _loss_mask(self, number: int, place: tuple[float, float] | None) -> Tensor:
+    def _loss_mask(self, number: int, place: Place | None) -> Tensor:
         """Weights [h, w] of the loss, from memory if they were read before."""
         if place is None and number in self._weights:
             return self._weights[number]
@@ -109,25 +121,28 @@ class ShapedPictures(PersonalizedBase):
             self._weights[number] = weights
         return weights
 
-    def _place(self, k: int) -> tuple[float, float] | None:
-        """Where a random crop of sample k lies; None if pictures are not cropped at random."""
-        if self.why_not_cached is None:
+    def _place(self, k: int) -> Place | None:
+        """Where the part of sample k lies and how far it is enlarged; None if this does not change."""
+        if not self.moves:
             return None
-        return tuple(torch.rand(2, generator=self._generator("crop", k)).tolist())
+        down, right, zoom = torch.rand(3, generator=self._generator("crop", k)).tolist()
+        return (down, right, 1 + (self.zoom - 1) * zoom)
 
-    def _region(self, number: int, place: tuple[float, float] | None) -> Region | None:
+    def _region(self, number: int, place: Place | None) -> Region | None:
         """The part of picture `number` that is shown; None for all of it."""
-        if self.crop == "none":
+        if self.crop == "none" and place is None:
             return None
-        return region(*picture_size(self.paths[number]), self.shape_of(number), place or MIDDLE)
+        down, right, zoom = place or MIDDLE
+        size, shape = picture_size(self.paths[number]), self.shape_of(number)
+        return region(*size, size if self.crop == "none" else shape, (down, right), zoom)
 
-    def _fitted(self, number: int, place: tuple[float, float] | None = None) -> Tensor:
+    def _fitted(self, number: int, place: Place | None = None) -> Tensor:
         """uint8 [3, h, w]."""
         return resized(
             read_picture(self.paths[number]), self.shape_of(number), self.interpolation, self._region(number, place)
         )
 
-    def sizes_of(self, number: int, place: tuple[float, float] | None = None) -> dict[str, Tensor]:
+    def sizes_of(self, number: int, place: Place | None = None) -> dict[str, Tensor]:
         if not self.sizes:
             return {}
         shape, part = self.shape_of(number), self._region(number, place)

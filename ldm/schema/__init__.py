@@ -9,6 +9,7 @@ from ldm.schema.documentation import page
 from ldm.schema.kinds import phrase
 from ldm.schema.sections import (
     Adapter,
+    Augment,
     Buckets,
     Captions,
     CaptionSource,
@@ -30,7 +31,7 @@ from ldm.schema.sections import (
 )
 
 __all__ = [
-    "Adapter", "Buckets", "CaptionSource", "Captions", "CheckpointParams", "Config", "DreamBooth", "Embedder", "Entry",
-    "Loss", "Masks", "Model", "Optimizer", "Schedule", "Section", "Trainer", "Training", "Tuning", "check",
-    "check_part", "fits", "page", "phrase", "says", "select", "unused",
+    "Adapter", "Augment", "Buckets", "CaptionSource", "Captions", "CheckpointParams", "Config", "DreamBooth",
+    "Embedder", "Entry", "Loss", "Masks", "Model", "Optimizer", "Schedule", "Section", "Trainer", "Training",
+    "Tuning", "check", "check_part", "fits", "page", "phrase", "says", "select", "unused",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from ldm.schema.kinds import phrase
 from ldm.schema.sections import (
     Adapter,
     AdapterConfig,
+    Augment,
     Buckets,
     Captions,
     Checkpoint,
@@ -31,7 +32,7 @@ PAGE = (
     (AdapterConfig, "adapter_config"), (Adapter, "entries of adapter_config"),
     (Embedder, "entries of emb_models"), (Data, "data"),
     (DataParams, "data.params"), (Captions, "captions of a dataset"), (Buckets, "buckets of a dataset"),
-    (Masks, "masks of a dataset"),
+    (Masks, "masks of a dataset"), (Augment, "augment of a dataset"),
     (Lightning, "lightning"), (Trainer, "lightning.trainer"),
     (ModelCheckpoint, "lightning.modelcheckpoint"), (CheckpointParams, "lightning.modelcheckpoint.params"),
     (DreamBooth, "dreambooth"), (Training, "training"), (Checkpoint, "checkpoint"),

@@ -266,6 +266,17 @@ class Masks(Section):
     rest: Probability = says(0.1, "weight of the loss where the mask is black; white has 1")
 
 
+class Augment(Section):
+    """`augment` of a dataset: random changes of pictures at each draw. docs/data.md."""
+
+    brightness: Probability = says(0.0, "largest change; usual: 0.1")
+    contrast: Probability = says(0.0, "largest change; usual: 0.1")
+    saturation: Probability = says(0.0, "largest change; usual: 0.1")
+    hue: Annotated[float, Field(ge=0, le=0.5)] = says(0.0, "largest change, as a share of the circle; usual: 0.02")
+    grey: Probability = says(0.0, "how often a picture has no colours")
+    zoom: Annotated[float, Field(ge=1, le=8)] = says(1.0, "a random part of the picture, enlarged up to so many times")
+
+
 class DreamBooth(Section):
     """`dreambooth`: options of a run of `ldm train`. An option of the command line wins."""
 
@@ -318,6 +329,7 @@ DEEPER = {
     "data.params.train.params.captions": CaptionSource | Captions | None,
     **{f"data.params.{name}.params.buckets": bool | Buckets | None for name in ("train", "reg", "validation")},
     **{f"data.params.{name}.params.masks": MaskSource | Masks | None for name in ("train", "reg", "validation")},
+    **{f"data.params.{name}.params.augment": Augment | None for name in ("train", "reg", "validation")},
     "data.params.reg.params.captions": CaptionSource | Captions | None,
     "data.params.validation.params.captions": CaptionSource | Captions | None,
 }

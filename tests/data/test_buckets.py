@@ -194,7 +194,7 @@ def test_a_random_crop_is_not_cached_and_resumes(folder, tmp_path, caplog):
     words = ["--data_root", folder, *sets("train", crop="random"), "data.params.reg=null", *QUIET]
     with caplog.at_level(logging.INFO):
         whole = train(tmp_path, "whole", "--max_steps", 5, *words)
-    assert "pictures are encoded in every step, captions only once: crop: random shows another part" in caplog.text
+    assert "pictures are encoded in every step, captions only once: crop: random, at each draw anew" in caplog.text
     part = train(tmp_path, "part", "--max_steps", 4, *words)
     resume(part, "--max_steps", "5")
     assert differences(last(whole)["state_dict"], last(part)["state_dict"]) == []
