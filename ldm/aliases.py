@@ -6,6 +6,13 @@ from __future__ import annotations
 # on the right in other files.
 ALIASES = {
     "ldm.models.diffusion.ddpm_dream.LatentDiffusion": "ldm.models.diffusion.ddpm.LatentDiffusion",
+    "ldm.models.diffusion.ddpm_flower.LatentDiffusion": "ldm.models.diffusion.ddpm.LatentDiffusion",
+    "ldm.models.diffusion.ddpm_pokemon.LatentDiffusion": "ldm.models.diffusion.ddpm.LatentDiffusion",
+    "ldm.modules.embedding_manager.EmbeddingManager": "ldm.tuning.embedding_manager.embedding_manager",
+    "taming.data.faceshq.CelebAHQTrain": "ldm.data.faces.CelebAHQTrain",
+    "taming.data.faceshq.CelebAHQValidation": "ldm.data.faces.CelebAHQValidation",
+    "taming.data.faceshq.FFHQTrain": "ldm.data.faces.FFHQTrain",
+    "taming.data.faceshq.FFHQValidation": "ldm.data.faces.FFHQValidation",
     "ldm.models.diffusion.ddpm_dream.DDPM": "ldm.models.diffusion.ddpm.DDPM",
     "ldm.modules.diffusionmodules.openaimodel_inject.UNetModel_inject": "ldm.modules.diffusionmodules.openaimodel.UNetModel",  # noqa: E501
     "ldm.modules.diffusionmodules.openaimodel_inject.UNetModel": "ldm.modules.diffusionmodules.openaimodel.UNetModel",

@@ -52,6 +52,10 @@ TARGETS = (
     r"ldm\.data\.(dreambooth\.PersonalizedBase|masked\.MaskedPictures|folder\.CaptionedFolder)",
     r"ldm\.data\.captioned\.CaptionedPictures",
     r"ldm\.data\.(custom\.MaskBase|concepts\.ConceptPictures)",
+    r"ldm\.data\.(faces\.(CelebAHQ|FFHQ)(Train|Validation)|simple\.(hf_dataset|TextOnly))",
+    r"ldm\.data\.(lsun\.LSUN(Base|(Churches|Bedrooms|Cats)(Train|Validation))|imagenet\.ImageNet(SR)?(Train|Validation))",
+    r"torchvision\.transforms\.(Resize|RandomCrop|CenterCrop|RandomHorizontalFlip)",  # read by name, not imported
+    r"ldm\.tuning\.embedding_manager\.embedding_manager",
     r"ldm\.data\.latents\.CachedLatents",
     r"ldm\.train\.datamodule\.DataModuleFromConfig",
     r"ldm\.train\.callbacks\.(ImageLogger|EpochReport)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 from collections.abc import Sequence
@@ -117,6 +118,18 @@ def _why(path: str | Path, error: Exception) -> str:
 @cache
 def _tell_animated(folder: Path, name: str) -> None:
     log.warning("%s: %s is animated: only the first frame is shown", folder, name)
+
+
+def decode_picture(content: bytes, what: str) -> Image.Image:
+    """The same for the bytes of a picture file. Raises `InputError`, which calls the picture `what`."""
+    try:
+        with Image.open(io.BytesIO(content), formats=_formats()) as picture:
+            _check_size(picture)
+            ImageOps.exif_transpose(picture, in_place=True)
+            picture.load()
+            return _rgb(picture)
+    except Exception as error:  # see `read_picture`
+        raise InputError(f"cannot read the picture {what}: {first_line(error)}; replace or remove it") from error
 
 
 def read_alpha(path: str | Path, only_ask: bool = False) -> Image.Image | bool | None:

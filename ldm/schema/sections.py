@@ -137,6 +137,7 @@ class DataParams(Section):
     reg: Entry | None = says(None, "pictures of the class, for prior preservation; null for none")
     validation: Entry | None = says(None, "pictures for val/loss")
     test: Entry | None = says(None, "pictures for the loss at the end; --no-test leaves it out")
+    num_val_workers: AtLeast0 | None = says(None, UNUSED)
     wrap: bool = says(False, UNUSED)
     seed: AtLeast0 = says(0, "seed of the order of draws; programs set that of the run")
 
@@ -331,6 +332,7 @@ DEEPER = {
     **{f"data.params.{name}.params.masks": MaskSource | Masks | None for name in ("train", "reg", "validation")},
     **{f"data.params.{name}.params.augment": Augment | None for name in ("train", "reg", "validation")},
     "data.params.reg.params.captions": CaptionSource | Captions | None,
-    "data.params.validation.params.captions": CaptionSource | Captions | None,
+    # a list: the texts of `ldm.data.simple.TextOnly`
+    "data.params.validation.params.captions": CaptionSource | Captions | list[str] | None,
 }
 DATA_TARGET = "ldm.train.datamodule.DataModuleFromConfig"

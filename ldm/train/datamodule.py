@@ -36,6 +36,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         test: Mapping | None = None,
         wrap: bool = False,  # LDM's switch for the length of small datasets; draws have no end here
         num_workers: int | None = None,
+        num_val_workers: int | None = None,  # unused; accepted because published YAML files have it
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -66,10 +67,16 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def captions(self, training: int = 0) -> list[str]:
         """A caption of the subject and one of its class, for sample pictures of one of several trainings."""
+        if prompts := self._prompts("validation"):
+            return prompts
         if hasattr(self.datasets["train"], "examples"):
             return self.datasets["train"].examples()
         items = [self.datasets[name][0] for name in ("train", "reg") if name in self.datasets]
         return [item["caption"] for item in items if "caption" in item]
+
+    def _prompts(self, name: str) -> list[str]:
+        """The prompts of a set that has nothing else (`ldm.data.simple.TextOnly`); it gives no loss."""
+        return getattr(self.datasets.get(name), "prompts", [])
 
     def train_dataloader(self) -> DataLoader:
         return self.batches_of(self.draws())
@@ -136,7 +143,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def _finite(self, name: str) -> DataLoader | list:
         """A loader that goes through a dataset once, in order; an empty one if the config has no such dataset."""
-        if name not in self.datasets:
+        if name not in self.datasets or self._prompts(name):
             return []
         world, rank = self.trainer.world_size, self.trainer.global_rank
         dataset = one_shape_for_each(self.datasets[name], self.batch_size * world)

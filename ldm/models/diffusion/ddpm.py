@@ -267,7 +267,8 @@ class LatentDiffusion(Condition, DDPM):
     """Diffusion in the latents of a frozen autoencoder, conditioned on text, class labels, pictures or nothing.
 
     Trainable are the families of `tuning` and `train_level` (see `ldm.tuning`); without either, the UNet and, if
-    `cond_stage_trainable`, the encoder of the condition. `reg_weight` is the weight of DreamBooth's class pictures.
+    `cond_stage_trainable`, the encoder of the condition. `personalization_config` is the published name for words that
+    learn, see `ldm.tuning.embedding_manager`. `reg_weight` is the weight of DreamBooth's class pictures.
     """
 
     clips_x0 = False
@@ -289,6 +290,7 @@ class LatentDiffusion(Condition, DDPM):
         embedding_reg_weight: float = 0.0,  # unused; accepted because older YAML files have it
         train_level: str | Sequence[str] | None = None,
         tuning: Mapping | Sequence[Mapping] | None = None,
+        personalization_config: Mapping | None = None,
         use_ema: bool = True,
         ckpt_path: str | None = None,
         install_tuning: bool = True,
@@ -315,6 +317,10 @@ class LatentDiffusion(Condition, DDPM):
         is_first_stage = cond_stage_config == "__is_first_stage__"
         encoder = self.first_stage_model if is_first_stage else instantiate_from_config(cond_stage_config)
         setattr(self, self.condition_name, encoder)
+        if personalization_config is not None:
+            given = plain(tuning) or []
+            words = instantiate_from_config(personalization_config)
+            tuning = [*([given] if isinstance(given, Mapping) else given), *words]
         self.is_tuned = bool(train_level or tuning)  # else the whole model is trained, not a change of a base
         whole = ["unet", "embeder"] if cond_stage_trainable else ["unet"]
         levels = train_level if self.is_tuned else whole
