@@ -53,7 +53,7 @@ TARGETS = (
     r"ldm\.data\.captioned\.CaptionedPictures",
     r"ldm\.data\.(custom\.MaskBase|concepts\.ConceptPictures)",
     r"ldm\.data\.(faces\.(CelebAHQ|FFHQ)(Train|Validation)|simple\.(hf_dataset|TextOnly))",
-    r"ldm\.data\.(lsun\.LSUN(Base|(Churches|Bedrooms|Cats)(Train|Validation))|imagenet\.ImageNet(SR)?(Train|Validation))",
+    r"ldm\.data\.(lsun\.LSUN(Base|(Churches|Bedrooms|Cats)(Train|Validation))|imagenet\.ImageNet(SR|)(Train|Validation))",
     r"torchvision\.transforms\.(Resize|RandomCrop|CenterCrop|RandomHorizontalFlip)",  # read by name, not imported
     r"ldm\.tuning\.embedding_manager\.embedding_manager",
     r"ldm\.data\.latents\.CachedLatents",
