@@ -32,18 +32,18 @@ TEMPLATES = {
         "{identifier} style",
     ],
 }
+INPAINTING = {"conditioning_key": "hybrid", "concat_keys": ["mask", "masked_image"], "masked_image_key": "masked_image",
+              "finetune_keys": None}  # fmt: skip
 ATTENTION = [f"{UNET}*.attn[12].to_*", f"{UNET}*.ff.net.0.proj"]  # Attention, GEGLU
 RESIDUAL = [f"{UNET}*.{layer}" for layer in ("in_layers.2", "out_layers.3", "emb_layers.1", "skip_connection")]
 TEXT = [f"{CONDITIONER}*.self_attn.*_proj"]
 # Published arguments without a counterpart here, with the only value that is accepted...
-FIXED = dict.fromkeys(
-    ("train_inpainting", "use_8bit_adam", "use_face_segmentation_condition", "use_mask_captioned_data", "log_wandb"),
-    "False",
-) | dict.fromkeys(("pretrained_vae_name_or_path", "revision", "extra_args"), "None")
+FIXED = {"use_8bit_adam": "False", "log_wandb": "False", "pretrained_vae_name_or_path": "None", "revision": "None",
+         "extra_args": "None"}  # fmt: skip
 # ... and those that change nothing here; which of them were given is said.
-IGNORED = ("color_jitter", "sample_batch_size", "cached_latents", "mask_temperature", "wandb_log_prompt_cnt",
-           "wandb_project_name", "wandb_entity", "proxy_token", "enable_xformers_memory_efficient_attention",
-           "lora_unet_target_modules", "lora_clip_target_modules")  # fmt: skip
+IGNORED = ("color_jitter", "sample_batch_size", "cached_latents", "wandb_log_prompt_cnt", "wandb_project_name",
+           "wandb_entity", "proxy_token", "enable_xformers_memory_efficient_attention", "lora_unet_target_modules",
+           "lora_clip_target_modules")  # fmt: skip
 
 
 def add_arguments(p: Parser) -> None:
@@ -66,7 +66,7 @@ def add_arguments(p: Parser) -> None:
         ("train_batch_size", 1), ("max_train_steps_tuning", 1000), ("max_train_steps_ti", 1000), ("save_steps", 100),
         ("gradient_accumulation_steps", 1), ("lora_rank", 4), ("lr_warmup_steps", 0), ("lr_warmup_steps_lora", 0),
         ("lora_dropout_p", 0.0), ("lora_scale", 1.0), ("learning_rate_unet", 1e-4), ("learning_rate_text", 1e-5),
-        ("learning_rate_ti", 5e-4), ("weight_decay_ti", 0.0), ("weight_decay_lora", 1e-3),
+        ("learning_rate_ti", 5e-4), ("weight_decay_ti", 0.0), ("weight_decay_lora", 1e-3), ("mask_temperature", 1.0),
     ):  # fmt: skip
         p.add_argument(f"--{name}", type=type(value), default=value, help=f"(default {value})")
     for name, value, text in (
@@ -77,6 +77,9 @@ def add_arguments(p: Parser) -> None:
         ("continue_inversion", False, "the words learn on in the second stage, at their rate"),
         ("scale_lr", False, "multiply learning rates by batch size and accumulation"),
         ("gradient_checkpointing", False, "less memory, slower"),
+        ("use_mask_captioned_data", False, "0.src.jpg, 0.mask.png, ... and caption.txt in --instance_data_dir"),
+        ("use_face_segmentation_condition", False, "the loss counts where 0.mask.png, ... of the pictures are white"),
+        ("train_inpainting", False, "on an inpainting model: a random part of each picture is painted"),
     ):
         p.add_argument(
             f"--{name}", type=boolean, nargs="?", const=True, default=value, help=f"{text} (default {value})"
@@ -119,6 +122,7 @@ def train(given: argparse.Namespace, work: Path) -> Path | None:
     """Train; the folder with what was learnt last, or None in all processes but the first."""
     from omegaconf import OmegaConf
 
+    given.instance_data_dir = pictures(given)
     from ldm.interchange.checkpoint import write as write_checkpoint
     from ldm.interchange.command import read_model
     from ldm.train import dreambooth
@@ -140,6 +144,44 @@ def train(given: argparse.Namespace, work: Path) -> Path | None:
     return max(run.checkpoints.glob("*-adapters"), key=lambda path: int(path.name.partition("-")[0]))
 
 
+def pictures(given: argparse.Namespace) -> str:
+    """The folder of the photographs; with masks, a copy in the output folder that has them as a training reads them.
+
+    Raises `InputError`.
+    """
+    if not (given.use_mask_captioned_data or given.use_face_segmentation_condition):
+        return given.instance_data_dir
+    if given.train_inpainting:
+        raise InputError("--train_inpainting: its masks are random; leave masks of the photographs out")
+    from ldm.checkpoints import atomic_write
+    from ldm.data.published_masks import with_captions, with_masks
+
+    data, _, subject = (given.placeholder_token_at_data or "").partition("|")
+    with atomic_write(Path(given.output_dir) / "pictures") as beside:
+        if given.use_mask_captioned_data:
+            with_captions(given.instance_data_dir, beside, {data: subject} if data else {})
+        else:
+            with_masks(given.instance_data_dir, beside)
+    return str(Path(given.output_dir) / "pictures")
+
+
+def shown(given: argparse.Namespace) -> dict[str, Any]:
+    """The data sets of masked and of inpainted photographs; nothing for plain ones."""
+    if given.train_inpainting:
+        return {"target": "ldm.data.masked.MaskedPictures"}
+    if given.use_mask_captioned_data or given.use_face_segmentation_condition:
+        return {"target": "ldm.data.folder.CaptionedFolder"}
+    return {}
+
+
+def rest_of(temperature: float) -> float:
+    """The weight of the squared error where a mask is black.
+
+    The published code multiplies prediction and target by ((m + 0.01) / 1.01) ** temperature for a mask m in 0 .. 1.
+    """
+    return (0.01 / 1.01) ** (2 * temperature)
+
+
 def device_options(device: str) -> list[str]:
     """A device in torch's words as options of training: `cuda:1` is that GPU alone, `cuda` are all there are."""
     kind, _, index = device.partition(":")
@@ -155,6 +197,9 @@ def config_of(given: argparse.Namespace) -> dict[str, Any]:
     data: dict[str, Any] = {"identifier": subject} if subject else {}
     data |= {"templates": TEMPLATES[given.use_template]} if given.use_template else {}
     data |= {"size": given.resolution} if given.resolution else {}
+    if given.use_mask_captioned_data or given.use_face_segmentation_condition:
+        data |= {"masks": {"source": "label", "rest": rest_of(given.mask_temperature)}}
+    data |= {"captions": "txt"} if given.use_mask_captioned_data else {}
     stages = [
         {"name": name, "steps": steps, "warmup": warmup}
         for name, steps, warmup in (
@@ -163,15 +208,18 @@ def config_of(given: argparse.Namespace) -> dict[str, Any]:
         )
         if steps
     ]
-    unet: dict[str, Any] = {"params": {"use_checkpoint": True}} if given.gradient_checkpointing else {}
+    unet: dict[str, Any] = {"use_checkpoint": True} if given.gradient_checkpointing else {}
+    unet |= {"in_channels": 9} if given.train_inpainting else {}
     return {
         "dreambooth": {"class_word": given.class_word},
         "model": {
+            **({"target": "ldm.models.diffusion.inpainting.LatentInpaintDiffusion"} if given.train_inpainting else {}),
             "base_learning_rate": rate_of(given, "unet"),
             "params": {
                 "train_level": [],
                 "tuning": [*inversion(given, words, starts, first), *loras(given, first)],
-                "unet_config": unet,
+                "unet_config": {"params": unet},
+                **(INPAINTING if given.train_inpainting else {}),
                 "optimizer_config": {
                     "target": "torch.optim.AdamW", "params": {"weight_decay": given.weight_decay_lora},
                 },
@@ -180,9 +228,11 @@ def config_of(given: argparse.Namespace) -> dict[str, Any]:
                 },
             },
         },
-        "data": {"params": {"batch_size": given.train_batch_size, "train": {"params": data}, "reg": None,
-                            "validation": {"params": data}}},
+        "data": {"params": {"batch_size": given.train_batch_size, "train": shown(given) | {"params": data}, "reg": None,
+                            "validation": shown(given) | {"params": data}}},
         "lightning": {
+            # its pictures begin with noise alone, which an inpainting model cannot do
+            **({"callbacks": {"image_logger": None}} if given.train_inpainting else {}),
             "modelcheckpoint": {"params": {"every_n_train_steps": given.save_steps}},
             "trainer": {"max_steps": total, "accumulate_grad_batches": given.gradient_accumulation_steps},
         },

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from ldm.commands import Program, lora_pti
 from ldm.config import instantiate_from_config
@@ -162,10 +163,76 @@ def test_the_published_arguments(golden):
             assert action.default == argument["default"], argument["name"]
 
 
+def with_masks(tmp_path, names):
+    photos = pictures(tmp_path / "photos", 2)
+    for number, path in enumerate(sorted(photos.iterdir())):
+        picture = Image.open(path)
+        path.unlink()
+        picture.save(photos / names[0].format(number))
+        mask = Image.new("L", picture.size, 0)
+        mask.paste(255, (0, 0, picture.width // 2, picture.height))
+        mask.save(photos / f"{number}.mask.png")
+    return photos
+
+
+def test_masks_and_captions_of_the_published_layout(tmp_path):
+    """--use_mask_captioned_data --placeholder_token_at_data="<krk>|<s1><s2>", on what lora_ppim writes."""
+    photos = with_masks(tmp_path, ["{}.src.jpg"])
+    (photos / "caption.txt").write_text("<krk> on a beach\na photo of <krk>\n")
+    more = ["--placeholder_tokens", "<s1>|<s2>", "--placeholder_token_at_data", "<krk>|<s1><s2>"]
+    given = main.parser().parse_args(arguments(tmp_path, *more, "--use_mask_captioned_data", "--mask_temperature=0.5"))
+    folder = lora_pti.pictures(given)
+    params = lora_pti.config_of(given)["data"]["params"]["train"]
+    shown = instantiate_from_config({**params, "params": {**params["params"], "data_root": folder, "size": 32}})
+    items = [shown.sample(k) for k in range(2)]
+    assert {item["caption"] for item in items} == {"<s1><s2> on a beach", "a photo of <s1><s2>"}
+    for item in items:
+        low, high = item["loss_mask"].min(), item["loss_mask"].max()
+        assert low == pytest.approx(0.01 / 1.01, rel=1e-3) and high == 1
+    (photos / "1.mask.png").unlink()
+    with pytest.raises(InputError, match="1.src.jpg has no mask 1.mask.png"):
+        lora_pti.pictures(given)
+
+
+def test_masks_of_faces_weigh_the_loss(tmp_path):
+    with_masks(tmp_path, ["{}.png"])
+    words = arguments(tmp_path, "--placeholder_tokens", "<s1>", "--use_face_segmentation_condition")
+    for path in (tmp_path / "photos").glob("[01].png"):
+        assert (tmp_path / "photos" / f"{path.stem}.mask.png").is_file()
+    main(words)
+    (run,) = (tmp_path / "out").glob("*_pti")
+    assert (tmp_path / "out/final_lora.safetensors").is_file()
+    from ldm.config import load_config
+
+    train = load_config(run / "configs/project.yaml").data.params.train
+    assert train.target.endswith("CaptionedFolder") and train.params.masks.rest == pytest.approx((0.01 / 1.01) ** 2)
+
+
+def test_training_of_an_inpainting_model(tmp_path):
+    """--train_inpainting: nine input channels, random masks, and a LoRA that fits the plain model's layers."""
+    words = arguments(tmp_path, "--placeholder_tokens", "<s1>", "--train_inpainting", "--learning_rate_unet", "0.01")
+    from omegaconf import OmegaConf
+
+    from ldm.checkpoints import save_safetensors
+    from ldm.config import load_config
+    from ldm.models.building import build_model
+
+    given = main.parser().parse_args(words)
+    changed = OmegaConf.merge(load_config(given.config), lora_pti.config_of(given))
+    base = build_model(changed, None, 0, tuned=False).state_dict()
+    save_safetensors(tmp_path / "base.safetensors", {n: v for n, v in base.items() if "lora_" not in n})
+    main(words)
+    content = cloneofsimo.read_safetensors(tmp_path / "out/final_lora.safetensors")
+    found = cloneofsimo.to_lora(content, skeleton(tmp_path / "tiny.yaml"), "final")
+    assert any(delta(factors).abs().max() > 0 for factors in found.layers.values())
+    with pytest.raises(InputError, match="leave masks of the photographs out"):
+        main([*words, "--use_face_segmentation_condition", "--force"])
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--train_inpainting"], "--train_inpainting True has no counterpart here"),
+        (["--use_8bit_adam"], "--use_8bit_adam True has no counterpart here"),
         (["--placeholder_tokens", "<a>|<b>", "--initializer_tokens", "cat"], "1 --initializer_tokens for 2"),
         (["--placeholder_tokens", "<a>", "--initializer_tokens", "<zero>"], "no norm to keep"),
         (["--placeholder_tokens", "<a>", "--initializer_tokens", "<rand>"], "expected <rand-0.017>"),
