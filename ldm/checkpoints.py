@@ -254,6 +254,20 @@ def save_safetensors(
         mode = beside.stat().st_mode  # safetensors makes files that only their owner can read
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside, dict(metadata or {}))
         beside.chmod(mode)
+        if metadata and len(metadata) > 1:
+            _sort_metadata(beside)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file by name, in place: safetensors writes it in an order of chance."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def save_torch(path: str | Path, content: Any) -> None:

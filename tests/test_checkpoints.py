@@ -18,6 +18,7 @@ from torch import nn
 from ldm.checkpoints import (
     atomic_write,
     fingerprint,
+    read_metadata,
     read_object,
     read_weights,
     save_safetensors,
@@ -387,3 +388,14 @@ def test_a_fingerprint_tells_models_apart():
 def test_streams_are_not_paths():
     with pytest.raises(TypeError):
         read_weights(io.BytesIO(b"x"))
+
+
+def test_the_same_content_gives_the_same_file(tmp_path):
+    """Also with metadata, which safetensors itself writes in an order of chance."""
+    metadata = {f"key {number}": f"é {number}" for number in range(9)}
+    tensors = {"b": torch.ones(2), "a": torch.zeros(3)}
+    for number in range(5):
+        save_safetensors(tmp_path / f"{number}", tensors, metadata)
+    assert len({(tmp_path / f"{number}").read_bytes() for number in range(5)}) == 1
+    assert read_metadata(tmp_path / "0") == metadata
+    assert torch.equal(read_weights(tmp_path / "0")["b"], tensors["b"])

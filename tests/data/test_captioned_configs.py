@@ -1,6 +1,7 @@
 """The shipped configs for captioned pictures."""
 
 import logging
+import re
 
 import pytest
 
@@ -35,3 +36,11 @@ def test_the_small_model_trains_on_the_shipped_drawings(tmp_path, caplog):
         run = train(tmp_path, "run", "--max_steps", 2, *words, config=CONFIGS / "sd-mini" / "captioned.yaml")
     assert last(run)["global_step"] == 2
     assert f"{drawings}: 11 pictures, 11 captions from file names" in caplog.text
+
+
+def test_the_table_of_expectations_names_tests_that_exist():
+    table = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("## What other programs call it")[1]
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", table)
+    assert len(named) > 12
+    for module, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / "data" / f"{module}.py").read_text(encoding="utf-8"), name
