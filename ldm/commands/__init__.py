@@ -21,7 +21,8 @@ VERBS = {
     "training": ("train", "train-many", "plan", "fit", "lora-pti", "custom-diffusion",
                  "cache-latents", "config"),
     "studies": ("sweep", "anova", "report"),
-    "pictures": ("sample", "txt2img", "img2img", "inpaint", "sample-diffusion", "before-after", "evaluate", "demo"),
+    "pictures": ("sample", "txt2img", "img2img", "inpaint", "sample-diffusion", "before-after", "evaluate",
+                 "guidance", "demo"),
     "files of adapters, LoRAs, deltas, words and models": (
         "inspect", "convert", "merge", "lora-add", "distill", "deltas", "compress", "compose",
     ),
