@@ -102,7 +102,7 @@ def subject_of(run: Run) -> Subject:
     """The facts about a run's subject."""
     train = run.config.get("data", {}).get("params", {}).get("train") or {}
     params = {} if dreambooth.has_concepts(run.config) else train.get("params", {})
-    templates = params.get("templates", "photo of a {}")
+    templates = params.get("templates") or "photo of a {}"  # none where all pictures have captions
     template = templates if isinstance(templates, str) else templates[0]
     template = template if template.count("{}") == 1 and template.count("{") == 1 else None
     word = run.notes["class_word"]

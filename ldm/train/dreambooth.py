@@ -58,6 +58,8 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
     if batch_size := getattr(options, "batch_size", None):
         config.data.params.batch_size = batch_size
     if has_concepts(config):
+        if asked["captions"]:
+            raise InputError("--captions is not for Custom Diffusion; there --caption names a text file of captions")
         concepts.fill_in(config, settings, getattr(options, "repeat", None))
     elif getattr(options, "repeat", None):
         raise InputError("--repeat is for Custom Diffusion; here it is data.params.train.params.repeats=N")
@@ -122,7 +124,8 @@ def fill_in_pictures(config: DictConfig, settings: DictConfig, num_class_images:
     word = settings.get("class_word")
     if sets.get("reg") is not None and not (word or OmegaConf.select(sets, "reg.params.class_word")):
         raise InputError(NO_WORD)
-    roots = {"train": settings.data_root, "validation": settings.data_root, "reg": settings.get("reg_data_root")}
+    root = settings.get("data_root")
+    roots = {"train": root, "validation": root, "reg": settings.get("reg_data_root")}
     for name, root in roots.items():
         dataset = sets.get(name)
         if dataset is None:
@@ -192,6 +195,6 @@ def class_folders(config: DictConfig) -> list[tuple[Path, str]]:
 def class_caption(reg: DictConfig) -> str:
     """The caption of class pictures."""
     params = reg.get("params", {})
-    templates = params.get("templates", "photo of a {}")
+    templates = params.get("templates") or "photo of a {}"  # none where all pictures have captions
     template = templates if isinstance(templates, str) else templates[0]
     return template.replace("{}", params.class_word).replace("{word}", params.class_word)

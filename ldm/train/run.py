@@ -55,6 +55,7 @@ for message in (
     ".*does not have many workers.*",
     ".*`isinstance\\(treespec.*",
     ".*in eval mode at the start of training.*",
+    ".*Total length of `list` across ranks is zero.*",  # a config without validation pictures
 ):
     warnings.filterwarnings("ignore", message)
 

@@ -7,6 +7,7 @@ import pytest
 
 from ldm.config import load_config, merged, plain
 from ldm.data import captions
+from ldm.evaluate.sources import read_run, subject_of
 from ldm.train.run_config import check_config
 from tests.conftest import ROOT
 from tests.runs import last, train
@@ -35,6 +36,7 @@ def test_the_small_model_trains_on_the_shipped_drawings(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run = train(tmp_path, "run", "--max_steps", 2, *words, config=CONFIGS / "sd-mini" / "captioned.yaml")
     assert last(run)["global_step"] == 2
+    assert subject_of(read_run(run)).template == "photo of a {}"  # reports and scores know what to draw
     assert f"{drawings}: 11 pictures, 11 captions from file names" in caplog.text
 
 

@@ -15,7 +15,7 @@ from ldm.errors import InputError
 from ldm.models.diffusion.losses import simple_loss
 from ldm.models.diffusion.training import mask_of
 from tests.data.test_buckets import QUIET, sets
-from tests.runs import differences, last, pictures, resume, train
+from tests.runs import TINY, differences, last, main_dream_booth, pictures, resume, train
 
 
 def left(size=(40, 36)) -> Image.Image:
@@ -179,6 +179,10 @@ def test_a_run_of_concepts_with_masks_and_buckets(concepts, tmp_path):
     for one in concepts:
         lines += [f"  - {{{', '.join(f'{key}: {value}' for key, value in one.items())}}}"]
     (tmp_path / "concepts.yaml").write_text("\n".join(lines).replace("a {}", "'a {}'"))
+    alone = ["--base", TINY, tmp_path / "concepts.yaml", "-t", "-n", "alone", "--logdir", tmp_path, "--max_steps", 1]
+    main_dream_booth(*alone, "--accelerator", "cpu", *sets("train", "validation"), "data.params.reg=null", *QUIET)
+    assert len(list(tmp_path.glob("2*_alone"))) == 1  # no --data_root
+
     words = ["--base", tmp_path / "concepts.yaml", *sets("train", "validation"), "data.params.reg=null", *QUIET]
     runs = {
         cache: train(tmp_path, cache, "--max_steps", 6, "--cache", cache, "--data_root", "", *words)
