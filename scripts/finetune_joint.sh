@@ -6,7 +6,8 @@
 #
 # Arguments: category, photographs, class pictures, the same of the second concept, name, config (of
 # configs/custom-diffusion/, or a path), base. More options of `ldm train` may follow. LDM is the program (default:
-# python -m ldm). A folder of class pictures has images.txt and caption.txt: a picture, and its caption, in each line.
+# python -m ldm). A folder of class pictures has images.txt and caption.txt: a picture, and its caption, in each line; if
+# not, NUMBER of them (default 200) are searched in INDEX, see `ldm class-pictures --help`.
 set -euo pipefail
 if [ $# -lt 9 ]; then
     echo "expected: $0 CATEGORY PHOTOS CLASS_PICTURES CATEGORY PHOTOS CLASS_PICTURES NAME CONFIG BASE [options]" >&2
@@ -17,6 +18,13 @@ category=$1 photos=$2 class=$3 category2=$4 photos2=$5 class2=$6 name=$7 config=
 shift 9
 [ -f "$config" ] || config=configs/custom-diffusion/$config
 
+real_pictures() {
+    [ -f "$2/images.txt" ] || $ldm class-pictures --class_prompt "$1" --class_data_dir "$2" \
+        --index "${INDEX:?"$2 has no images.txt; name an index of captioned pictures as INDEX"}" \
+        --num_class_images "${NUMBER:-200}"
+}
+real_pictures "$category" "$class"
+real_pictures "$category2" "$class2"
 $ldm train --base "$config" -t --resume-from-checkpoint-custom "$base" \
     --caption "<new1> $category" --datapath "$photos" \
     --reg_datapath "$class/images.txt" --reg_caption "$class/caption.txt" \

@@ -6,7 +6,8 @@
 #
 # Arguments: category, photographs, class pictures, name, config (of configs/custom-diffusion/, or a path), base.
 # More options of `ldm train` may follow. LDM is the program (default: python -m ldm). The folder of class
-# pictures has images.txt and caption.txt: a picture, and its caption, in each line.
+# pictures has images.txt and caption.txt: a picture, and its caption, in each line; if not, NUMBER of them (default 200)
+# are searched in INDEX, see `ldm class-pictures --help`.
 set -euo pipefail
 if [ $# -lt 6 ]; then
     echo "expected: $0 CATEGORY PHOTOS CLASS_PICTURES NAME CONFIG BASE [options of ldm train]" >&2
@@ -17,6 +18,10 @@ category=$1 photos=$2 class=$3 name=$4 config=$5 base=$6
 shift 6
 [ -f "$config" ] || config=configs/custom-diffusion/$config
 
+if [ ! -f "$class/images.txt" ]; then
+    $ldm class-pictures --index "${INDEX:?"$class has no images.txt; name an index of captioned pictures as INDEX"}" \
+        --class_prompt "$category" --class_data_dir "$class" --num_class_images "${NUMBER:-200}"
+fi
 $ldm train --base "$config" -t --resume-from-checkpoint-custom "$base" --caption "<new1> $category" \
     --datapath "$photos" --reg_datapath "$class/images.txt" --reg_caption "$class/caption.txt" \
     --modifier_token "<new1>" --name "$name-sdv4" --datadir_in_name false "$@"

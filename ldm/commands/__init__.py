@@ -19,7 +19,7 @@ from ldm.cli import Parser, complete
 
 VERBS = {
     "training": ("train", "train-many", "plan", "fit", "lora-pti", "custom-diffusion",
-                 "cache-latents", "config"),
+                 "class-pictures", "cache-latents", "config"),
     "studies": ("sweep", "anova", "report"),
     "pictures": ("sample", "txt2img", "img2img", "inpaint", "sample-diffusion", "before-after", "evaluate",
                  "guidance", "demo"),

@@ -33,8 +33,11 @@ class HFPictures(ShuffledDraws):
 
     def item(self, number: int, draws: torch.Generator) -> dict[str, Any]:
         source = self.pictures[number]
-        picture = read_picture(source) if isinstance(source, Path) else decoded(source.as_py(), number)
+        picture = read_picture(source) if isinstance(source, Path) else self._decoded(source.as_py(), number)
         return {self.image_key: self.transforms(picture, draws), self.caption_key: self.captions[number]}
+
+    def _decoded(self, cell: Any, number: int) -> Image.Image:
+        return decode_picture(bytes_of(cell, number), f"number {number} of the table")
 
     def examples(self) -> list[str]:
         """Captions for sample pictures."""
@@ -116,12 +119,12 @@ def read_table(files: Sequence[Path], image_column: str, text_column: str) -> tu
     return table[image_column], captions
 
 
-def decoded(cell: Any, number: int) -> Image.Image:
-    """A picture of a table, `{"bytes": ...}` or bytes, as RGB. Raises `InputError`."""
+def bytes_of(cell: Any, number: int) -> bytes:
+    """The picture file in a cell of a table, `{"bytes": ...}` or bytes. Raises `InputError`."""
     content = cell.get("bytes") if isinstance(cell, Mapping) else cell
     if not isinstance(content, bytes):
         raise InputError(f"picture {number} of the table is {short(cell)}; expected the bytes of a picture file")
-    return decode_picture(content, f"number {number} of the table")
+    return content
 
 
 class Transforms:

@@ -39,6 +39,7 @@ PUBLISHED = {
     "scripts.diffusers_sample": "sample",
     "scripts.diffusers_training": "custom-diffusion",
     "scripts.compress": "compress",
+    "scripts.retrieve": "class-pictures",
     "scripts.get_deltas": "deltas",
     "scripts.lora_add": "lora-add",
     "scripts.lora_distill": "distill",

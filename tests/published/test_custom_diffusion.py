@@ -98,10 +98,15 @@ if sys.argv[1] == "train":
 def test_the_scripts_train_extract_and_draw(script, given, words, tmp_path):
     """bash scripts/finetune_gen.sh "cat" data/cat gen_reg/samples_cat cat finetune_addtoken.yaml <base>"""
     (tmp_path / "stub.py").write_text(STUB)
-    environment = runs.ENVIRONMENT | {"LDM": f"{sys.executable} {tmp_path / 'stub.py'}"}
+    environment = runs.ENVIRONMENT | {"LDM": f"{sys.executable} {tmp_path / 'stub.py'}", "INDEX": "shards"}
     command = ["bash", str(ROOT / f"scripts/finetune_{script}.sh"), *given, "sd-v1-4.ckpt"]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=60)
-    train, deltas, sample = (json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines())
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    *real, train, deltas, sample = said
+    assert len(real) == {"gen": 0, "real": 1, "joint": 2}[script]
+    for words_of_search in real:
+        search = Program("class-pictures").parser().parse_args(words_of_search[1:])
+        assert search.index == ["shards"] and search.class_prompt in given
     trained = Program("train").parser().parse_args(train[1:])
     assert trained.modifier_token == words and len(trained.datapath) == len(words.split("+"))
     assert (ROOT / trained.base[0]).is_file() and trained.actual_resume == "sd-v1-4.ckpt"
