@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm import schema
 from ldm.config import parameters_of
 from ldm.data.buckets import GroupedOrder, Shape
 from ldm.data.captions import kohya_name
@@ -110,6 +111,8 @@ def read_concept(concept: Any, number: int) -> dict[str, Any]:
             raise InputError(f"concepts.{number}.{key}: all folders have the same {key}; set it beside concepts")
         if key not in known:
             raise InputError(f"concepts.{number}.{key} is unknown{did_you_mean(str(key), sorted(known))}")
+        if key in schema.OF_DATASETS:
+            schema.check_part(schema.OF_DATASETS[key], concept[key], f"concepts.{number}.{key}")
     return {"data_root" if key == "path" else key: value for key, value in concept.items()}
 
 

@@ -8,6 +8,7 @@ from ldm.schema.checking import check, check_part, fits, select, unused
 from ldm.schema.documentation import page
 from ldm.schema.kinds import phrase
 from ldm.schema.sections import (
+    OF_DATASETS,
     Adapter,
     Augment,
     Buckets,
@@ -31,7 +32,8 @@ from ldm.schema.sections import (
 )
 
 __all__ = [
-    "Adapter", "Augment", "Buckets", "CaptionSource", "Captions", "CheckpointParams", "Config", "DreamBooth",
-    "Embedder", "Entry", "Loss", "Masks", "Model", "Optimizer", "Schedule", "Section", "Trainer", "Training",
-    "Tuning", "check", "check_part", "fits", "page", "phrase", "says", "select", "unused",
+    "OF_DATASETS", "Adapter", "Augment", "Buckets", "CaptionSource", "Captions", "CheckpointParams", "Config",
+    "DreamBooth", "Embedder", "Entry", "Loss", "Masks", "Model", "Optimizer", "Schedule", "Section",
+    "Trainer", "Training", "Tuning", "check", "check_part", "fits", "page", "phrase", "says", "select",
+    "unused",
 ]  # fmt: skip

@@ -319,6 +319,12 @@ class Config(Section):
     training: Training | None = says(None, "options of a run of ldm fit")
 
 
+# Arguments of data sets that are sections.
+OF_DATASETS: dict[str, Any] = {
+    "captions": CaptionSource | Captions | None, "buckets": bool | Buckets | None,
+    "masks": MaskSource | Masks | None, "augment": Augment | None,
+}  # fmt: skip
+
 # Sections below the parameters of a target.
 DEEPER = {
     "model.params.tuning": list[Tuning] | Tuning | None,
@@ -327,12 +333,11 @@ DEEPER = {
     "model.params.network_config.params.adapter_config": AdapterConfig | None,
     "model.params.conditioner_config.params.emb_models": list[Embedder] | None,
     "data.params": DataParams | None,
-    "data.params.train.params.captions": CaptionSource | Captions | None,
-    **{f"data.params.{name}.params.buckets": bool | Buckets | None for name in ("train", "reg", "validation")},
-    **{f"data.params.{name}.params.masks": MaskSource | Masks | None for name in ("train", "reg", "validation")},
-    **{f"data.params.{name}.params.augment": Augment | None for name in ("train", "reg", "validation")},
-    "data.params.reg.params.captions": CaptionSource | Captions | None,
+    **{
+        f"data.params.{dataset}.params.{name}": kind
+        for dataset in ("train", "reg", "validation") for name, kind in OF_DATASETS.items()
+    },
     # a list: the texts of `ldm.data.simple.TextOnly`
     "data.params.validation.params.captions": CaptionSource | Captions | list[str] | None,
-}
+}  # fmt: skip
 DATA_TARGET = "ldm.train.datamodule.DataModuleFromConfig"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, get_args
 
 from ldm import schema
-from ldm.cli import Parser, add_allow_family, add_compile, boolean, count, seed_number, text
+from ldm.cli import Parser, add_allow_family, add_compile, boolean, count, positive, seed_number, text
 from ldm.config import parse_overrides, plain
 from ldm.errors import InputError, did_you_mean
 
@@ -100,6 +100,7 @@ def add_dreambooth(p: Parser, several: bool = False) -> None:
     subject.add_argument("--cache", metavar="memory|off|DIR",
                          help=help_of(schema.DreamBooth, "cache"))  # fmt: skip
     if not several:
+        add_short(p)
         add_compile(subject)
         subject.add_argument("--embedding_manager_ckpt", metavar="FILE",
                              help=help_of(schema.DreamBooth, "words"))  # fmt: skip
@@ -122,6 +123,18 @@ def add_dreambooth(p: Parser, several: bool = False) -> None:
         concept.add_argument("--repeat", type=count, metavar="N",
                              help="how often an epoch shows each picture of a concept")  # fmt: skip
     concept.add_argument("--freeze_model", help="crossattn-kv or crossattn: the part of the UNet that learns")
+
+
+def add_short(p: Parser) -> None:
+    """Options for the most common changes of a config, see `ldm.train.short_options`."""
+    short = p.add_argument_group("short for keys of the config")
+    short.add_argument("--lr", type=positive, metavar="RATE", help="learning rate: model.base_learning_rate")
+    short.add_argument("--family", metavar="NAME",
+                       help="what learns, instead of what the config says: lora, dora, loha, oft, ...")  # fmt: skip
+    short.add_argument("--route", metavar="attn2o-ffni", help="where a position adapter reads and writes")
+    short.add_argument("--rank", type=count, metavar="N",
+                       help="rank of the family; without one that has it, width of the position adapters")  # fmt: skip
+    short.add_argument("--alpha", type=positive, metavar="A", help="alpha of the family: its change times alpha / rank")
 
 
 def dreambooth_parser(description: str, several: bool = False) -> Parser:

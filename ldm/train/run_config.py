@@ -25,7 +25,9 @@ from ldm.config import (
     stored_config,
     unet_params,
 )
+from ldm.data.folder import read_concept
 from ldm.errors import InputError
+from ldm.train import short_options
 from ldm.train.optimizers import spell_out
 from ldm.train.run_folder import resumed_folder
 from ldm.writing import printable
@@ -33,15 +35,23 @@ from ldm.writing import printable
 log = logging.getLogger(__name__)
 
 
-def read_configs(paths: list[str], overrides: list[str], resumed: Path | None) -> DictConfig:
-    """Merge the config of a resumed run, the configs of the command line, and the overrides; later ones win."""
+def read_configs(
+    paths: list[str], overrides: list[str], resumed: Path | None, options: argparse.Namespace | None = None
+) -> DictConfig:
+    """Merge the config of a resumed run, the configs of the command line, its short options, and the overrides.
+
+    Later ones win.
+    """
     stored = [stored_config(resumed / "configs" / "project.yaml")] if resumed else []
     if not stored and not paths:
         raise InputError("no config: name one with --base, e.g. --base configs/sd-mini/attn2o-ffni.yaml")
     configs = [*stored, *(load_config(find_file(path)) for path in paths)]
     for first, second in itertools.pairwise(zip([*[resumed] * len(stored), *paths], configs, strict=True)):
         tell_of_adapters(first, second)
-    config = override(merged(*configs), overrides)
+    config = merged(*configs)
+    if options is not None:
+        config = short_options.changed(config, options, is_resumed=resumed is not None)
+    config = override(config, overrides)
     spell_out(config)
     spread_concepts(config)
     check_config(config)
@@ -59,12 +69,15 @@ def spread_concepts(config: DictConfig) -> None:
     folders = config.pop("concepts", None)
     if folders is None:
         return
+    for number, folder in enumerate(folders):
+        read_concept(plain(folder), number)
     for name in ("train", "validation"):
         dataset = OmegaConf.select(config, f"data.params.{name}")
-        if dataset is None and name == "validation":
-            continue
         target = dataset.get("target") if OmegaConf.is_dict(dataset) else None
-        if not target or "concepts" not in (parameters_of(get_obj_from_str(str(target)))[1] or []):
+        known = (parameters_of(get_obj_from_str(str(target)))[1] or []) if target else []
+        if name == "validation" and "data_root" not in known:
+            continue  # there is none, or it reads no folder
+        if "concepts" not in known:
             raise InputError(
                 f"concepts: data.params.{name}.target is {target}, which reads one folder; expected "
                 "ldm.data.folder.CaptionedFolder"
@@ -98,7 +111,7 @@ def opened(options: argparse.Namespace, overrides: list[str]) -> tuple[DictConfi
     if options.resume and options.name:
         raise InputError("-r resumes a run, which has a name already; leave -n out")
     folder, checkpoint = resumed_folder(options.resume) if options.resume else (None, None)
-    return read_configs(options.base, overrides, folder), folder, checkpoint
+    return read_configs(options.base, overrides, folder, options), folder, checkpoint
 
 
 def with_trainer(config: DictConfig, gpus: str | None, options: dict[str, Any]) -> DictConfig:
