@@ -3,8 +3,9 @@
     ldm compose --paths cat/delta.ckpt+pot/delta.ckpt --categories "cat+wooden pot"
         --ckpt models/sd-v1-4.ckpt --regularization_prompt captions.txt
 
-writes <save_path>/<categories>/checkpoints/delta_epoch=000000.ckpt with the new words <new1>, <new2>, ... in order. The
-closed form is that of arXiv 2212.04488.
+writes <save_path>/<categories>/checkpoints/delta_epoch=000000.ckpt or, if all deltas have diffusers' layout,
+<save_path>/<categories>/delta.bin, with the new words <new1>, <new2>, ... in order. The closed form is that of arXiv
+2212.04488.
 """
 
 from __future__ import annotations
@@ -62,15 +63,17 @@ def read_lines(path: str | Path) -> list[str]:
 def run(options: argparse.Namespace) -> None:
     from ldm.config import instantiate_from_config
     from ldm.devices import best_device
-    from ldm.interchange import custom_diffusion
+    from ldm.interchange import Context, by_name, custom_diffusion, identify
     from ldm.interchange.command import params_of, read_model, to_be_written
     from ldm.interchange.compose import compose
     from ldm.models.building import load_weights, skip_init
 
     paths, categories = options.paths.split("+"), options.categories.split("+")
     folder = "_".join(categories).replace(" ", "-")
-    output = Path(options.save_path) / folder / "checkpoints" / "delta_epoch=000000.ckpt"
-    to_be_written(output, options.force)
+    kinds = {identify(path) for path in paths}
+    kind = "delta-diffusers" if kinds == {"delta-diffusers"} else "delta"
+    name = "delta.bin" if kind == "delta-diffusers" else "checkpoints/delta_epoch=000000.ckpt"
+    output = to_be_written(Path(options.save_path) / folder / name, options.force)
     prompts = [read_lines(path) for path in options.prompts.split("+")] if options.prompts else None
     if prompts and len(prompts) != len(paths):
         raise InputError(f"--prompts names {len(prompts)} files for {len(paths)} deltas; expected one for each")
@@ -83,6 +86,6 @@ def run(options: argparse.Namespace) -> None:
     load_weights(encoder, text, options.ckpt)
     encoder.to(best_device(options.device))
     joint = compose(encoder, weights, deltas, categories, regularization, prompts)
-    custom_diffusion.write(output, joint)
+    by_name(kind).write(output, joint, Context())
     named = ", ".join(f"{word} ({category})" for word, category in zip(joint.tokens, categories, strict=False))
     print(f"{output}  {len(joint.weights)} weights; {named or 'no new words'}")

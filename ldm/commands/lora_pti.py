@@ -49,7 +49,8 @@ IGNORED = ("color_jitter", "sample_batch_size", "cached_latents", "wandb_log_pro
 def add_arguments(p: Parser) -> None:
     p.allow_abbrev, p.respell, p.rest = False, underscores, keep_rest  # the training reads or refuses the rest
     p.add_argument("--instance_data_dir", required=True, help="photographs of the subject")
-    p.add_argument("--pretrained_model_name_or_path", required=True, help="a checkpoint or a diffusers folder")
+    p.add_argument("--pretrained_model_name_or_path", required=True, help="a checkpoint, a diffusers folder, or "
+                   "the name of one in the hub's cache")  # fmt: skip
     p.add_argument("--output_dir", required=True)
     p.add_argument("--config", default="configs/textual-inversion/pivotal.yaml", help="(default %(default)s)")
     p.add_argument("--placeholder_tokens", default="", help="the new words, joined by |")
@@ -123,19 +124,14 @@ def train(given: argparse.Namespace, work: Path) -> Path | None:
     from omegaconf import OmegaConf
 
     given.instance_data_dir = pictures(given)
-    from ldm.interchange.checkpoint import write as write_checkpoint
-    from ldm.interchange.command import read_model
     from ldm.train import dreambooth
     from ldm.train.options import dreambooth_parser, parse
 
     OmegaConf.save(OmegaConf.create(config_of(given)), work / "pti.yaml")
-    base = Path(given.pretrained_model_name_or_path)
-    if base.is_dir():
-        base = work / "base.safetensors"
-        write_checkpoint(base, read_model(given.pretrained_model_name_or_path))
     words = [
-        "--base", given.config, str(work / "pti.yaml"), "-t", "--actual_resume", str(base), "--data_root",
-        given.instance_data_dir, "--logdir", given.output_dir, "-n", "pti", "--seed", str(given.seed),
+        "--base", given.config, str(work / "pti.yaml"), "-t", "--actual_resume",
+        given.pretrained_model_name_or_path, "--data_root", given.instance_data_dir, "--logdir",
+        given.output_dir, "-n", "pti", "--seed", str(given.seed),
         *device_options(given.device or "auto"), *given.rest,
     ]  # fmt: skip
     run = dreambooth.plan(*(parsed := parse(dreambooth_parser(__doc__), words)))

@@ -12,6 +12,7 @@ from ldm.checkpoints import read_weights, refuse_not_finite
 from ldm.config import find_file, load_config
 from ldm.errors import InputError
 from ldm.interchange import layers
+from ldm.interchange.base_files import folder_of
 from ldm.interchange.formats import FORMATS, Context, by_name, open_file
 from ldm.interchange.lora import Lora
 from ldm.models import building
@@ -39,9 +40,11 @@ def skeleton(config: str | Path) -> nn.Module:
 def read_model(path: str | Path) -> dict[str, Tensor]:
     """The weights of a whole model by the names of the model here, from a checkpoint or a diffusers folder.
 
+    A folder may be the name of one in the hub's cache.
+
     Raises `InputError` for files that cannot be read and for values that are not finite.
     """
-    file = open_file(path)
+    file = open_file(folder_of(path) or path)
     for row in FORMATS:
         if row.form == "model" and row.codec.recognises(file):
             return row.read("model", file)

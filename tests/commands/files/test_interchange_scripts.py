@@ -12,7 +12,16 @@ from omegaconf import OmegaConf
 from ldm.checkpoints import read_weights
 from ldm.commands import lora_add
 from ldm.errors import InputError
-from ldm.interchange import cloneofsimo, custom_diffusion, embeddings, load_any, lora_keys, read_lora
+from ldm.interchange import (
+    Context,
+    by_name,
+    cloneofsimo,
+    custom_diffusion,
+    embeddings,
+    load_any,
+    lora_keys,
+    read_lora,
+)
 from ldm.interchange.lora import delta
 from ldm.interchange.names import UNET
 from tests import interchange_models
@@ -179,6 +188,11 @@ def test_compose(base, tuned, tmp_path, capsys):
     assert "<new1> (cat), <new2> (wooden pot)" in capsys.readouterr().out
     with pytest.raises(InputError, match="exists"):
         run("compose", *flags[:-1])
+    for path in paths:  # the published program for diffusers' layout
+        by_name("delta-diffusers").write(path, tuned, Context())
+    run("compose", *flags)
+    other = custom_diffusion.read(tmp_path / "logs/cat_wooden-pot/delta.bin")
+    assert torch.allclose(*(next(iter(one.weights.values())) for one in (other, joint)))
 
 
 # --- convert, inspect, adapters
