@@ -1,9 +1,10 @@
 """Paint the white places of masks anew: a folder of pictures, each with its mask beside it.
 
     ldm inpaint --indir photos --outdir painted --prompt "a vase" --ckpt model.ckpt
+    ldm inpaint --init-img table.png --mask hole.png --outdir painted --prompt "a vase" --ckpt model.ckpt
 
 A picture dog.png goes with dog_mask.png; the result has the picture's name. Models that were made for inpainting see
-the mask, others are led by it step by step. `ldm sample --init-img --mask` does it for one picture and many prompts.
+the mask, others are led by it step by step. One picture and its mask are drawn as `ldm sample` draws them, with grids.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ def add_arguments(p: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if not options.indir or not options.outdir:
-        raise InputError("name the folder of pictures and masks with --indir, and that of the results with --outdir")
-    for name in ("init_img", "mask"):
-        if getattr(options, name):
-            raise InputError(f"--{name.replace('_', '-')} is for one picture: leave --indir out, or use ldm sample")
+    if not options.outdir or not (options.indir or (options.init_img and options.mask)):
+        raise InputError("name the folder of pictures and masks with --indir, or one picture and its mask with "
+                         "--init-img and --mask, and the folder of the results with --outdir")  # fmt: skip
     options.ddim_steps = options.steps or options.ddim_steps
     options.prompt = options.prompt or [""]
+    if not options.indir:
+        sample.run(options)
+        return
+    for name in ("init_img", "mask"):
+        if getattr(options, name):
+            raise InputError(f"--{name.replace('_', '-')} is for one picture: leave --indir out, or this")
     options.init_img = options.indir  # so that options of pictures are allowed
     sample.check(options)
 

@@ -211,14 +211,16 @@ def drawn(
 
 
 def save_grid(rows: dict[str, list], texts: list[Text], outdir: Path, options: argparse.Namespace) -> None:
-    """All pictures as one; with several settings a labelled row for each."""
+    """All pictures as one; with several settings a labelled row for each, and prompts above the columns."""
     from ldm import generate
 
     pictures = list(itertools.chain(*rows.values()))
     if len(rows) > 1:
         from ldm.evaluate.figures import labelled_rows
 
-        grid = generate.from_pil(labelled_rows(rows, side=min(pictures[0].shape[-1], 512)))
+        prompts = [text.prompt for text in texts for _ in range(options.n_samples)] * options.n_iter
+        heads = prompts if len(texts) > 1 else []
+        grid = generate.from_pil(labelled_rows(rows, min(pictures[0].shape[-1], 512), heads=heads))
     else:
         grid = generate.grid(pictures, options.n_rows or options.n_samples)
     first = generate.next_number(outdir, "grid-*.png")

@@ -78,6 +78,11 @@ def test_a_folder_is_inpainted(photo, mask, tmp_path, capsys):
     Program("inpaint")([*MINI, "--indir", str(photo.parent), "--outdir", str(tmp_path), "--steps", "3"])
     assert "flag.png where flag_mask.png is white" in capsys.readouterr().out
     assert Image.open(tmp_path / "flag.png").size == (80, 64)
+    words = ["--init-img", str(photo), "--mask", str(mask), "--outdir", str(tmp_path / "one"), "--steps", "3"]
+    Program("inpaint")([*MINI, *words])
+    assert len(list((tmp_path / "one" / "samples").glob("*.png"))) == 1
+    with pytest.raises(InputError, match="--init-img is for one picture"):
+        Program("inpaint")([*MINI, *words, "--indir", str(photo.parent)])
     mask_alone = tmp_path / "alone"
     mask_alone.mkdir()
     (mask_alone / "x_mask.png").write_bytes(mask.read_bytes())
@@ -97,6 +102,8 @@ def test_grids_compare_scales_and_prompts(tmp_path, capsys):
     words = ["--prompt", "a cat", "--prompt", "a dog", "--scale", 1, 7.5]
     pictures = drawn("sample", tmp_path, *words, "--fixed_code", count=4)
     (grid,) = tmp_path.glob("grid-*.png")
+    head = Image.open(grid).convert("L").crop((0, 0, 2 * 70, 14))  # the prompts above their columns
+    assert all(head.crop((x, 0, x + 70, 14)).getextrema()[0] < 128 for x in (0, 70))
     assert Image.open(grid).size[1] > 2 * 64 and not torch.equal(pictures[0], pictures[2])
     assert "seed 42, scale 7.5" in capsys.readouterr().out
 
