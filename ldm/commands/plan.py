@@ -11,16 +11,17 @@ from __future__ import annotations
 import argparse
 
 from ldm.cli import Parser
-from ldm.train.options import add_training, sorted_out
+from ldm.train.options import add_short, add_training, sorted_out
 
 
 def add_arguments(p: Parser) -> None:
     add_training(p)
+    add_short(p)
     what = p.add_argument_group("what to plan")
-    what.add_argument("--base_precision", choices=("fp32", "bf16", "fp16"), default="fp32",
-                      help="of the frozen UNet (default fp32)")  # fmt: skip
-    what.add_argument("--cache", default="memory", metavar="memory|off|DIR",
-                      help="off: pictures and captions are encoded in every step (default memory)")  # fmt: skip
+    what.add_argument("--base_precision", choices=("fp32", "bf16", "fp16"),
+                      help="of the frozen UNet (default: what the config says, else fp32)")  # fmt: skip
+    what.add_argument("--cache", metavar="memory|off|DIR",
+                      help="off: pictures and captions are encoded in every step (default: as the config)")  # fmt: skip
     what.add_argument("--gpu", metavar="NAME", help="a GPU by name, such as 'RTX 4090' or A100")
     what.add_argument("--memory", type=float, metavar="GIB", help="memory of the device in GiB, instead of --gpu")
     what.add_argument("--json", action="store_true", help="print the numbers for machines")

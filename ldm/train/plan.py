@@ -33,7 +33,11 @@ def report(options: argparse.Namespace, trainer_options: dict[str, Any], overrid
     """The cost of a training, as lines of text or as JSON. Raises `InputError`."""
     config, *_ = opened(options, overrides)
     config = with_trainer(config, options.gpus, trainer_options)
-    settings = {"cache": options.cache != "off", "base_precision": options.base_precision}
+    stored = {"cache": "memory", "base_precision": "fp32", **(config.get("dreambooth") or {})}
+    settings = {
+        "cache": (options.cache or stored["cache"]) != "off",
+        "base_precision": options.base_precision or stored["base_precision"],
+    }
     found = footprint(config, settings)
     limit = options.memory or (gpu(options.gpu).memory if options.gpu else None)
     if options.json:
