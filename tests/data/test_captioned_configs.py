@@ -46,3 +46,10 @@ def test_the_table_of_expectations_names_tests_that_exist():
     assert len(named) > 12
     for module, name in named:
         assert f"def {name}(" in (ROOT / "tests" / "data" / f"{module}.py").read_text(encoding="utf-8"), name
+
+
+def test_photographs_are_called_photographs():
+    below = load_config(CONFIGS / "sd-mini" / "lora-attention.yaml")
+    config = merged(below, load_config(CONFIGS / "sd-mini" / "photographs.yaml"))
+    sets = [config.data.params[name].params.templates for name in ("train", "reg", "validation")]
+    assert sets == ["a photo of a {}"] * 3 and config.model == below.model
