@@ -95,6 +95,7 @@ def add_arguments(p: Parser) -> None:
                        help="blank what the published safety checker flags; its folder, or off")  # fmt: skip
     files.add_argument("--watermark", metavar="TEXT|off", default="off",
                        help="invisible text in every picture (extra watermark)")  # fmt: skip
+    files.add_argument("--wandb_log", action="store_true", help="also send the pictures to Weights & Biases")
     files.add_argument("--n_rows", type=int, default=0, help="pictures in a row of the grid; 0: --n_samples")
 
 
@@ -116,6 +117,7 @@ def run(options: argparse.Namespace) -> None:
     if options.laion400m:
         options.config = next(base.config for base in BASES if base.name == "txt2img-1p4B-eval")
     check(options)
+    wandb = weights_and_biases() if options.wandb_log else None
     texts = read_prompts(options)
     variants = variants_of(options)
     model, use_variant = prepared_model(options)
@@ -139,6 +141,20 @@ def run(options: argparse.Namespace) -> None:
             pictures.append(picture)
     if not options.skip_grid:
         save_grid(rows, texts, outdir, options)
+    if wandb:
+        run_there = wandb.init(project="custom-diffusion", name=outdir.name, config=metadata(options, variants[0]))
+        for label, pictures in rows.items():
+            run_there.log({label or "pictures": [wandb.Image(generate.to_pil(picture)) for picture in pictures]})
+        run_there.finish()
+
+
+def weights_and_biases() -> Any:
+    """The package `wandb`. Raises `InputError` if it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("--wandb_log needs the package wandb: pip install wandb") from None
+    return wandb
 
 
 def prepared_model(options: argparse.Namespace) -> tuple[Any, Callable[[Variant], None]]:

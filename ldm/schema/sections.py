@@ -293,6 +293,7 @@ class DreamBooth(Section):
     reg_data_root: str | None = says(None, "folder with pictures of its class, for prior preservation")
     captions: CaptionSource | Captions | None = says(None, "captions of the photographs, see data.*.params.captions")
     words: str | None = says(None, "file of learnt words to add to the text encoder")
+    delta: str | None = says(None, "a Custom Diffusion delta to begin at (published: --delta-ckpt)")
     concepts: list[dict[str, str | None]] | None = says(None, "Custom Diffusion: datapath, caption, ... of each")
 
 

@@ -20,6 +20,7 @@ from ldm.modules.encoders.tokens import load_words
 from ldm.schema import DreamBooth
 from ldm.train import concepts, run_folder
 from ldm.train import run as runs
+from ldm.train.from_delta import begin_at_delta
 from ldm.train.run_config import opened, with_trainer
 from ldm.train.run_folder import Run
 
@@ -47,6 +48,7 @@ def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides
         "base_precision": options.base_precision,
         "class_scale": options.class_scale,
         "captions": asked_captions(options),
+        "delta": getattr(options, "delta_ckpt", None),
         "words": getattr(options, "embedding_manager_ckpt", None) or None,
         "concepts": concepts.asked(options) or None,
     }
@@ -179,6 +181,8 @@ def train(run: Run, options: argparse.Namespace) -> pl.Trainer:
         if file := run.config.dreambooth.get("words"):
             words = load_words(model, file, "--embedding_manager_ckpt")
             log.info("learnt words %s added to the text encoder", ", ".join(words))
+        if (file := run.config.dreambooth.get("delta")) and run.resume is None:
+            log.info("begun at %s, words %s", file, ", ".join(begin_at_delta(model, file)) or "none")
         if options.num_class_images:
             for folder, caption in class_folders(run.config):
                 runs.prepare_class_pictures(run, model, folder, caption, options.num_class_images)

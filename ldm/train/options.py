@@ -118,6 +118,7 @@ def add_dreambooth(p: Parser, several: bool = False) -> None:
     concept.add_argument("--concepts_list", metavar="JSON", help="the same as a file")
     concept.add_argument("--modifier_token", metavar="<new1>+<new2>", help="words that learn")
     if not several:
+        concept.add_argument("--delta_ckpt", "--delta-ckpt", metavar="FILE", help=help_of(schema.DreamBooth, "delta"))
         concept.add_argument("--batch_size", type=count, metavar="N",
                              help="pictures in a batch, as data.params.batch_size")  # fmt: skip
         concept.add_argument("--repeat", type=count, metavar="N",

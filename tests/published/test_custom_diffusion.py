@@ -7,8 +7,10 @@ import json
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from ldm.checkpoints import save_torch
@@ -16,7 +18,7 @@ from ldm.commands import Program
 from ldm.config import instantiate_from_config, load_config
 from ldm.data.concepts import ConceptPictures
 from ldm.errors import InputError
-from ldm.interchange import custom_diffusion
+from ldm.interchange import custom_diffusion, own
 from ldm.models.building import build_model
 from tests import runs
 from tests.conftest import ROOT
@@ -194,3 +196,40 @@ def test_an_epoch_shows_each_picture_of_all_concepts_once(merged):
         items = [pictures.sample(k) for k in range(epoch * len(pictures), (epoch + 1) * len(pictures))]
         assert len({item["image"].numpy().tobytes() for item in items}) == len(pictures) == 6
         assert sorted(item["caption"] for item in items) == 3 * ["cat"] + 3 * ["chair"]
+
+
+def test_training_begins_at_a_delta(work, tmp_path):
+    """python -u train.py --base ... --delta-ckpt <delta> --modifier_token "<new1>" ..."""
+    concept = f'-t --actual_resume {work}/sd-v1-4.ckpt --caption "<new1> cat" --datapath {work}/cat --batch_size 1'
+    first = trained(work, "first", concept)
+    Program("deltas")(["--path", str(first)])
+    (path,) = (first / "checkpoints").glob("delta_epoch=*.ckpt")
+    delta = custom_diffusion.read(path)
+    delta.tokens["<new1>"] += 1
+    delta.weights = {name: weight + 0.5 for name, weight in delta.weights.items()}
+    custom_diffusion.write(tmp_path / "delta.ckpt", delta)
+    second = trained(work, "second", f"{concept} --delta-ckpt {tmp_path / 'delta.ckpt'} model.base_learning_rate=1e-8")
+    (adapters,) = (second / "checkpoints").glob("*-adapters")
+    learnt = own.delta(adapters)
+    assert all(torch.allclose(learnt.weights[name], delta.weights[name], atol=1e-4) for name in delta.weights)
+    assert torch.allclose(learnt.tokens["<new1>"], delta.tokens["<new1>"], atol=1e-4)
+    custom_diffusion.write(tmp_path / "wide.ckpt", custom_diffusion.Delta(delta.weights, {"<new1>": torch.ones(1, 7)}))
+    for file, message in ((tmp_path / "wide.ckpt", r"shape \[1, 7\]"), (f"{work}/sd-v1-4.ckpt", "is no Custom Diff")):
+        with pytest.raises(InputError, match=message):
+            trained(work, "third", f"{concept} --delta-ckpt {file}")
+
+
+
+def test_pictures_are_sent_to_weights_and_biases(monkeypatch, tmp_path):
+    """sample.py --wandb_log"""
+    sent = []
+    run = SimpleNamespace(log=sent.append, finish=lambda: sent.append("finished"))
+    wandb = SimpleNamespace(init=lambda **told: run, Image=lambda picture: picture.size)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    words = ["--prompt", "a cat", "--config", str(ROOT / "configs/sd-mini/inference.yaml"), "--ddim_steps", "1"]
+    words += ["--n_iter", "1", "--device", "cpu", "--wandb_log", "--outdir", str(tmp_path)]
+    Program("sample")(words)
+    assert sent == [{"pictures": [(64, 64)]}, "finished"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        Program("sample")(words)
