@@ -18,7 +18,7 @@ from ldm import lightning
 from ldm.cli import Parser, complete
 
 VERBS = {
-    "training": ("train", "train-many", "plan", "fit", "lora-pti", "custom-diffusion",
+    "training": ("train", "train-many", "plan", "fit", "lora-pti", "lora-dreambooth", "custom-diffusion",
                  "class-pictures", "cache-latents", "config"),
     "studies": ("sweep", "anova", "report"),
     "pictures": ("sample", "txt2img", "img2img", "inpaint", "sample-diffusion", "before-after", "evaluate",
@@ -28,7 +28,7 @@ VERBS = {
     ),
 }  # fmt: skip
 # The others do without Lightning.
-TRAINS = {"train", "train-many", "fit", "lora-pti", "custom-diffusion", "sweep", "demo"}
+TRAINS = {"train", "train-many", "fit", "lora-pti", "lora-dreambooth", "custom-diffusion", "sweep", "demo"}
 
 
 def verbs() -> list[str]:

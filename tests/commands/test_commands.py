@@ -47,6 +47,7 @@ PUBLISHED = {
     "scripts.lora_add": "lora-add",
     "scripts.lora_distill": "distill",
     "scripts.lora_pti": "lora-pti",
+    "scripts.train_lora_dreambooth": "lora-dreambooth",
     "scripts.cache_latents": "cache-latents",
     "scripts.before_after": "before-after",
 }

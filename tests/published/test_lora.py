@@ -3,13 +3,18 @@
 A published command stands in the docstring; only the config, the device, the number of steps and the files are others.
 """
 
+import json
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from ldm.checkpoints import read_weights
 from ldm.commands import Program
+from ldm.config import instantiate_from_config, load_config
+from ldm.errors import InputError
 from ldm.interchange import cloneofsimo
 from tests import runs
 from tests.conftest import ROOT
@@ -73,3 +78,33 @@ def test_two_loras_in_one(lora, tmp_path, words):
     assert found.factors.keys() == one.factors.keys()
     ranks = cloneofsimo.numbered(found).ranks()
     assert set(ranks) == ({2} if "ljl" in words else {1})
+
+
+@pytest.mark.parametrize(("script", "with_text"), [("run_lora_db", False), ("run_lora_db_w_text", True)])
+def test_dreambooth_by_the_published_scripts(script, with_text, tmp_path):
+    """training_scripts/run_lora_db.sh, which runs train_lora_dreambooth.py; the words that it says are run here."""
+    stub = tmp_path / "stub.py"
+    stub.write_text("import json, sys; print(json.dumps(sys.argv[1:]))")
+    places = {"MODEL_NAME": str(CKPT), "INSTANCE_DIR": str(tmp_path / "photos"), "OUTPUT_DIR": str(tmp_path / "out")}
+    environment = runs.ENVIRONMENT | places | {"LDM": f"{sys.executable} {stub}"}
+    done = subprocess.run(["bash", str(ROOT / f"scripts/{script}.sh")], env=environment, capture_output=True, text=True)
+    verb, *words = json.loads(done.stdout)
+    assert verb == "lora-dreambooth"
+    runs.pictures(tmp_path / "photos", 2)
+    prior = ["--with_prior_preservation", "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a game style"]
+    small = ["--resolution=64", "--max_train_steps=2", "--num_class_images=1", "--device=cpu", "--config",
+             str(ROOT / "configs/sd-mini/lora-attention.yaml"), "--prior_loss_weight=0.5"]  # fmt: skip
+    Program(verb)([*words, *small, *([] if with_text else prior)])
+    content = cloneofsimo.read_safetensors(tmp_path / "out" / "lora_weight.safetensors")
+    assert set(content.factors) == ({"unet", "text_encoder"} if with_text else {"unet"})
+    assert (tmp_path / "out" / "lora_weight.pt").is_file()
+    assert (tmp_path / "out" / "lora_weight.text_encoder.pt").is_file() == with_text
+    (run,) = (tmp_path / "out").glob("*_lora")
+    config = load_config(run / "configs" / "project.yaml")
+    own = instantiate_from_config(config.data.params.train)
+    assert own.all_captions() == ["game character sks" if with_text else "style of sks"]
+    if not with_text:
+        assert instantiate_from_config(config.data.params.reg).all_captions() == ["a game style"]
+        assert config.model.params.reg_weight == 0.5 and len(list((tmp_path / "class").glob("*.png"))) == 1
+        with pytest.raises(InputError, match="needs --class_data_dir and --class_prompt"):
+            Program(verb)([*words, *small, "--force", "--with_prior_preservation"])
