@@ -109,32 +109,35 @@ def run(given: argparse.Namespace) -> None:
 
 def concepts_of(given: argparse.Namespace) -> list[dict[str, str]]:
     """The concepts by the keys of diffusers. Raises `InputError` for what is missing or contradicts itself."""
-    wanted = OWN + (CLASS if given.with_prior_preservation else ())
     alone = {key: getattr(given, key) for key in OWN + CLASS if getattr(given, key)}
-    if given.concepts_list:
-        if alone:
-            raise InputError(f"--concepts_list names the concepts; leave --{', --'.join(alone)} out")
-        from ldm.files import read_json
-
-        concepts = read_json(given.concepts_list)
-        if not (isinstance(concepts, list) and concepts and all(isinstance(one, dict) for one in concepts)):
-            raise InputError(f"--concepts_list {given.concepts_list}: expected a JSON list of mappings with "
-                             f"{', '.join(OWN + CLASS)}")  # fmt: skip
-        where = f"--concepts_list {given.concepts_list}: "
-    else:
-        concepts, where = [alone], ""
+    if given.concepts_list and alone:
+        raise InputError(f"--concepts_list names the concepts; leave --{', --'.join(alone)} out")
+    concepts = listed_concepts(given.concepts_list) if given.concepts_list else [alone]
+    where = f"--concepts_list {given.concepts_list}: " if given.concepts_list else ""
+    wanted = OWN + (CLASS if given.with_prior_preservation else ())
     for concept in concepts:
         if unknown := sorted(concept.keys() - {*OWN, *CLASS}):
             raise InputError(f"{where}unknown key {unknown[0]}; expected {', '.join(OWN + CLASS)}")
         if lacking := [key for key in wanted if not isinstance(concept.get(key), str)]:
             raise InputError(f"{where}each concept needs {', '.join(wanted)}; --{lacking[0]} is missing")
-        if words := _not_said(given.modifier_token, concepts):
-            raise InputError(f"no instance prompt has the word {words[0]} of --modifier_token")
+    if words := _not_said(given.modifier_token, concepts):
+        raise InputError(f"no instance prompt has the word {words[0]} of --modifier_token")
     return concepts
 
 
+def listed_concepts(path: str) -> list[dict[str, str]]:
+    """The mappings of a `concepts_list` file. Raises `InputError`."""
+    from ldm.files import read_json
+
+    concepts = read_json(path)
+    if isinstance(concepts, list) and concepts and all(isinstance(one, dict) for one in concepts):
+        return concepts
+    raise InputError(f"--concepts_list {path}: expected a JSON list of mappings with {', '.join(OWN + CLASS)}")
+
+
 def _not_said(modifier_token: str | None, concepts: list[dict[str, str]]) -> list[str]:
-    prompts = " ".join(concept["instance_prompt"] for concept in concepts if "instance_prompt" in concept)
+    """The words to learn that no instance prompt has."""
+    prompts = " ".join(concept["instance_prompt"] for concept in concepts)
     return [word for word in (modifier_token or "").split("+") if word and word not in prompts]
 
 

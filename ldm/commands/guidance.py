@@ -10,6 +10,7 @@ of the captioned folder are what FID and KID compare with. By default eight scal
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +41,10 @@ def add_arguments(p: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ldm.data.pictures import find_pictures
     from ldm.evaluate import guidance
-    from ldm.evaluate.features import FeatureCache, Files
+    from ldm.evaluate.features import FeatureCache
 
-    try:
-        import matplotlib  # noqa: F401  before anything is drawn
-    except ImportError:
-        raise InputError("the figure needs matplotlib: pip install 'position-adapters-ldm[study]'") from None
-    prompts = guidance.read_prompts(options.captions, options.number, options.seed)
-    if not options.against and not Path(options.captions).is_dir():
-        raise InputError(f"--against is missing: {options.captions} has captions alone; name a folder of real pictures")
-    references = Files(find_pictures(options.against or options.captions, (".txt", ".caption", ".jsonl", ".csv")))
-    if len(references) < guidance.LEAST:
-        raise InputError(f"{options.against or options.captions} has {len(references)} pictures; FID and KID need "
-                         f"at least {guidance.LEAST}")  # fmt: skip
+    prompts, references = asked(options)
     cache = FeatureCache(None if options.cache == "off" else options.cache)
     rows: list[dict[str, Any]] = []
     stems = [Path(ckpt).stem for ckpt in options.ckpt]
@@ -72,6 +62,24 @@ def run(options: argparse.Namespace) -> None:
     labels = list(networks)
     guidance.figure(options.out / "guidance.png", rows, labels[0], labels[-1])
     print(f"{options.out / 'guidance.csv'}  {options.out / 'guidance.png'}")
+
+
+def asked(options: argparse.Namespace) -> tuple[list[str], Any]:
+    """The prompts and the real pictures. Raises `InputError`, also if the figure could not be drawn in the end."""
+    from ldm.data.pictures import find_pictures
+    from ldm.evaluate import guidance
+    from ldm.evaluate.features import Files
+
+    if find_spec("matplotlib") is None:
+        raise InputError("the figure needs matplotlib: pip install 'position-adapters-ldm[study]'")
+    prompts = guidance.read_prompts(options.captions, options.number, options.seed)
+    if not options.against and not Path(options.captions).is_dir():
+        raise InputError(f"--against is missing: {options.captions} has captions alone; name a folder of real pictures")
+    references = Files(find_pictures(options.against or options.captions, (".txt", ".caption", ".jsonl", ".csv")))
+    if len(references) < guidance.LEAST:
+        raise InputError(f"{options.against or options.captions} has {len(references)} pictures; FID and KID need "
+                         f"at least {guidance.LEAST}")  # fmt: skip
+    return prompts, references
 
 
 def prepared(ckpt: str, options: argparse.Namespace) -> tuple[Any, Any, Any]:

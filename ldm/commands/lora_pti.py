@@ -161,13 +161,18 @@ def pictures(given: argparse.Namespace) -> str:
     return str(Path(given.output_dir) / "pictures")
 
 
-def shown(given: argparse.Namespace) -> dict[str, Any]:
-    """The data sets of masked and of inpainted photographs; nothing for plain ones."""
+def shown(given: argparse.Namespace, subject: str) -> dict[str, Any]:
+    """The data set of the photographs, plain, masked or inpainted; `subject` stands for them in captions."""
+    params: dict[str, Any] = {"identifier": subject} if subject else {}
+    params |= {"templates": TEMPLATES[given.use_template]} if given.use_template else {}
+    params |= {"size": given.resolution} if given.resolution else {}
     if given.train_inpainting:
-        return {"target": "ldm.data.masked.MaskedPictures"}
-    if given.use_mask_captioned_data or given.use_face_segmentation_condition:
-        return {"target": "ldm.data.folder.CaptionedFolder"}
-    return {}
+        return {"target": "ldm.data.masked.MaskedPictures", "params": params}
+    if not (given.use_mask_captioned_data or given.use_face_segmentation_condition):
+        return {"params": params}
+    params |= {"masks": {"source": "label", "rest": rest_of(given.mask_temperature)}}
+    params |= {"captions": "txt"} if given.use_mask_captioned_data else {}
+    return {"target": "ldm.data.folder.CaptionedFolder", "params": params}
 
 
 def rest_of(temperature: float) -> float:
@@ -190,12 +195,6 @@ def config_of(given: argparse.Namespace) -> dict[str, Any]:
     first = given.max_train_steps_ti if given.perform_inversion and words else 0
     total = first + given.max_train_steps_tuning
     subject = (given.placeholder_token_at_data or "").partition("|")[2] or "".join(words)
-    data: dict[str, Any] = {"identifier": subject} if subject else {}
-    data |= {"templates": TEMPLATES[given.use_template]} if given.use_template else {}
-    data |= {"size": given.resolution} if given.resolution else {}
-    if given.use_mask_captioned_data or given.use_face_segmentation_condition:
-        data |= {"masks": {"source": "label", "rest": rest_of(given.mask_temperature)}}
-    data |= {"captions": "txt"} if given.use_mask_captioned_data else {}
     stages = [
         {"name": name, "steps": steps, "warmup": warmup}
         for name, steps, warmup in (
@@ -204,18 +203,16 @@ def config_of(given: argparse.Namespace) -> dict[str, Any]:
         )
         if steps
     ]
+    data = shown(given, subject)
     unet: dict[str, Any] = {"use_checkpoint": True} if given.gradient_checkpointing else {}
-    unet |= {"in_channels": 9} if given.train_inpainting else {}
-    return {
+    config = {
         "dreambooth": {"class_word": given.class_word},
         "model": {
-            **({"target": "ldm.models.diffusion.inpainting.LatentInpaintDiffusion"} if given.train_inpainting else {}),
             "base_learning_rate": rate_of(given, "unet"),
             "params": {
                 "train_level": [],
                 "tuning": [*inversion(given, words, starts, first), *loras(given, first)],
                 "unet_config": {"params": unet},
-                **(INPAINTING if given.train_inpainting else {}),
                 "optimizer_config": {
                     "target": "torch.optim.AdamW", "params": {"weight_decay": given.weight_decay_lora},
                 },
@@ -224,15 +221,23 @@ def config_of(given: argparse.Namespace) -> dict[str, Any]:
                 },
             },
         },
-        "data": {"params": {"batch_size": given.train_batch_size, "train": shown(given) | {"params": data}, "reg": None,
-                            "validation": shown(given) | {"params": data}}},
+        "data": {"params": {"batch_size": given.train_batch_size, "train": data, "reg": None, "validation": data}},
         "lightning": {
-            # its pictures begin with noise alone, which an inpainting model cannot do
-            **({"callbacks": {"image_logger": None}} if given.train_inpainting else {}),
             "modelcheckpoint": {"params": {"every_n_train_steps": given.save_steps}},
             "trainer": {"max_steps": total, "accumulate_grad_batches": given.gradient_accumulation_steps},
         },
     }  # fmt: skip
+    return for_inpainting(config) if given.train_inpainting else config
+
+
+def for_inpainting(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the model of inpainting."""
+    params = config["model"]["params"]
+    params |= INPAINTING | {"unet_config": {"params": params["unet_config"]["params"] | {"in_channels": 9}}}
+    config["model"]["target"] = "ldm.models.diffusion.inpainting.LatentInpaintDiffusion"
+    # its pictures begin with noise alone, which an inpainting model cannot do
+    config["lightning"]["callbacks"] = {"image_logger": None}
+    return config
 
 
 def words_of(given: argparse.Namespace) -> tuple[list[str], list[str | float]]:

@@ -90,12 +90,7 @@ class ListedPictures(ShuffledDraws):
 def listed(root: Path, txt_file: str | Path | None = None) -> list[str]:
     """The pictures below a folder, or those of a list, as paths in the folder. Raises `InputError`."""
     if txt_file is not None and Path(txt_file).is_file():
-        names = [line.strip() for line in read_text(txt_file).splitlines() if line.strip()]
-        if not names:
-            raise InputError(f"{txt_file} is empty; expected a picture of {root} per line")
-        if absent := [name for name in names if not (root / name).is_file()]:
-            raise InputError(f"{txt_file} names {absent[0]}, which is not in {root} ({len(absent)} such)")
-        return names
+        return _of_list(root, Path(txt_file))
     if not root.is_dir():
         raise InputError(f"the folder {root} does not exist: expected pictures below it; name another by data_root")
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and is_picture(path))
@@ -103,6 +98,15 @@ def listed(root: Path, txt_file: str | Path | None = None) -> list[str]:
         raise InputError(f"the folder {root} has no pictures below it; name another by data_root")
     if txt_file is not None:
         log.info("%s does not exist: all %d pictures below %s are shown", txt_file, len(names), root)
+    return names
+
+
+def _of_list(root: Path, file: Path) -> list[str]:
+    names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if not names:
+        raise InputError(f"{file} is empty; expected a picture of {root} per line")
+    if absent := [name for name in names if not (root / name).is_file()]:
+        raise InputError(f"{file} names {absent[0]}, which is not in {root} ({len(absent)} such)")
     return names
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ldm.errors import InputError
 from ldm.interchange import apply, custom_diffusion
@@ -29,15 +31,20 @@ def begin_at_delta(model: Any, path: str | Path) -> list[str]:
     if unknown := [word for word in delta.tokens if word not in words]:
         raise InputError(f"--delta_ckpt {path} holds the word {unknown[0]}; this run learns "
                          f"{', '.join(words) or 'none'}: name it by --modifier_token")  # fmt: skip
-    pairs = []
-    for word, rows in delta.tokens.items():
-        for encoder in encoders.values():
-            own = [encoder.new_tokens.vectors[name] for name in encoder.new_tokens.words[word].split()]
-            if (len(own), own[0].shape[-1]) != tuple(rows.shape):
-                raise InputError(f"--delta_ckpt {path}: {word} has vectors of shape {list(rows.shape)}, here "
-                                 f"[{len(own)}, {own[0].shape[-1]}]; it was learnt on another base")  # fmt: skip
-            pairs += zip(own, rows, strict=True)
+    pairs = [pair for word, rows in delta.tokens.items() for pair in _vectors(encoders, word, rows, path)]
     apply.add(model, custom_diffusion.changes(delta, learning, str(path)))
     for own, row in pairs:
         own.copy_(row[None])
     return list(delta.tokens)
+
+
+def _vectors(
+    encoders: Mapping[str, Any], word: str, rows: Tensor, path: str | Path
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The vectors of a word in each encoder, with their new values."""
+    for encoder in encoders.values():
+        own = [encoder.new_tokens.vectors[name] for name in encoder.new_tokens.words[word].split()]
+        if (len(own), own[0].shape[-1]) != tuple(rows.shape):
+            raise InputError(f"--delta_ckpt {path}: {word} has vectors of shape {list(rows.shape)}, here "
+                             f"[{len(own)}, {own[0].shape[-1]}]; it was learnt on another base")  # fmt: skip
+        yield from zip(own, rows, strict=True)

@@ -263,6 +263,14 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
         return grouped([(None, learning, {})], self.learning_rates, usual) if learning else []
 
 
+def with_words(tuning: Mapping | Sequence[Mapping] | None, personalization_config: Mapping | None) -> Any:
+    """The entries of `tuning`, and those that a published `personalization_config` asks for."""
+    if personalization_config is None:
+        return tuning
+    given = plain(tuning) or []
+    return [*([given] if isinstance(given, Mapping) else given), *instantiate_from_config(personalization_config)]
+
+
 class LatentDiffusion(Condition, DDPM):
     """Diffusion in the latents of a frozen autoencoder, conditioned on text, class labels, pictures or nothing.
 
@@ -317,10 +325,7 @@ class LatentDiffusion(Condition, DDPM):
         is_first_stage = cond_stage_config == "__is_first_stage__"
         encoder = self.first_stage_model if is_first_stage else instantiate_from_config(cond_stage_config)
         setattr(self, self.condition_name, encoder)
-        if personalization_config is not None:
-            given = plain(tuning) or []
-            words = instantiate_from_config(personalization_config)
-            tuning = [*([given] if isinstance(given, Mapping) else given), *words]
+        tuning = with_words(tuning, personalization_config)
         self.is_tuned = bool(train_level or tuning)  # else the whole model is trained, not a change of a base
         whole = ["unet", "embeder"] if cond_stage_trainable else ["unet"]
         levels = train_level if self.is_tuned else whole
