@@ -69,7 +69,8 @@ def find_pictures(folder: str | Path, beside: Sequence[str] = ()) -> list[Path]:
     taken = set(pictures)
     skipped = [path.name for path in entries if path not in taken and not path.name.endswith(tuple(beside))]
     if not pictures:
-        found = f"has no pictures, only {some(skipped)}" if skipped else "is empty"
+        others = [path.name for path in entries]
+        found = f"has no pictures, only {some(others)}" if others else "is empty"
         raise InputError(f"the folder {folder} {found}: {expected}, directly in it; put some there or name another")
     if skipped:
         _warn_of_skipped(folder, tuple(skipped))
