@@ -12,10 +12,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT
+from tests.forkserver import ForkServer
 
 TINY = ROOT / "tests" / "configs" / "tiny.yaml"
 # One thread: tests run beside each other, and sums in another order would not be the same bit for bit.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+SERVER = ForkServer(ENVIRONMENT)
 
 
 def pictures(folder: Path, number: int, seed: int = 0) -> Path:
@@ -70,10 +73,14 @@ def sample(outdir: Path, *more: str, config: Path = TINY) -> list[Path]:
 
 def command(*words: str, **environment: str) -> subprocess.CompletedProcess:
     """Run a program of this repository; its exit code and what it wrote."""
+    return SERVER.run([*map(str, words)], ENVIRONMENT | environment)
+
+
+def fresh_command(*words: str) -> subprocess.CompletedProcess:
+    """The same in a new interpreter."""
     return subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        [sys.executable, *map(str, words)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
 
 
 def start(*words: str) -> subprocess.Popen:

@@ -18,7 +18,7 @@ from ldm.config import load_config
 from ldm.errors import InputError
 from ldm.interchange.layers import ORDERS
 from tests.conftest import ROOT
-from tests.runs import ENVIRONMENT, TINY, command
+from tests.runs import ENVIRONMENT, TINY, fresh_command
 
 # The published programs, and the verb of which each is another name.
 PUBLISHED = {
@@ -251,7 +251,7 @@ def test_a_process_that_samples_imports_nothing_for_training(tmp_path):
         "command()"
     )
     words = ["sample", "--config", TINY, "--prompt", "a dog", "--ddim_steps", 1, "--n_samples", 1, "--n_iter", 1]
-    done = command("-c", program, *words, "--outdir", tmp_path / "out")
+    done = fresh_command("-c", program, *words, "--outdir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     imported = set(done.stderr.splitlines()[-1].split())
     assert "torch" in imported and "ldm" in imported
