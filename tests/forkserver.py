@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,55 +28,95 @@ LIMIT = 240  # seconds that a program may take
 
 
 class ForkServer:
-    """Starts the server with the first program; `run` is `subprocess.run` of Python on `words`."""
+    """Starts the server with the first program."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment, self.server = environment, None
 
     def run(self, words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
-        if self.server is None or self.server.poll() is not None:
-            self._start()
+        """As `subprocess.run` of Python on `words` with what it writes as text."""
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            request = json.dumps([words, environment]).encode()
-            self.line.sendall(len(request).to_bytes(4, "big"))
-            socket.send_fds(self.line, [request], [out.fileno(), err.fileno()])
-            pid = int.from_bytes(self.line.recv(4), "big")
-            try:
-                code = int.from_bytes(self.line.recv(4), "big", signed=True)
-            except TimeoutError:
-                os.killpg(pid, signal.SIGKILL)
-                self.server.kill()
-                raise
+            process = Process(self, self.ask(words, environment, fds=[out.fileno(), err.fileno()]))
+            code = process.wait(LIMIT)
             texts = [(stream.seek(0), stream.read().decode())[1] for stream in (out, err)]
         return subprocess.CompletedProcess(words, code, *texts)
 
-    def _start(self) -> None:
-        self.line, theirs = socket.socketpair()
-        self.line.settimeout(LIMIT)
-        command = [sys.executable, "-m", "tests.forkserver", str(theirs.fileno())]
-        self.server = subprocess.Popen(command, cwd=ROOT, env=self.environment, pass_fds=[theirs.fileno()])
-        theirs.close()
+    def start(self, words: list[str], environment: dict[str, str]) -> Process:
+        """As `subprocess.Popen` of Python on `words`, both streams in one pipe of text."""
+        theirs, ours = os.pipe()[::-1]
+        process = Process(self, self.ask(words, environment, fds=[theirs, theirs]), ours)
+        os.close(theirs)
+        return process
+
+    def ask(self, *request, fds: Sequence[int] = ()) -> int:
+        """What the server answers: the number of a new process, or how one ended."""
+        if self.server is None or self.server.poll() is not None:
+            self.line, theirs = socket.socketpair()
+            command = [sys.executable, "-m", "tests.forkserver", str(theirs.fileno())]
+            self.server = subprocess.Popen(command, cwd=ROOT, env=self.environment, pass_fds=[theirs.fileno()])
+            theirs.close()
+        text = json.dumps(request).encode()
+        self.line.sendall(len(text).to_bytes(4, "big"))
+        socket.send_fds(self.line, [text], fds)
+        return int.from_bytes(self.line.recv(4), "big", signed=True)
+
+
+class Process:
+    """A program that a server started, with the part of `subprocess.Popen` that tests use."""
+
+    def __init__(self, server: ForkServer, pid: int, stream: int | None = None) -> None:
+        self.server, self.pid, self.returncode = server, pid, None
+        self.descriptor = os.pidfd_open(pid)
+        self.stdout = None if stream is None else open(stream, errors="replace")
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self.descriptor], [], [], 0)[0]:
+            self.returncode = self.server.ask(self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not select.select([self.descriptor], [], [], timeout)[0]:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired([], timeout)
+        return self.poll()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        end = threading.Timer(timeout, os.killpg, (self.pid, signal.SIGKILL))
+        end.start()
+        with self.stdout:
+            text = self.stdout.read()
+        end.cancel()
+        self.wait(timeout)
+        return text, None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def serve(line: socket.socket) -> tuple[list[str], dict[str, str]]:
-    """Fork a child for each request. Returns in the child, with its command line and environment."""
+    """Fork a child for each command line, wait for a child for each number. Returns in a child."""
     while size := line.recv(4):
-        request, fds, *_ = socket.recv_fds(line, int.from_bytes(size, "big"), 2)
-        while len(request) < int.from_bytes(size, "big"):
-            request += line.recv(2**16)
-        if not (pid := os.fork()):
+        text, fds, *_ = socket.recv_fds(line, int.from_bytes(size, "big"), 2)
+        while len(text) < int.from_bytes(size, "big"):
+            text += line.recv(2**16)
+        request = json.loads(text)
+        if not fds:
+            answer = os.waitstatus_to_exitcode(os.waitpid(*request, 0)[1])
+        elif not (answer := os.fork()):
             os.setsid()
             line.close()
             for stream, fd in zip((1, 2), fds, strict=True):
                 os.dup2(fd, stream), os.close(fd)
             with open(os.devnull) as nothing:
                 os.dup2(nothing.fileno(), 0)
-            return json.loads(request)
+            return request
         for fd in fds:
             os.close(fd)
-        line.sendall(pid.to_bytes(4, "big"))
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        line.sendall(code.to_bytes(4, "big", signed=True))
+        line.sendall(answer.to_bytes(4, "big", signed=True))
     sys.exit()
 
 
@@ -93,8 +135,10 @@ def fork_a_spare() -> dict[str, str] | None:
     parent = os.getpid()
     if not (pid := os.fork()):
         os.close(ours)
+        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for its parent
         with open(theirs) as told:
             text = told.read()
+        signal.signal(signal.SIGINT, usual)
         if not text or os.getppid() != parent:
             os._exit(0)
         return json.loads(text)
@@ -113,6 +157,7 @@ def run(words: list[str], environment: dict[str, str]) -> None:
     """Be `python <words>` in this process, as far as a program can tell."""
     os.environ.clear()
     os.environ.update(environment)
+    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     if (more := fork_a_spare()) is not None:
         os.environ.update(more)
         rank_zero_only.rank = int(more["LOCAL_RANK"])

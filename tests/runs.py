@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT
-from tests.forkserver import ForkServer
+from tests.forkserver import ForkServer, Process
 
 TINY = ROOT / "tests" / "configs" / "tiny.yaml"
 # One thread: tests run beside each other, and sums in another order would not be the same bit for bit.
@@ -83,12 +83,9 @@ def fresh_command(*words: str) -> subprocess.CompletedProcess:
     )
 
 
-def start(*words: str) -> subprocess.Popen:
-    """Start a program of this repository; both of its streams come through `stderr`, a line at a time."""
-    return subprocess.Popen(
-        [sys.executable, "-u", *map(str, words)],
-        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+def start(*words: str) -> Process:
+    """Start a program of this repository; both of its streams come through `stdout`, a line at a time."""
+    return SERVER.start([*map(str, words)], ENVIRONMENT)
 
 
 def last(run: Path) -> dict:
