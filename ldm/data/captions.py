@@ -132,13 +132,16 @@ def caption_files(folder: Path, names: Sequence[str], extensions: Sequence[str] 
 
 def _from_files(folder: Path, names: Sequence[str], extensions: Sequence[str]) -> tuple[Found, str]:
     files = caption_files(folder, names, extensions)
-    used = set(files.values())
-    _tell_alone(
-        folder, tuple(sorted(f for f in os.listdir(folder) if f.endswith(tuple(extensions)) and f not in used))
-    )
+    _tell_alone(folder, _files_alone(folder, files, extensions))
     captions = {name: _lines(read_text(folder / file)) for name, file in files.items()}
     endings = dict.fromkeys(Path(file).suffix for file in files.values())
     return {name: lines for name, lines in captions.items() if lines}, " and ".join(endings)
+
+
+def _files_alone(folder: Path, files: Mapping[str, str], extensions: Sequence[str]) -> tuple[str, ...]:
+    """The caption files of a folder that are not among `files`."""
+    used = set(files.values())
+    return tuple(sorted(file for file in os.listdir(folder) if file.endswith(tuple(extensions)) and file not in used))
 
 
 def _lines(text: str) -> tuple[str, ...]:
@@ -233,9 +236,10 @@ def _tell_alone(folder: Path, names: tuple[str, ...]) -> None:
 
 @cache
 def tell_unread(folder: Path, names: tuple[str, ...], option: str) -> None:
-    """Say that a folder has captions that are not read, and that `option` reads them."""
-    count = len(caption_files(folder, names))
-    found = [f"{count} caption files"] * bool(count) + [table for table in TABLES if (folder / table).is_file()]
+    """Say that a folder has captions that are not read, and that `option` reads them; and which have no picture."""
+    files = caption_files(folder, names)
+    _tell_alone(folder, _files_alone(folder, files, EXTENSIONS))
+    found = [f"{len(files)} caption files"] * bool(files) + [table for table in TABLES if (folder / table).is_file()]
     if found:
         log.warning(
             "%s has %s, which are not read: captions are made from the template; %s reads them",

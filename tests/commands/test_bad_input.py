@@ -163,7 +163,6 @@ TRAINING = {
     "batch size": ("data.params.batch_size=0", "data.params.batch_size must be a whole number of at least 1, got 0"),
     "workers": ("data.params.num_workers=-1", "data.params.num_workers must be a whole number of at least 0, got -1"),
     "size of pictures": ("data.params.train.params.size=0", "size: expected a number of pixels such as 512, got 0"),
-    "sizes that differ": ("data.params.reg.params.size=16", "pictures of the subject and of its class must have"),
     "size that cannot be halved": (
         "data.params.train.params.size=36 data.params.reg.params.size=36 data.params.validation.params.size=36",
         "latents of 9 x 9 do not fit this UNet: it needs multiples of 2",

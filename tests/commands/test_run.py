@@ -157,10 +157,12 @@ def test_a_run_begun_from_the_config_of_another_keeps_its_words_unless_told_othe
 
 def test_other_files_are_skipped_with_one_warning(tmp_path, caplog):
     pictures(tmp_path / "photos", 2), pictures(tmp_path / "class", 2)
+    (tmp_path / "photos" / "notes.md").write_text("mine")
     (tmp_path / "photos" / "notes.txt").write_text("mine")
     with caplog.at_level("WARNING"):
         train(tmp_path, "run", "--max_steps", 1)
-    assert caplog.text.count("photos: skipped 1 that are not pictures: notes.txt") == 1
+    assert caplog.text.count("photos: skipped 1 that are not pictures: notes.md") == 1
+    assert caplog.text.count("photos: 1 captions without a picture: notes.txt") == 1
 
 
 @pytest.mark.parametrize("scale,rate", [("True", 0.001 * 2 * 3), ("false", 0.001)])
