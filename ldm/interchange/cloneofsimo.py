@@ -2,6 +2,7 @@
 
 Neither format names its layers. They are numbered in the order in which a search of the model finds them, and this
 order differs between LDM's and diffusers' models. In the `.safetensors`, `up` includes the scale; in the `.pt` not.
+Words are in the `.safetensors` itself, and in a file of their own beside the `.pt`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ldm.files import parse_json
 from ldm.interchange import layers
 from ldm.interchange.formats import Codec, Context, Opened, open_file
 from ldm.interchange.lora import Factors, Lora, first_of, fitted, folded
-from ldm.modules.encoders.tokens import EMBEDDED, grouped
+from ldm.modules.encoders.tokens import EMBEDDED, grouped, read_embeddings
 
 log = logging.getLogger(__name__)
 
@@ -105,10 +106,8 @@ def write_safetensors(path: str | Path, content: Published) -> None:
             down, up, _ = folded(one)
             tensors |= {f"{part}:{i}:up": up.half(), f"{part}:{i}:down": down.half()}
             metadata[f"{part}:{i}:rank"] = str(one.rank)
-    for word, vectors in content.tokens.items():
-        for i, vector in enumerate(vectors):  # one vector has one name; further ones as in diffusers
-            name = f"{word}_{i}" if i else word
-            tensors[name], metadata[name] = vector.float(), EMBEDDED
+    words = _single_vectors(content.tokens)
+    tensors, metadata = tensors | words, metadata | dict.fromkeys(words, EMBEDDED)
     save_safetensors(path, tensors, metadata)
 
 
@@ -133,35 +132,64 @@ def text_beside(path: str | Path) -> Path:
     return path.with_name(f"{path.name.removesuffix('.pt')}.text_encoder.pt")
 
 
+def words_beside(path: str | Path) -> Path:
+    """Where the learnt words lie: `name.ti.pt` beside `name.pt`."""
+    path = Path(path)
+    return path.with_name(f"{path.name.removesuffix('.pt')}.ti.pt")
+
+
 def read_pt(path: str | Path | Opened) -> Published:
-    """Read a `.pt` list and the text encoder's beside it, if there is one."""
+    """Read a `.pt` list with the text encoder's list and the words beside it, if there are any."""
     file = open_file(path)
     factors = {"unet": read_list(file)}
     if text_beside(file.path).is_file():
         factors["text_encoder"] = read_list(text_beside(file.path))
-    return Published(factors, {})
+    return Published(factors, {}, read_words_beside(file.path))
 
 
-def write_pt(path: str | Path, content: Published) -> None:
-    """Write `.pt` lists in fp16. The scale is multiplied into `up`, because these files have no place for it.
+def read_words_beside(path: str | Path) -> dict[str, Tensor]:
+    """The words of `name.ti.pt` beside `name.pt`, {} without one. Raises `InputError` for another content."""
+    file = words_beside(path)
+    found = read_embeddings(file) if file.is_file() else {}
+    if any(isinstance(vectors, tuple) for vectors in found.values()):
+        raise InputError(f"{file} holds a word of SDXL; expected words and their vectors for one text encoder")
+    return grouped(found)
 
-    A text encoder's list beside an older file is deleted, because readers would use it with the new file.
+
+def write_pt(path: str | Path, content: Published) -> list[Path]:
+    """Write `.pt` lists in fp16, and words. The scale is multiplied into `up`, as these files have no place for it.
+
+    A text encoder's list or words beside an older file are deleted, because readers would use them with the new file.
     Raises `InputError` for a LoRA of the text encoder alone, because such files begin with the UNet's layers.
     """
     if "unet" not in content.factors:
         raise InputError(f"{path}: a .pt LoRA begins with the UNet's layers, and this one has none; use another format")
-    lists = {}
+    writers: dict[Path, Callable[[Path], None]] = {}
     for part, target in (("text_encoder", text_beside(path)), ("unet", Path(path))):
         pairs = [folded(one) for one in content.factors.get(part, [])]
         if pairs:
-            lists[target] = [tensor.half() for one in pairs for tensor in (one.up, one.down)]
-    write_all({target: partial(_save_list, tensors=tensors) for target, tensors in lists.items()})
-    if text_beside(path) not in lists:
-        text_beside(path).unlink(missing_ok=True)
+            tensors = [tensor.half() for one in pairs for tensor in (one.up, one.down)]
+            writers[target] = partial(_save, content=tensors)
+    if content.tokens:
+        writers[words_beside(path)] = partial(_save, content=_single_vectors(content.tokens))
+    write_all(writers)
+    for target in _beside(path):
+        if target not in writers:
+            target.unlink(missing_ok=True)
+    return [Path(path), *(target for target in _beside(path) if target in writers)]
 
 
-def _save_list(path: Path, tensors: list[Tensor]) -> None:
-    save_torch(path, tensors)
+def _beside(path: str | Path) -> list[Path]:
+    return [text_beside(path), words_beside(path)]
+
+
+def _single_vectors(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Words as names with one vector [d] each; further ones are called as in diffusers, `<s>_1`, `<s>_2`, ..."""
+    return {f"{w}_{i}" if i else w: row.float() for w, vectors in tokens.items() for i, row in enumerate(vectors)}
+
+
+def _save(path: Path, content: Any) -> None:
+    save_torch(path, content)
 
 
 # --- to and from the neutral form
@@ -332,7 +360,7 @@ def renumbered(lora: Lora, like: Sequence[Published]) -> Published:
 def _codec(
     recognises: Callable[[Opened], bool],
     read: Callable[[Opened], Published],
-    write: Callable[[Path, Published], None],
+    write: Callable[[Path, Published], list[Path] | None],
     reads: Mapping[str, Callable[[Opened, Context], Any]] | None = None,
     **others: Any,
 ) -> Codec:
@@ -344,8 +372,8 @@ def _codec(
             return numbered(content)
         return to_lora(content, context.model, str(file.given), context.order)
 
-    def write_lora(path: Path, value: Lora, context: Context) -> None:
-        write(path, from_lora(value, context.model, context.order or "diffusers"))
+    def write_lora(path: Path, value: Lora, context: Context) -> list[Path] | None:
+        return write(path, from_lora(value, context.model, context.order or "diffusers"))
 
     return Codec(recognises, {"lora": lora, **(reads or {})}, write_lora, **others)
 
@@ -360,5 +388,6 @@ SAFETENSORS = _codec(
     notes=_searched,
 )  # fmt: skip
 LIST = _codec(
-    lambda file: isinstance(file.content, list), read_pt, write_pt, beside=lambda path: [text_beside(path)]
-)
+    lambda file: isinstance(file.content, list), read_pt, write_pt,
+    {"words": lambda file, _: read_words_beside(file.path)}, beside=_beside,
+)  # fmt: skip

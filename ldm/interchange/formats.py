@@ -133,7 +133,7 @@ FORMATS = [
         "cloneofsimo", "a LoRA of cloneofsimo's lora, .safetensors", f"{HERE}.cloneofsimo.SAFETENSORS",
         ("lora", "words"),
     ),
-    Format("cloneofsimo-pt", "a LoRA of cloneofsimo's lora, .pt list", f"{HERE}.cloneofsimo.LIST", ("lora",)),
+    Format("cloneofsimo-pt", "a LoRA of cloneofsimo's lora, .pt list", f"{HERE}.cloneofsimo.LIST", ("lora", "words")),
     Format("diffusers", "a LoRA with the keys of diffusers or PEFT", f"{HERE}.lora_keys.DIFFUSERS", ("lora",)),
     Format("kohya", "a LoRA with the keys of kohya, which web UIs read", f"{HERE}.lora_keys.KOHYA", ("lora",)),
     Format("delta", "a Custom Diffusion delta, LDM layout", f"{HERE}.custom_diffusion.LDM", ("delta", "words")),

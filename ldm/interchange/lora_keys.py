@@ -5,7 +5,6 @@ One table reads all spellings: the end of a key is its role, the part before it 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import refuse_not_finite, save_safetensors, weights_in
 from ldm.errors import InputError, short
-from ldm.files import parse_json, read_json
+from ldm.interchange import peft_config
 from ldm.interchange.formats import Codec, Context, Opened, open_file
 from ldm.interchange.layers import dialects
-from ldm.interchange.lora import Factors, Lora, fitted, folded, rank_of
+from ldm.interchange.lora import Factors, Lora, fitted, folded, rank_of, weighted_sum
 from ldm.interchange.names import UNET
 from ldm.patterns import Patterns
 
@@ -32,8 +31,6 @@ ROLES = {
 for _old in (".lora_linear_layer", ".lora", "_lora"):
     ROLES["down"].append(f"{_old}.down.weight")
     ROLES["up"].append(f"{_old}.up.weight")
-# Files of PEFT's `save_pretrained`, beside `adapter_config.json`.
-PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 ENDS = sorted(((end, role) for role, ends in ROLES.items() for end in ends), key=lambda item: -len(item[0]))
 
 
@@ -54,11 +51,13 @@ def is_kohya(content: Any) -> bool:
 
 def file_of(path: str | Path) -> Path:
     """The file with the weights: in a folder of PEFT, the file inside; else the path itself."""
-    return next((file for name in PEFT if (file := Path(path) / name).is_file()), Path(path))
+    return next((file for name in peft_config.WEIGHTS if (file := Path(path) / name).is_file()), Path(path))
 
 
-def read_factors(path: str | Path | Opened) -> dict[str, Factors]:
+def read_factors(path: str | Path | Opened, initial: bool = False) -> dict[str, Factors]:
     """The factors of a file by its own layer names, with the scale that they were trained with.
+
+    They change the released base; with `initial` they are those in the file, whatever base they belong to.
 
     The scale is alpha / rank with the file's own alpha, else the one of PEFT's configuration, else 1, as in diffusers.
     Raises `InputError` for keys that do not belong to a LoRA and for a damaged configuration.
@@ -79,64 +78,51 @@ def read_factors(path: str | Path | Opened) -> dict[str, Factors]:
         raise _unknown(path, unknown)
     factors = {}
     try:
-        configurations, patterns = _configurations(file), Patterns(f"{path}: PEFT's configuration is damaged")
+        configs, patterns = peft_config.configurations(file), Patterns(f"{path}: PEFT's configuration is damaged")
         for layer, roles in found.items():
-            down, up, alpha = roles["down"], roles["up"], roles.get("alpha")
-            rank = rank_of(down, layer, str(path))
-            if min(down.dim(), up.dim()) < 2 or up.flatten(1).shape[1] != rank:
-                raise InputError(
-                    f"{path}: {short(layer)} has factors of {list(down.shape)} and {list(up.shape)}; "
-                    "expected [rank, inputs] and [outputs, rank]"
-                )
-            if alpha is None:
-                scale = _scale(plain_name(layer), rank, configurations, patterns)
-            else:
-                scale = _finite(alpha.item() if alpha.numel() == 1 else alpha.shape, layer, path) / rank
-            factors[layer] = Factors(down, up, scale)
+            factors[layer] = _checked(layer, roles, path)
+            if "alpha" not in roles:
+                scale = peft_config.scale(plain_name(layer), factors[layer].rank, configs, patterns)
+                factors[layer] = factors[layer]._replace(scale=scale)
+        return factors if initial else _since_start(factors, file, configs)
     except InputError:
         raise
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: PEFT's configuration is damaged ({error!r})") from None
-    return factors
+
+
+def _checked(layer: str, roles: Mapping[str, Tensor], path: Path) -> Factors:
+    """The factors of a layer, with its alpha if the file has one. Raises `InputError` if they cannot be multiplied."""
+    down, up = roles["down"], roles["up"]
+    rank = rank_of(down, layer, str(path))
+    if min(down.dim(), up.dim()) < 2 or up.flatten(1).shape[1] != rank:
+        raise InputError(
+            f"{path}: {short(layer)} has factors of {list(down.shape)} and {list(up.shape)}; "
+            "expected [rank, inputs] and [outputs, rank]"
+        )
+    if (alpha := roles.get("alpha")) is None:
+        return Factors(down, up)
+    number = alpha.item() if alpha.numel() == 1 else alpha.shape
+    return Factors(down, up, peft_config.finite_alpha(number, layer, path) / rank)
 
 
 def _unknown(path: str | Path, keys: list[str]) -> InputError:
     return InputError(f"{path}: {len(keys)} unknown keys, e.g. {', '.join(keys[:3])}; wrong base model or format?")
 
 
-def _configurations(opened: Opened) -> dict[str, dict[str, Any]]:
-    """PEFT's configurations by the prefix of the layers that they are for.
-
-    PEFT writes one beside its file, for all layers; diffusers writes them into the metadata, e.g. `unet.lora_alpha`.
-    """
-    file = opened.path
-    beside = file.with_name("adapter_config.json")
-    if file.name in PEFT and beside.is_file():
-        try:
-            return {"": read_json(beside)}
-        except InputError as error:
-            raise InputError(f"{file}: PEFT's configuration is damaged: {error}") from None
-    found: dict[str, dict[str, Any]] = {}
-    written = parse_json(opened.metadata.get("lora_adapter_metadata", "{}"), f"{file}: lora_adapter_metadata")
-    for key, value in written.items():
-        part, dot, name = key.partition(".")
-        found.setdefault(part + dot, {})[name] = value
-    return found
-
-
-def _finite(alpha: Any, layer: str, source: str | Path) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise InputError(f"{source}: alpha of {short(layer)} must be a finite number, got {short(alpha)}")
-    return float(alpha)
-
-
-def _scale(name: str, rank: int, configurations: Mapping[str, Mapping[str, Any]], patterns: Patterns) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732), as PEFT has it for a layer."""
-    part, config = next(((p, a) for p, a in configurations.items() if name.startswith(p)), ("", {}))
-    alphas = (config.get("alpha_pattern") or {}).items()
-    own = (alpha for key, alpha in alphas if patterns.fullmatch(rf"(.*\.)?({key})", name.removeprefix(part)))
-    alpha = _finite(next(own, config.get("lora_alpha", rank)), name, patterns.source)
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+def _since_start(factors: dict[str, Factors], file: Opened, configs: Mapping[str, Any]) -> dict[str, Factors]:
+    """The change of the released base, where training began with another one, see `peft_config.start_of`."""
+    for part, config in configs.items():
+        own = {layer: one for layer, one in factors.items() if plain_name(layer).startswith(part)}
+        start = peft_config.start_of(config, file) if own else None
+        if start is None:
+            continue
+        initial = {plain_name(layer): one for layer, one in read_factors(start, initial=True).items()}
+        if {plain_name(layer) for layer in own} - initial.keys():
+            raise InputError(f"{file.given}: {start} holds the start of another LoRA: its layers differ")
+        pairs = {layer: [Lora({layer: one}), Lora({layer: initial[plain_name(layer)]})] for layer, one in own.items()}
+        factors = factors | {layer: weighted_sum(pair, [1, -1]).layers[layer] for layer, pair in pairs.items()}
+    return factors
 
 
 def read(path: str | Path | Opened, model: nn.Module) -> Lora:

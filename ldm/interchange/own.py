@@ -19,6 +19,7 @@ from ldm.errors import InputError
 from ldm.interchange.custom_diffusion import NEW_TOKENS, SAVED, Delta
 from ldm.interchange.formats import Codec, Opened
 from ldm.interchange.lora import Factors, Lora, weighted_sum
+from ldm.interchange.peft_config import PLAIN_STARTS
 from ldm.modules.encoders.tokens import Vectors
 from ldm.modules.folders import names_adapter, read_config, read_folder
 from ldm.tuning import choose, table
@@ -57,6 +58,11 @@ def lora(path: str | Path) -> Lora:
         family = LoRA(**params)
         if family.kind not in ("lora", "rslora"):
             raise InputError(f"{path}: {family.kind} is no low-rank sum, which is all that LoRA files can hold")
+        if (start := family.options.get("init_lora_weights")) not in PLAIN_STARTS:
+            raise InputError(
+                f"{path} was trained with init_lora_weights {start!r}, so its factors belong to a changed base, which "
+                f"no LoRA file can name; {WHOLE}"
+            )
         for name, factors in _factors(family, tensors).items():
             if name in layers:  # the changes of two families on one layer add up
                 factors = weighted_sum([Lora({name: one}) for one in (layers[name], factors)], [1, 1]).layers[name]

@@ -12,6 +12,7 @@ from torch import nn
 from ldm.checkpoints import read_metadata
 from ldm.errors import InputError
 from ldm.interchange import cloneofsimo as cs
+from ldm.interchange import words_in
 from ldm.interchange.layers import find_layers
 from ldm.interchange.lora import Factors, clamped, delta, distilled, from_delta, reduced, selected, weighted_sum
 from ldm.modules.encoders.tokens import read_embeddings
@@ -343,6 +344,24 @@ def test_a_text_encoders_list_goes_with_its_lora(folder, tmp_path):
     assert cs.read_pt(tmp_path / "x.pt").factors.keys() == {"unet"}
     with pytest.raises(InputError, match="y.pt: a .pt LoRA begins with the UNet's layers, and this one has none"):
         cs.write_pt(tmp_path / "y.pt", cs.Published({"text_encoder": a.factors["text_encoder"]}, {}))
+
+
+def test_the_words_of_a_list_lie_in_a_third_file(folder, tmp_path):
+    """`save_all` of the published code writes {word: vector} as `x.ti.pt` beside `x.pt` and `x.text_encoder.pt`."""
+    a = cs.read_pt(folder / "A.pt")
+    cs.write_pt(tmp_path / "x.pt", a)
+    torch.save({"<s1>": torch.ones(24), "<s2>": torch.zeros(24)}, tmp_path / "x.ti.pt")
+    assert {word: v.tolist() for word, v in words_in(tmp_path / "x.pt").items()} == {
+        "<s1>": [[1.0] * 24], "<s2>": [[0.0] * 24],
+    }  # fmt: skip
+    files = cs.write_pt(tmp_path / "y.pt", dataclasses.replace(a, tokens={"<s1>": torch.eye(2)}))
+    assert [file.name for file in files] == ["y.pt", "y.text_encoder.pt", "y.ti.pt"]
+    assert torch.equal(cs.read_pt(tmp_path / "y.pt").tokens["<s1>"], torch.eye(2))
+    cs.write_pt(tmp_path / "y.pt", a)
+    assert not (tmp_path / "y.ti.pt").exists()
+    torch.save({"clip_l": torch.ones(1, 4), "clip_g": torch.ones(1, 8)}, tmp_path / "x.ti.pt")
+    with pytest.raises(InputError, match="x.ti.pt holds a word of SDXL"):
+        cs.read_pt(tmp_path / "x.pt")
 
 
 def test_refusals(folder, tmp_path):
