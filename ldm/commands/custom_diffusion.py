@@ -225,19 +225,26 @@ def config_of(given: argparse.Namespace, concepts: list[dict[str, str]]) -> dict
                 "freeze_model": given.freeze_model.replace("_", "-"),
                 "add_token": bool(given.modifier_token),
                 "cond_stage_trainable": False,
-                "reg_weight": given.prior_loss_weight,
-                "unet_config": {"params": {"use_checkpoint": True}} if given.gradient_checkpointing else {},
-                "optimizer_config": {
-                    "target": "torch.optim.AdamW",
-                    "params": {"betas": [given.adam_beta1, given.adam_beta2], "weight_decay": given.adam_weight_decay,
-                               "eps": given.adam_epsilon},
-                },
-                "scheduler_config": {"target": "ldm.lr_scheduler.NamedSchedule", "params": schedule(given)},
+                **step_params(given),
             },
         },
         "data": {"params": {"batch_size": given.train_batch_size, "num_workers": given.dataloader_num_workers, **sets}},
         "lightning": lightning,
     }  # fmt: skip
+
+
+def step_params(given: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of diffusers' scripts say of the loss, the UNet's memory and the optimizer, as `model.params`."""
+    betas = [given.adam_beta1, given.adam_beta2]
+    return {
+        "reg_weight": given.prior_loss_weight,
+        "unet_config": {"params": {"use_checkpoint": True}} if given.gradient_checkpointing else {},
+        "optimizer_config": {
+            "target": "torch.optim.AdamW",
+            "params": {"betas": betas, "weight_decay": given.adam_weight_decay, "eps": given.adam_epsilon},
+        },
+        "scheduler_config": {"target": "ldm.lr_scheduler.NamedSchedule", "params": schedule(given)},
+    }
 
 
 def schedule(given: argparse.Namespace) -> dict[str, Any]:

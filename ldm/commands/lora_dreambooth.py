@@ -112,7 +112,7 @@ def train(given: argparse.Namespace, work: Path) -> Path | None:
 
 def config_of(given: argparse.Namespace) -> dict[str, Any]:
     """What the arguments change in the config."""
-    from ldm.commands.custom_diffusion import schedule
+    from ldm.commands.custom_diffusion import step_params
     from ldm.commands.lora_pti import ATTENTION, TEXT
 
     rates = {"unet": given.learning_rate} | ({"text": given.learning_rate_text} if given.train_text_encoder else {})
@@ -138,14 +138,9 @@ def config_of(given: argparse.Namespace) -> dict[str, Any]:
         "model": {
             "base_learning_rate": given.learning_rate * pictures,
             "params": {
-                "train_level": [], "tuning": loras, "reg_weight": given.prior_loss_weight,
-                "unet_config": {"params": {"use_checkpoint": True}} if given.gradient_checkpointing else {},
-                "optimizer_config": {
-                    "target": "torch.optim.AdamW",
-                    "params": {"betas": [given.adam_beta1, given.adam_beta2], "weight_decay": given.adam_weight_decay,
-                               "eps": given.adam_epsilon},
-                },
-                "scheduler_config": {"target": "ldm.lr_scheduler.NamedSchedule", "params": schedule(given)},
+                "train_level": [],
+                "tuning": loras,
+                **step_params(given),
             },
         },
         "data": {"params": {"batch_size": given.train_batch_size, "train": {"params": own}, "validation": None,

@@ -74,7 +74,7 @@ class PersonalizedBase(Dataset):
 
     why_not_cached: str | None = None  # why pictures differ at each draw, so that they cannot be encoded once
     has_subject = True  # so captions should have its identifier
-    told_elsewhere: Sequence[str] = ()  # endings of files beside the pictures that are no surprise
+    read_elsewhere: Sequence[str] = ()  # endings of files beside the pictures that are no surprise
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class PersonalizedBase(Dataset):
         self.identifier, self.class_word, self.coarse_class_text = identifier, class_word, coarse
         self.templates = _read_templates(templates, self._parts(identifier)) if templates is not None else []
         settings = read_settings(captions)
-        self.paths = find_pictures(data_root, (*extensions_of(settings), *TABLES, *self.told_elsewhere))
+        self.paths = find_pictures(data_root, (*extensions_of(settings), *TABLES, *self.read_elsewhere))
         self.captions = Captions(data_root, self.paths, settings)
         if captions is None:
             option = "data.params.reg.params.captions=auto" if reg else "--captions auto"

@@ -19,7 +19,8 @@ from ldm.data.pictures import is_picture
 from ldm.data.shaped import Place, ShapedPictures
 from ldm.errors import InputError, did_you_mean, short
 
-COMMON = ("set", "seed", "reg", "sizes", "interpolation", "size")  # what all folders share
+COMMON = ("set", "seed", "reg", "sizes", "interpolation", "size")  # arguments that all folders share
+SHARED = ("size", "interpolation", "sizes", "seed", "shuffle", "reg", "identifier", "class_word")  # of the first folder
 
 
 class CaptionedFolder(ShapedPictures):
@@ -37,21 +38,23 @@ class CaptionedFolder(ShapedPictures):
     ) -> None:
         folders = [read_concept(one, number) for number, one in enumerate(concepts or ())] or folders_in(data_root)
         self.parts = [ShapedPictures(**{**more, **folder}) for folder in folders]
-        first = self.parts[0]
-        self.size, self.interpolation, self.sizes, self.seed = first.size, first.interpolation, first.sizes, first.seed
-        self.shuffle, self.reg, self.identifier = first.shuffle, first.reg, first.identifier
-        self.class_word = first.class_word
-        self.paths = [path for part in self.parts for path in part.paths]
-        self.shapes = [shape for part in self.parts for shape in part.shapes or ()] or None
-        self.repeats = [count for part in self.parts for count in part.repeats]
+        for name in SHARED:
+            setattr(self, name, getattr(self.parts[0], name))
+        self.paths = self._all("paths")
+        self.shapes = self._all("shapes") or None
+        self.repeats = self._all("repeats")
         self.why_not_cached = next(filter(None, (part.why_not_cached for part in self.parts)), None)
+        captions = [part.captions for part in self.parts]
         self.captions = SimpleNamespace(
-            texts=[texts for part in self.parts for texts in part.captions.texts],
-            vary=any(part.captions.vary for part in self.parts),
+            texts=[texts for one in captions for texts in one.texts], vary=any(one.vary for one in captions)
         )
         self.has_masks = any(part.masks is not None for part in self.parts)
         self._starts = torch.tensor([len(part.paths) for part in self.parts]).cumsum(0)
         self.group_by(1)
+
+    def _all(self, name: str) -> list[Any]:
+        """The lists of that name of all folders, in one."""
+        return [one for part in self.parts for one in getattr(part, name) or ()]
 
     def group_by(self, group: int) -> None:
         shapes = [part.shape_of(number) for part in self.parts for number in range(len(part.paths))]

@@ -42,6 +42,9 @@ INTERPOLATIONS = {
 }
 
 
+EXPECTED = f"expected a folder with pictures ({', '.join(EXTENSIONS)})"
+
+
 def is_picture(path: Path) -> bool:
     """True for a visible file with one of the `EXTENSIONS`, in any case."""
     return path.suffix[1:].lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
@@ -55,26 +58,34 @@ def find_pictures(folder: str | Path, beside: Sequence[str] = ()) -> list[Path]:
     Raises `InputError` if the folder does not exist, is not a folder, or has no pictures.
     """
     folder = Path(folder)
-    expected = f"expected a folder with pictures ({', '.join(EXTENSIONS)})"
-    if not folder.exists():
-        raise InputError(f"the folder {folder} does not exist: {expected}; check the path")
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file: {expected}; give the folder that it lies in")
-    entries = sorted(folder.iterdir())
-    pictures = [path for path in entries if is_picture(path)]
-    stems = {path.stem for path in pictures}
-    masks = {path for path in pictures if path.stem.endswith(LABEL) and path.stem.removesuffix(LABEL) in stems}
-    pictures = [path for path in pictures if path not in masks]
+    entries = _entries(folder)
+    pictures, masks = _told_apart(entries)
     entries = [path for path in entries if path not in masks or LABEL not in beside]
+    if not pictures:
+        found = f"has no pictures, only {some([path.name for path in entries])}" if entries else "is empty"
+        raise InputError(f"the folder {folder} {found}: {EXPECTED}, directly in it; put some there or name another")
     taken = set(pictures)
     skipped = [path.name for path in entries if path not in taken and not path.name.endswith(tuple(beside))]
-    if not pictures:
-        others = [path.name for path in entries]
-        found = f"has no pictures, only {some(others)}" if others else "is empty"
-        raise InputError(f"the folder {folder} {found}: {expected}, directly in it; put some there or name another")
     if skipped:
         _warn_of_skipped(folder, tuple(skipped))
     return pictures
+
+
+def _told_apart(entries: Sequence[Path]) -> tuple[list[Path], set[Path]]:
+    """The pictures among the entries of a folder, and those that are masks of others."""
+    pictures = [path for path in entries if is_picture(path)]
+    stems = {path.stem for path in pictures}
+    masks = {path for path in pictures if path.stem.endswith(LABEL) and path.stem.removesuffix(LABEL) in stems}
+    return [path for path in pictures if path not in masks], masks
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted by name. Raises `InputError`."""
+    if not folder.exists():
+        raise InputError(f"the folder {folder} does not exist: {EXPECTED}; check the path")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file: {EXPECTED}; give the folder that it lies in")
+    return sorted(folder.iterdir())
 
 
 @cache

@@ -60,7 +60,7 @@ class ShapedPictures(PersonalizedBase):
             repeats, _ = kohya_name(Path(data_root)) or (1, "")
         captions = "auto" if captions is None else captions
         if masks is not None:
-            self.told_elsewhere = (LABEL, *FOLDERS)
+            self.read_elsewhere = (LABEL, *FOLDERS)
         super().__init__(data_root, size, captions=captions, repeats=repeats, templates=templates, **more)
         if crop not in CROPS:
             raise InputError(f"crop: expected one of {', '.join(CROPS)}, got {short(crop)}")
@@ -70,13 +70,17 @@ class ShapedPictures(PersonalizedBase):
         self._weights: dict[int, Tensor] = {}
         self.repeats = [repeats] * len(self.paths)
         self.group_by(1)
-        change = Colours(augment or {})
+        self._change_at_random(Colours(augment or {}))
+
+    def _change_at_random(self, change: Colours) -> None:
+        """Take up the random changes of a set that is shuffled; others show their pictures unchanged."""
         self.colours = change if self.shuffle and change.changes else None
         self.zoom = change.chosen.zoom
-        self.moves = self.shuffle and (crop == "random" or self.zoom > 1)
-        reasons = {"crop: random": self.shuffle and crop == "random", "zoom": self.shuffle and self.zoom > 1}
-        reasons["augment"] = self.colours is not None
-        if told := " and ".join(name for name, holds in reasons.items() if holds):
+        random_crop, zoomed = self.shuffle and self.crop == "random", self.shuffle and self.zoom > 1
+        self.moves = random_crop or zoomed
+        reasons = {"crop: random": random_crop, "zoom": zoomed, "augment": self.colours is not None}
+        if any(reasons.values()):
+            told = " and ".join(name for name, holds in reasons.items() if holds)
             self.why_not_cached = f"{told}, at each draw anew"
 
     def _shapes(self, folder: Path, buckets: Buckets) -> list[Shape]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,34 +117,46 @@ def new_folder(options: argparse.Namespace) -> Path:
 def fill_in_pictures(config: DictConfig, settings: DictConfig, num_class_images: int) -> None:
     """Put the folders, the class word and the seed into the data section. Raises `InputError` for what is missing."""
     sets = config.data.get("params", {})
+    _check_given(sets, settings)
+    root, word = settings.get("data_root"), settings.get("class_word")
+    roots = {"train": root, "validation": root, "reg": settings.get("reg_data_root")}
+    for name, root in roots.items():
+        if (dataset := sets.get(name)) is not None:
+            _fill_in(dataset, {"seed": settings.seed, "data_root": root or None, "class_word": word or None})
+    if settings.get("captions") is not None:
+        fill_in_captions(sets, settings.captions)
+    for name in ("train", *(["reg"] if sets.get("reg") is not None and not num_class_images else [])):
+        _check_folders(sets[name], roots[name])
+
+
+def _check_given(sets: Mapping, settings: Mapping) -> None:
     if not settings.get("data_root") and not OmegaConf.select(sets, "train.params.concepts"):
         raise InputError("no photographs: name their folder with --data_root")
-    if sets.get("reg") is not None and not settings.get("reg_data_root"):
+    if sets.get("reg") is None:
+        return
+    if not settings.get("reg_data_root"):
         raise InputError(
             "no class pictures: name their folder with --reg_data_root (--num_class_images N fills it), "
             "or train without prior preservation by data.params.reg=null"
         )
-    word = settings.get("class_word")
-    if sets.get("reg") is not None and not (word or OmegaConf.select(sets, "reg.params.class_word")):
+    if not (settings.get("class_word") or OmegaConf.select(sets, "reg.params.class_word")):
         raise InputError(NO_WORD)
-    root = settings.get("data_root")
-    roots = {"train": root, "validation": root, "reg": settings.get("reg_data_root")}
-    for name, root in roots.items():
-        dataset = sets.get(name)
-        if dataset is None:
-            continue
-        _, known = parameters_of(get_obj_from_str(dataset.target))
-        given = {"data_root": root, "class_word": word}
-        values = {"seed": settings.seed} | {key: value for key, value in given.items() if value}
-        taken = {key: value for key, value in values.items() if known is None or key in known}
-        dataset.params = OmegaConf.merge(dataset.get("params") or {}, taken)
-    if settings.get("captions") is not None:
-        fill_in_captions(sets, settings.captions)
-    for name in ("train", *(["reg"] if sets.get("reg") is not None and not num_class_images else [])):
-        if not OmegaConf.select(sets, f"{name}.params.concepts"):
-            several = concepts.takes(sets[name].target, "concepts")
-            for folder in folders_in(roots[name]) if several else [{"data_root": roots[name]}]:
-                find_pictures(folder["data_root"], BESIDE)
+
+
+def _fill_in(dataset: DictConfig, values: Mapping[str, Any]) -> None:
+    """Put those values that are given into the parameters of a dataset that takes them."""
+    _, known = parameters_of(get_obj_from_str(dataset.target))
+    taken = {key: value for key, value in values.items() if value is not None and (known is None or key in known)}
+    dataset.params = OmegaConf.merge(dataset.get("params") or {}, taken)
+
+
+def _check_folders(dataset: DictConfig, root: str | None) -> None:
+    """Raise `InputError` for a folder without pictures, before the base model is loaded."""
+    if OmegaConf.select(dataset, "params.concepts"):
+        return
+    several = concepts.takes(dataset.target, "concepts")
+    for folder in folders_in(root) if several else [{"data_root": root}]:
+        find_pictures(folder["data_root"], BESIDE)
 
 
 def fill_in_captions(sets: DictConfig, captions: Any) -> None:

@@ -17,9 +17,10 @@ from tests.helpers import assert_close_to
 from tests.runs import TINY, tiny_model
 
 # Position adapters go through `test_dreambooth`.
+WORD = "{family: textual-inversion, params: {words: <sks>, norm_weight: 10}}"
 LORA = "{family: lora, params: {rank: 4}}, {family: lora, params: {targets: [cond_stage_model.*.self_attn.*_proj]}}"
 PIVOTAL = ["model.params.train_level=[]", "model.params.unet_config.params.adapter_config=null",
-           f"model.params.tuning=[{{family: textual-inversion, params: {{words: <sks>, norm_weight: 10}}}}, {LORA}]"]  # fmt: skip
+           f"model.params.tuning=[{WORD}, {LORA}]"]  # fmt: skip
 FUNCTIONS = ("ddim", "plms", "lms")  # those that keep or draw something from step to step
 
 

@@ -49,15 +49,8 @@ def load_state(folder: Path, optimizer: Muon, averages: Averages) -> int:
 
     Raises `InputError` where a part is missing or belongs to another model.
     """
-    files = sorted(folder.glob("state-*.safetensors"))
-    if not files:
+    if not (tensors := _read_parts(folder)):
         return 0
-    counts = {match[1] for file in files if (match := re.search(r"-of-(\d+)\.", file.name))}
-    if counts != {f"{len(files):02d}"}:
-        raise InputError(f"{folder} has {len(files)} parts of a state of {', '.join(sorted(counts))}; bring all parts")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= read_weights(file)
     for i, (parameter, average) in enumerate(zip(averages.parameters, averages.values, strict=True)):
         for target, name in ((parameter, f"parameter.{i}"), (average, f"average.{i}")):
             if name not in tensors or tensors[name].shape != target.shape:
@@ -74,3 +67,15 @@ def load_state(folder: Path, optimizer: Muon, averages: Averages) -> int:
         }
     averages.updates = int(tensors["updates"])
     return int(tensors["steps"])
+
+
+def _read_parts(folder: Path) -> dict[str, Tensor]:
+    """The tensors of all parts of a state; empty where there is none. Raises `InputError` where a part is missing."""
+    files = sorted(folder.glob("state-*.safetensors"))
+    counts = {match[1] for file in files if (match := re.search(r"-of-(\d+)\.", file.name))}
+    if files and counts != {f"{len(files):02d}"}:
+        raise InputError(f"{folder} has {len(files)} parts of a state of {', '.join(sorted(counts))}; bring all parts")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= read_weights(file)
+    return tensors
