@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
     paths, categories = options.paths.split("+"), options.categories.split("+")
     folder = "_".join(categories).replace(" ", "-")
     kinds = {identify(path) for path in paths}
-    kind = "delta-diffusers" if kinds == {"delta-diffusers"} else "delta"
+    kind = "delta-diffusers" if kinds <= {"delta-diffusers", "delta-attn-procs"} else "delta"
     name = "delta.bin" if kind == "delta-diffusers" else "checkpoints/delta_epoch=000000.ckpt"
     output = to_be_written(Path(options.save_path) / folder / name, options.force)
     prompts = [read_lines(path) for path in options.prompts.split("+")] if options.prompts else None

@@ -39,6 +39,8 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"{source} is no Custom Diffusion delta but of the kind {row.name}")
     delta = row.read("delta", file)
     packed = custom_diffusion.compress(delta, read_model(options.ckpt), options.compression_ratio, str(source))
-    (by_name("delta-diffusers") if options.diffuser else row).write(output, packed, Context())
+    # the format of diffusers' own script holds whole weights only
+    is_ldm = row.name == "delta" and not options.diffuser
+    by_name("delta" if is_ldm else "delta-diffusers").write(output, packed, Context())
     before, after = (path.stat().st_size / 2**20 for path in (source, output))
     print(f"{output}  {before:.2f} MB -> {after:.2f} MB")

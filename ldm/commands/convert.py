@@ -7,7 +7,7 @@
 
 What the input is, is seen by looking at it. It can become:
   a LoRA, or a folder of ours that holds one      cloneofsimo, cloneofsimo-pt, diffusers, kohya
-  a Custom Diffusion delta, or such a folder      delta, delta-diffusers
+  a Custom Diffusion delta, or such a folder      delta, delta-diffusers, delta-attn-procs
   what has learnt words                           words (for diffusers), words-ldm (for LDM and web UIs)
   a model                                         checkpoint, diffusers-model
 """

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.interchange.custom_diffusion import COMPRESSED, Delta, whole
+from ldm.interchange.names import TEXT
 
 RIDGE = 1e-6  # relative to the mean square of the rows; without it, rounding decides if there are too few rows
 
@@ -63,12 +64,18 @@ def compose(
 ) -> Delta:
     """One delta for several concepts. New words are renamed <new1>, <new2>, ... in the order of the deltas.
 
-    Adds the new words to `encoder`. Raises `InputError` for deltas of different layers and lists of unequal length.
+    Adds the new words to `encoder`. Raises `InputError` for deltas of different layers or with a trained text encoder,
+    and for lists of unequal length.
     """
     if len(deltas) != len(categories) or len(deltas) < 2:
         raise InputError(
             f"{len(deltas)} deltas and {len(categories)} categories: expected one for each, and at least two"
         )
+    for number, delta in enumerate(deltas, 1):
+        if text := [name for name in delta.weights if name.startswith(TEXT)]:
+            raise InputError(
+                f"delta {number} changes the text encoder ({text[0]}), which the closed form cannot compose"
+            )
     deltas = [whole(delta, pretrained) for delta in deltas]
     layers = _layers(deltas)
     tokens: dict[str, Tensor] = {}

@@ -1,7 +1,8 @@
 """Custom Diffusion's deltas (arXiv 2212.04488): tuned cross-attention weights with the vectors of new words.
 
 Three layouts: the published LDM one {"state_dict": {full names..., "embed": rows}}, the published diffusers one
-{"unet": {...}, "modifier_token": {word: vector}}, and the flat one of diffusers' own script, which is only read.
+{"unet": {...}, "modifier_token": {word: vector}}, with the weights of a trained "text_encoder" if there is one, and the
+flat one of diffusers' own script (`attn_procs.py` writes it), whose words lie beside it.
 Compressed deltas hold {"u", "v"} instead of a weight: low-rank factors of the change of the pretrained weight.
 """
 
@@ -28,6 +29,7 @@ from ldm.interchange.names import (
     translate_all,
     unet_table,
 )
+from ldm.modules.encoders.tokens import read_embeddings
 
 EMBEDDINGS = TEXT + "text_model.embeddings.token_embedding.weight"
 NEW_TOKENS = ".new_tokens.vectors."  # behind the name of a text encoder
@@ -63,8 +65,12 @@ def kind_of(content: Any) -> str | None:
     if any("_custom_diffusion" in str(key) for key in content):
         return "flat"
     state = content.get("state_dict", content)
-    is_delta = isinstance(state, Mapping) and bool(state) and all(k == "embed" or ".attn2." in str(k) for k in state)
+    is_delta = isinstance(state, Mapping) and bool(state) and all(map(_in_delta, state))
     return "ldm" if is_delta and any(str(key).startswith(UNET) for key in state) else None
+
+
+def _in_delta(key: Any) -> bool:
+    return key == "embed" or ".attn2." in str(key) or str(key).startswith(TEXT)
 
 
 def read(path: str | Path | Opened, words: Sequence[str] = ()) -> Delta:
@@ -80,8 +86,12 @@ def read(path: str | Path | Opened, words: Sequence[str] = ()) -> Delta:
     if kind == "ldm":
         state = dict(content.get("state_dict", content))
         tokens = _named(state.pop("embed", None), words, path)
+    elif kind == "flat":  # attention layers that are not trained have empty mappings
+        state = _in_ldm_names({name: value for name, value in content.items() if value != {}}, path)
+        tokens = words_beside(path)
     else:
-        state = _in_ldm_names(content.get("unet", content), path)
+        text = content.get("text_encoder") or {}
+        state = _in_ldm_names(content["unet"], path) | _text_in_ldm_names(text, path)
         tokens = _vectors(content.get("modifier_token") or {}, path)
     entries = {name: _entry(value, name, path) for name, value in state.items()}
     flat = {name: [one] if isinstance(one, Tensor) else [one.u, one.v] for name, one in entries.items()}
@@ -90,8 +100,24 @@ def read(path: str | Path | Opened, words: Sequence[str] = ()) -> Delta:
     return Delta(entries, tokens)
 
 
+def words_beside(path: str | Path) -> dict[str, Tensor]:
+    """The words that diffusers' script writes beside its weights: `<new1>.bin` or `<new1>.safetensors`, one a word."""
+    files = [file for file in sorted(Path(path).parent.glob("<*>.*")) if file.suffix in (".bin", ".safetensors")]
+    return {word: vectors for file in files for word, vectors in read_embeddings(file).items()}
+
+
+def _text_in_ldm_names(weights: Any, path: str | Path) -> dict[str, Any]:
+    """The weights of a trained text encoder by LDM's full parameter names."""
+    if not isinstance(weights, Mapping):
+        raise InputError(f"{path}: text_encoder must hold weights by name, got {short(weights)}")
+    names = {n: f"{TEXT}text_model.{n.removeprefix('text_model.')}" for n in map(str, weights)}
+    return {names[str(n)]: value for n, value in weights.items() if not str(n).endswith("position_ids")}
+
+
 def _in_ldm_names(weights: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """The weights of a diffusers file by LDM's full parameter names."""
+    if not weights:
+        return {}
     state = {_plain(name): value for name, value in weights.items()}
     names = translate_all(state, inverse(unet_table(layout_of_diffusers_attention(state))), str(path))
     return {UNET + names[name]: value for name, value in state.items()}
@@ -143,12 +169,19 @@ def content_of(delta: Delta, kind: str = "ldm") -> dict[str, Any]:
     if kind == "ldm":
         embed = {"embed": torch.cat(list(delta.tokens.values()))} if delta.tokens else {}
         return {"state_dict": {**state, **embed}}
-    table = unet_table(layout_of_attention(state))
-    names = translate_all([name.removeprefix(UNET) for name in state], table, "the delta")
+    text = {name.removeprefix(TEXT): value for name, value in state.items() if name.startswith(TEXT)}
     return {
-        "unet": {names[name.removeprefix(UNET)]: value for name, value in state.items()},
+        "unet": in_diffusers_names({name: value for name, value in state.items() if not name.startswith(TEXT)}),
         "modifier_token": {word: vectors[0] for word, vectors in delta.tokens.items()},
+        **({"text_encoder": text} if text else {}),
     }
+
+
+def in_diffusers_names(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights of the UNet's attention by diffusers' names within the UNet."""
+    table = unet_table(layout_of_attention(weights)) if weights else {}
+    names = translate_all([name.removeprefix(UNET) for name in weights], table, "the delta")
+    return {names[name.removeprefix(UNET)]: value for name, value in weights.items()}
 
 
 def write(path: str | Path, delta: Delta, kind: str = "ldm") -> None:
@@ -190,6 +223,8 @@ def changes(delta: Delta, pretrained: Mapping[str, Tensor], source: str = "the d
     result = {}
     for name, value in delta.weights.items():
         base = pretrained.get(name)
+        if name == EMBEDDINGS and base is not None:
+            value = _released_rows(value, len(base), len(delta.tokens), source)
         shape = (value.u.shape[0], value.v.shape[1]) if isinstance(value, LowRank) else tuple(value.shape)
         if base is None:
             raise InputError(f"{source} does not fit this model, which has no weight {name}")
@@ -201,6 +236,17 @@ def changes(delta: Delta, pretrained: Mapping[str, Tensor], source: str = "the d
             value.u @ value.v if isinstance(value, LowRank) else value.float() - base.float().to(value.device)
         )
     return result
+
+
+def _released_rows(table: Tensor | LowRank, rows: int, words: int, source: str) -> Tensor | LowRank:
+    """A trained embedding table without the rows of its new words, which follow those of the released table."""
+    if isinstance(table, LowRank) or len(table) == rows:
+        return table
+    if len(table) - rows != words:
+        raise InputError(
+            f"{source}: its text encoder has {len(table)} words, this model {rows}; expected {words} more, the new ones"
+        )
+    return table[:rows]
 
 
 def whole(delta: Delta, pretrained: Mapping[str, Tensor], source: str = "the delta") -> Delta:
@@ -239,15 +285,15 @@ def kept_rank(singular_values: Tensor, ratio: float) -> int:
 
 # --- the rows
 
-_READS = {
+READS = {
     "delta": lambda file, context: read(file, context.words),
     "words": lambda file, context: read(file, context.words).tokens,
 }
 LDM = Codec(
-    lambda file: kind_of(file.content) == "ldm", _READS, lambda path, delta, _: write(path, delta, "ldm")
+    lambda file: kind_of(file.content) == "ldm", READS, lambda path, delta, _: write(path, delta, "ldm")
 )
 DIFFUSERS = Codec(
-    lambda file: kind_of(file.content) in ("diffusers", "flat"),
-    _READS,
+    lambda file: kind_of(file.content) == "diffusers",
+    READS,
     lambda path, delta, _: write(path, delta, "diffusers"),
 )

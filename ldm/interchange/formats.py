@@ -141,6 +141,10 @@ FORMATS = [
         "delta-diffusers", "a Custom Diffusion delta, diffusers layout", f"{HERE}.custom_diffusion.DIFFUSERS",
         ("delta", "words"),
     ),
+    Format(
+        "delta-attn-procs", "a Custom Diffusion delta of diffusers' own script", f"{HERE}.attn_procs.CUSTOM",
+        ("delta", "words"),
+    ),
     Format("checkpoint", "the weights of a whole model", f"{HERE}.checkpoint.CHECKPOINT", ("model",)),
     Format("words", "learnt words (textual inversion)", f"{HERE}.embeddings.WORDS", ("words",)),
     Format("words-ldm", "learnt words in LDM's layout, read as words", f"{HERE}.embeddings.LDM", ("words",)),

@@ -177,6 +177,9 @@ def test_refusals(delta_file, tmp_path):
         cd.extract({"a": torch.zeros(1)})
     with pytest.raises(InputError, match="2 deltas and 1 categories"):
         compose(None, {}, [delta, delta], ["cat"], ["a"])
+    text = cd.Delta({**delta.weights, cd.EMBEDDINGS: torch.zeros(2, 2)})
+    with pytest.raises(InputError, match="delta 2 changes the text encoder .*, which the closed form cannot compose"):
+        compose(None, {}, [delta, text], ["cat", "dog"], ["a"])
 
 
 def test_rounding_decides_nothing_where_few_rows_leave_the_weight_open():
