@@ -25,7 +25,7 @@ PEER = "encoders at every step"
 def whole_step(
     device: torch.device, base_precision: str, size: int, toy: bool = False
 ) -> Callable[[int], dict[str, list[float]]]:
-    """What measures: the seconds of each kind of step, that many times; it can be called once.
+    """A function that measures the seconds of each kind of step, that many times. It can be called once.
 
     toy: the small model in place of Stable Diffusion v1.
     """

@@ -37,7 +37,7 @@ def best_device() -> torch.device:
 def with_random_weights(
     model: torch.nn.Module, device: torch.device, frozen: torch.dtype = torch.float32
 ) -> torch.nn.Module:
-    """The model on a device, with weights that are drawn there, at a scale that keeps activations finite.
+    """Move a model to a device and draw its weights there, at a scale that keeps activations finite.
 
     `frozen`: the type of those that do not learn. A model that was built under `skip_init` takes no memory of the host,
     since nothing was ever written to its weights.
@@ -49,7 +49,7 @@ def with_random_weights(
 
 
 def can_compute(precision: str, device: torch.device) -> bool:
-    """Whether a device has arithmetic of that precision; says so where it has not."""
+    """Whether a device supports a precision; prints a line if it does not."""
     from ldm.train.trainer_section import computes_on_cpu
 
     able = device.type != "cpu" or computes_on_cpu(precision)
@@ -65,7 +65,7 @@ def timed(
     warm_up: int = 1,
     before: Callable[[], Any] = lambda: None,
 ) -> list[float]:
-    """Seconds of each of `repeats` runs after `warm_up` others; the device is waited for, `before` is not timed."""
+    """Seconds of each of `repeats` runs, after `warm_up` untimed ones. Waits for the device; `before` is not timed."""
     seconds = []
     for _ in range(warm_up + repeats):
         before()
@@ -80,7 +80,7 @@ def timed(
 def in_turns(
     works: dict[str, Callable[[], Callable[[], Any]]], repeats: int, threads: int, memory: Callable[[], float] = float
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of each of `repeats` runs of each work, the works in turns, and what `memory` grew by during them.
+    """Seconds of each of `repeats` runs of each work, in turns, and by how much `memory` grew during them.
 
     `works` make, each in a process of its own that lives until the end, what is then timed there. So what the machine
     is at some hour touches all alike, and what one keeps in memory none of the others.

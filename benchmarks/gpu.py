@@ -32,7 +32,7 @@ RESULTS = ROOT / "benchmarks/results"
 
 
 class Stage(NamedTuple):
-    """Works that belong together. `rounds`: how often each is timed; 0: once, as soon as it is ready, and not alone."""
+    """Works that are compared. `rounds`: how often each is timed; 0: once, as soon as it is ready, while others run."""
 
     rounds: int
     limit: float  # seconds that its timing may take
@@ -70,7 +70,7 @@ def work_name(stage: str, work: str) -> str:
 
 
 class Record:
-    """The results so far, in a file that is whole at any time."""
+    """The results so far, in a file that is complete at any time."""
 
     def __init__(self, folder: Path, command: str) -> None:
         self.folder, self.command = folder, command
@@ -78,7 +78,7 @@ class Record:
         self.stages: dict[str, dict[str, Any]] = {}
 
     def add(self, stage: str, work: str, answer: dict[str, Any]) -> None:
-        """One more answer of a work: what is timed collects them, what is not has one."""
+        """Store an answer of a work: a timed work has several, any other has one."""
         rows = self._stage(stage)["rows"]
         if "seconds" in answer and isinstance(answer["seconds"], float):
             row = rows.setdefault(work, {"seconds": []})
@@ -98,7 +98,7 @@ class Record:
         return self.stages.setdefault(name, empty)
 
     def write(self) -> Path | None:
-        """Write what there is beside stages of earlier runs on the same machine; None where there is nothing yet."""
+        """Write the results beside those of earlier runs on the same machine; None if there are none yet."""
         if not self.stages:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -128,13 +128,13 @@ def told(line: str) -> None:
 
 
 class Day:
-    """One run: which works are still to start, which get ready, which are ready."""
+    """One run: the works that have not started, those in preparation, and those that are ready."""
 
     def __init__(self, options: argparse.Namespace, record: Record, logs: Path) -> None:
         self.options, self.record, self.logs = options, record, logs
         self.end = time.monotonic() + 60 * options.minutes
         self.waiting = [(stage, work) for stage in options.stages for work in STAGES[stage].works]
-        self.waiting.sort(key=lambda pair: "compiled" not in pair[1])  # what takes longest to be ready starts first
+        self.waiting.sort(key=lambda pair: "compiled" not in pair[1])  # the slowest to prepare starts first
         self.preparing: dict[tuple[str, str], Child] = {}
         self.ready: dict[tuple[str, str], Child] = {}
 
@@ -158,9 +158,9 @@ class Day:
     # --- getting ready, side by side
 
     def prepare(self, until: float) -> None:
-        """Start works and take the answers of those that are not timed, until all are ready or the time is over.
+        """Start works and take the answers of those that are not timed, until all are ready or the time is up.
 
-        What is not ready then pauses while others are timed, and goes on afterwards.
+        A work that is not ready by then pauses while others are timed, and continues afterwards.
         """
         for child in self.preparing.values():
             child.go_on()
@@ -232,7 +232,7 @@ class Day:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """That of a child: no network, few threads for compiling, and a cache of compiled kernels that all share."""
+    """The environment of a child process: no network, few compiler threads, a shared cache of compiled kernels."""
     cache = Path(tempfile.gettempdir()) / "ldm-compiled"
     return os.environ | {
         "HF_HUB_OFFLINE": "1",
@@ -243,7 +243,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def gpu_memory() -> float:
-    """GiB of the first GPU, 0 without one; torch is not asked, since this process imports none."""
+    """GiB of the first GPU, 0 without one. Does not ask torch, because this process does not import it."""
     words = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=20)
@@ -293,7 +293,7 @@ def main() -> None:
 
 
 def made(work: str, toy: bool) -> tuple[Any, dict[str, Any]]:
-    """What a work's function makes, in a child, and what the machine is."""
+    """Call the function of a work, in a child process; what it returns, and the description of the machine."""
     import torch
     from gpu_works import WORKS, Size, about
 
@@ -303,7 +303,7 @@ def made(work: str, toy: bool) -> tuple[Any, dict[str, Any]]:
 
 
 def summary(record: Record) -> Iterator[str]:
-    """The figures in short, a line each."""
+    """A short summary, one line per figure."""
     for stage, found in record.stages.items():
         for work, row in found["rows"].items():
             yield f"{stage}: {work}: " + json.dumps({k: v for k, v in row.items() if k != "seconds"})

@@ -60,7 +60,7 @@ def repeated(work: Callable[[], Any], size: Size, times: int, units: int, warm_u
         work()
     wait(size.device)
     if size.device.type == "cuda":
-        torch.cuda.empty_cache()  # what building took is not part of the work
+        torch.cuda.empty_cache()  # building is not part of the work
         torch.cuda.reset_peak_memory_stats(size.device)
 
     def once() -> dict[str, Any]:
@@ -190,7 +190,7 @@ def gpu_tests(size: Size) -> Work:
 
 
 def marked_files() -> list[Path]:
-    """Those alone that have such tests: to collect all takes longer than to run these."""
+    """Only the files that have such tests: collecting all takes longer than running these."""
     marked = re.compile(r"^(pytestmark = .*|@pytest\.)mark\.gpu\b", re.MULTILINE)
     return sorted(p for p in (ROOT / "tests").rglob("test_*.py") if marked.search(p.read_text(encoding="utf-8")))
 
@@ -208,7 +208,7 @@ def python_path() -> str:
 
 
 def outcomes(report: Path) -> dict[str, Any]:
-    """How many tests passed, which failed or were skipped and why, out of a JUnit report."""
+    """How many tests passed, which failed or were skipped and why, from a JUnit report."""
     result: dict[str, Any] = {"passed": 0, "failed": {}, "skipped": {}, "slowest": {}}
     for case in ElementTree.parse(report).getroot().iter("testcase"):  # noqa: S314 (we have just written it)
         name = f"{case.get('classname')}::{case.get('name')}"

@@ -51,7 +51,7 @@ CASES = {
 
 
 def config_of(case: Case) -> Any:
-    """The config of a model whose encoders give way to what they would give: latents and texts."""
+    """The config of a model without encoders: latents and text states are given."""
     loaded = load_config(find_file(case.config))
     params = loaded.model.params
     name = "network_config" if "network_config" in params else "unet_config"
@@ -66,7 +66,7 @@ def config_of(case: Case) -> Any:
 
 
 def grown() -> int:
-    """The most memory that this process had since it was asked to count anew, in bytes."""
+    """The peak memory of this process since the counter was reset, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
@@ -75,7 +75,7 @@ def measured(case: Case, device: torch.device) -> dict[str, float]:
     """The peak of two training steps in GiB, on a GPU also how much torch reserved for it."""
     config = config_of(case).model
     if "conditioner_config" in config.params:
-        config.params.conditioner_config = None  # what it would give goes to the UNet directly
+        config.params.conditioner_config = None  # its output is given to the UNet directly
     with skip_init():
         model = instantiate_from_config(config)
     with_random_weights(model, device, PRECISIONS[case.base_precision]).train()

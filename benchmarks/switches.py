@@ -1,4 +1,4 @@
-"""What each means costs and saves alone: one training step of Stable Diffusion v1 size, against all of them off.
+"""What each switch costs and saves by itself: one training step of Stable Diffusion v1 size, against all switches off.
 
     python benchmarks/switches.py [--size 256] [--switches "channels last" compiled]
 

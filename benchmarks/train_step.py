@@ -88,7 +88,7 @@ def step_of(
     frozen: torch.dtype = torch.float32,
     **options: Any,
 ) -> Callable[[], None]:
-    """A training step of what `make` makes, after each of `prepare` did something to its UNet.
+    """A training step of the model that `make` builds, after each function of `prepare` changed its UNet.
 
     `frozen`: the type of the weights that do not learn.
     """

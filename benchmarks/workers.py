@@ -20,11 +20,11 @@ from typing import Any
 
 
 class Lost(Exception):
-    """A child that answers no more; the text says why."""
+    """A child process that no longer answers; the text says why."""
 
 
 class Child:
-    """A child process in a session of its own, so that ending it ends what it started, too."""
+    """A child process in a session of its own, so that ending it also ends the processes that it started."""
 
     def __init__(self, command: Sequence[str], log: Path, environment: dict[str, str]) -> None:
         self.log, self.started = log, time.monotonic()
@@ -64,14 +64,14 @@ class Child:
         return found
 
     def pause(self) -> None:
-        """Stop it and all that it started until `go_on`, so that it disturbs nothing that is timed."""
+        """Stop the child and its own children until `go_on`, so that they do not disturb a timing."""
         self._signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
         self._signal(signal.SIGCONT)
 
     def end(self) -> None:
-        """End it and all that it started."""
+        """End the child and its own children."""
         self._signal(signal.SIGKILL)
         self.process.wait()
 
@@ -83,13 +83,13 @@ class Child:
 
 
 def last_line(log: Path) -> str:
-    """What a program said last, which in Python is the error."""
+    """The last line that a program wrote, which in Python is the error."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it said nothing"
 
 
 def serve(make: Callable[[], tuple[Callable[[], dict[str, Any]], dict[str, Any]]]) -> None:
-    """Be such a child: get ready by `make`, then call what it made once for each line read.
+    """The main loop of a child: prepare by `make`, then call the result once for each line read.
 
     `make` also answers what the machine is.
     """

@@ -1,4 +1,4 @@
-"""Train with the time that nobody else uses (nice 19); pause while something is measured; go on after any end.
+"""Train in the background at nice 19; pause while something is measured; continue after any end.
 
     python -m scripts.sd_mini.background start --base configs/sd-mini/train/ldm-balanced.yaml --threads 2
     python -m scripts.sd_mini.background report     # step, loss, steps per second, time left
@@ -23,7 +23,7 @@ from ldm.train.progress import newest_run, read_progress
 
 
 def training(folder: Path, base: list[str], more: list[str]) -> list[str]:
-    """The command that begins a run with the configs `base` in the folder or, without any, goes on with its newest."""
+    """The command that starts a run with the configs `base` in the folder or, without any, resumes the newest run."""
     command = [sys.executable, "-m", "ldm", "fit", "-t"]
     if base:
         return [*command, "--logdir", str(folder), "--name", Path(base[0]).stem, "--base", *base, *more]
@@ -36,7 +36,7 @@ def training(folder: Path, base: list[str], more: list[str]) -> list[str]:
 
 
 def report(folder: Path, window: int) -> str:
-    """What there is to say of the training in a folder, in lines."""
+    """Lines that describe the training in a folder."""
     state = background.read(folder)
     lines = [f"{state.state}: process {state.pid}, {state.threads} threads; output in {folder / background.OUTPUT}"]
     run = newest_run(folder)

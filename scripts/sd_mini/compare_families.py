@@ -1,4 +1,4 @@
-"""Families of tuning side by side on SD-mini: their cost, their likeness to a subject, what happens to its class.
+"""Families of tuning compared on SD-mini: cost, similarity to the subject, drift of its class.
 
     python -m scripts.sd_mini.compare_families --subjects build/captioned/subjects/* --table docs/families.md
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := set(options.families) - FAMILIES.keys():
         raise InputError(f"--families: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(FAMILIES)}")
     for subject in options.subjects:
-        class_word_of(subject)  # what is no subject is told of before anything is trained
+        class_word_of(subject)  # reject folders that are not subjects before training starts
     clip, results = CLIP(options.clip).eval(), {}
     settings = {name: getattr(options, name) for name in ("steps", "class_pictures", "samples", "overlay", "seed")}
     for subject in options.subjects:
@@ -144,7 +144,7 @@ def measure(family: str, subject: Path, clip: CLIP, options: argparse.Namespace)
 
 
 def stretch_stages(config: DictConfig, factor: float) -> None:
-    """Let the stages of tuning take the part of the run that they have in their config, whatever its length."""
+    """Scale the stages of tuning to the length of the run, so that each keeps its share."""
     for family in config.model.params.get("tuning") or []:
         if "steps" in family:
             family.steps = [None if step is None else round(step * factor) for step in family.steps]
@@ -163,7 +163,7 @@ def table(results: dict[str, list[dict[str, float]]], options: argparse.Namespac
     lines.append("| " + " | ".join(["none: the base's pictures of the class", "0", "", "", *before, "0"]) + " |")
     for family, rows in results.items():
         means = [sum(row[column] for row in rows) / len(rows) for column in COLUMNS[:2]]
-        fastest = min(row[COLUMNS[2]] for row in rows)  # of all runs: others of the machine disturb it least
+        fastest = min(row[COLUMNS[2]] for row in rows)  # the minimum of all runs is least disturbed by other programs
         cells = [f"{means[0]:,.0f}", f"{means[1]:,.0f}", f"{fastest:,.0f}"]
         lines.append("| " + " | ".join([family, *cells, *(measured(rows, column) for column in COLUMNS[3:])]) + " |")
     told = f"{len(options.subjects)} subjects, {options.steps} steps, {options.class_pictures} class pictures, "

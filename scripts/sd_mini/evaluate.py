@@ -110,7 +110,7 @@ def evaluate_autoencoder(options: Any, model: Any, held_out: CaptionedPictures) 
 
 
 def evaluate_clip(options: Any, clip: CLIP) -> None:
-    """How often the right one of 64 captions, or of 64 drawings, is nearest."""
+    """How often the right one of 64 captions, or of 64 drawings, is the nearest."""
     for split, what in (("val_known", "known in another style"), ("val_unseen", "never seen")):
         held_out = CaptionedPictures(options.data, split=split)
         rows = drawings(held_out, 64)

@@ -35,7 +35,7 @@ from ldm.util import load_model_from_config
 
 
 def trained(subject: Path, word: str, options: argparse.Namespace) -> Path:
-    """The folder of a subject's adapters, trained now unless they were with the same settings and config."""
+    """The folder of a subject's adapters, trained now unless a run with the same settings and config exists."""
     runs, config = options.logdir / f"{subject.name}-{options.seed}", plain(load_config(find_file(options.config)))
     drawing = {"number": options.class_pictures, "seed": options.seed}
     drawing |= {section: config.get(section) for section in ("checkpoint", "dreambooth")}
@@ -112,7 +112,7 @@ def parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     for subject in options.subjects:
-        class_word_of(subject)  # what is no subject is told of before anything is trained
+        class_word_of(subject)  # reject folders that are not subjects before training starts
     clip = CLIP(options.clip).eval()
     gains, drifts = [], []
     for subject in options.subjects:

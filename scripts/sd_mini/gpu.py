@@ -54,7 +54,7 @@ def reconstruction(model: Any, held_out: CaptionedPictures, rows: list[int]) -> 
 
 
 def measure(model: Any, held_out: CaptionedPictures, options: Any) -> dict[str, float]:
-    """What held-out pictures say of the model now."""
+    """Measure the model on held-out pictures."""
     kinds = {
         kind: [i for i, r in enumerate(held_out.records) if r["kind"] == kind][: options.held_out]
         for kind in ("drawing", "photo")
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def save_weights(model: Any, path: Path) -> None:
-    """The file that is shipped: what learns or was learnt, in half precision, and nothing that a config computes."""
+    """Write the file that is shipped: all trained weights in half precision, without buffers that a config computes."""
     learnt = {
         name: value.detach().cpu().contiguous()
         for name, value in model.state_dict().items()

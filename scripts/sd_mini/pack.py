@@ -25,7 +25,7 @@ from ldm.models.clip import CLIP
 
 
 def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The weights whose names begin with `prefix`, without it."""
+    """The weights whose names begin with `prefix`, with the prefix removed."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 

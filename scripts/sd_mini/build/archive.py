@@ -1,4 +1,4 @@
-"""Writing the webdataset that `ldm.data.captioned` reads."""
+"""Writes the webdataset that `ldm.data.captioned` reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of the captioned pictures: what is said of each picture, in which split it is, how often it is drawn."""
+"""Records of the captioned pictures: the captions, split and sampling weight of each picture."""
 
 from __future__ import annotations
 

@@ -26,13 +26,13 @@ class Drawing:
 
 
 def drawings(table: list[Emoji], style: str, family: str, find: Callable[[Emoji], Path | None]) -> list[Drawing]:
-    """The drawings of one style: every emoji of the table of which the vendor has a picture."""
+    """The drawings of one style: every emoji of the table that the vendor has drawn."""
     found = ((emoji, find(emoji)) for emoji in table)
     return [Drawing(emoji, style, family, path) for emoji, path in found if path is not None]
 
 
 def by_image(folder: Path) -> Callable[[Emoji], Path | None]:
-    """emoji-datasource keeps one PNG per emoji under the name which its table gives."""
+    """emoji-datasource has one PNG per emoji, under the name in its table."""
     present = {path.name: path for path in folder.glob("*.png")}
     return lambda emoji: present.get(emoji.image)
 

@@ -1,4 +1,4 @@
-"""Which drawings the base never sees: DreamBooth subjects, things known in another style, things known in none.
+"""The drawings that the base never sees: DreamBooth subjects, things known in another style, unknown things.
 
 A design is held out as a whole: where one family draws it in several finishes, none of them is left in `train`.
 """

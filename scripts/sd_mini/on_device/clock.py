@@ -1,4 +1,4 @@
-"""How long a part of a training may last, and what learning rate that gives it."""
+"""The time limit of a part of a training, and the learning rate that follows from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Clock:
         self.began: float | None = None
 
     def begin(self) -> None:
-        """The first step is done: what it compiled does not count."""
+        """Start the clock after the first step, so that compilation does not count."""
         self.began = time.monotonic()
 
     @property

@@ -1,4 +1,4 @@
-"""Where a training on the device stands, in files small enough to carry."""
+"""The state of a training on the device, in files small enough to carry."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def parts_of(tensors: dict[str, Tensor]) -> Iterable[dict[str, Tensor]]:
 
 
 def save_state(folder: Path, optimizer: Muon, averages: Averages, steps: int) -> None:
-    """Write parameters, averages, what the optimizer remembers and the number of steps so far."""
+    """Write parameters, averages, optimizer state and the number of steps so far."""
     tensors = {"steps": torch.tensor(steps), "updates": torch.tensor(averages.updates)}
     for i, (parameter, average) in enumerate(zip(averages.parameters, averages.values, strict=True)):
         tensors |= {f"parameter.{i}": parameter.detach(), f"average.{i}": average}
@@ -45,7 +45,7 @@ def save_state(folder: Path, optimizer: Muon, averages: Averages, steps: int) ->
 
 @torch.no_grad()
 def load_state(folder: Path, optimizer: Muon, averages: Averages) -> int:
-    """Put back what `save_state` wrote; the number of steps so far, 0 where there is no state.
+    """Restore what `save_state` wrote; the number of steps so far, 0 if there is no state.
 
     Raises `InputError` where a part is missing or belongs to another model.
     """
