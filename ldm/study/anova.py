@@ -18,8 +18,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from patsy import dmatrix
 from scipy import optimize, stats
-from statsmodels.formula.api import mixedlm, ols
+from scipy.linalg import qr
+from statsmodels.formula.api import ols
+from statsmodels.regression.mixed_linear_model import MixedLM
 from statsmodels.stats.multitest import multipletests
 from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWarning
 
@@ -231,27 +234,31 @@ def mixed(design: Design) -> list[Test]:
     if not design.blocks:
         return [Test("mixed model", None, None, "there is one block only")]
     terms = [f"C({key})" for key in design.keys]
+    larger, rank = _mixed_fit(design, terms)
     found = []
     for term, name in zip(terms, design.keys.values(), strict=True):
-        rest = [other for other in terms if other != term]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a variance of zero lies on the border; said below
-            warnings.simplefilter("ignore", UserWarning)
-            try:
-                larger = _mixed_fit(design, terms)
-                smaller = _mixed_fit(design, rest)
-            except np.linalg.LinAlgError:
-                found.append(Test(f"mixed model: {name}", None, None, "not estimable: the table is incomplete"))
-                continue
+        smaller, smaller_rank = _mixed_fit(design, [other for other in terms if other != term])
         ratio = max(2 * (larger.llf - smaller.llf), 0.0)
-        df = fit(design, rest).df_resid - fit(design, terms).df_resid
-        note = "" if larger.converged else "the fit did not converge"
-        found.append(Test(f"mixed model: {name}", float(ratio), float(stats.chi2.sf(ratio, df)), note))
+        note = "" if larger.converged and smaller.converged else "the fit did not converge"
+        found.append(Test(f"mixed model: {name}", ratio, float(stats.chi2.sf(ratio, rank - smaller_rank)), note))
     return found
 
 
-def _mixed_fit(design: Design, terms: Sequence[str]) -> Any:
-    return mixedlm("y ~ " + (" + ".join(terms) or "1"), design.data, groups=design.data["b"]).fit(reml=False)
+def _mixed_fit(design: Design, terms: Sequence[str]) -> tuple[Any, int]:
+    """The fitted mixed model and the rank of its fixed effects.
+
+    An incomplete table makes columns that depend on others. They are left out: the likelihood depends only on the
+    space that the columns span.
+    """
+    columns = dmatrix(" + ".join(terms) or "1", design.data)
+    *_, triangle, order = qr(np.asarray(columns), mode="economic", pivoting=True)
+    sizes = np.abs(np.diag(triangle))
+    chosen = np.sort(order[: int((sizes > sizes[0] * 1e-9).sum())])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a variance of zero lies on the border; see `converged`
+        warnings.simplefilter("ignore", UserWarning)
+        model = MixedLM(design.data["y"].to_numpy(), np.asarray(columns)[:, chosen], groups=design.data["b"])
+        return model.fit(reml=False), len(chosen)
 
 
 # --- pairs, checks and ranks --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from statsmodels.formula.api import ols
+from statsmodels.formula.api import mixedlm, ols
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multicomp import pairwise_tukeyhsd
 
@@ -147,6 +147,26 @@ def test_a_mixed_model_finds_what_differs_within_blocks():
     [without] = anova.one_way(Design(frame, "y", ["reads"]))
     assert within.p < 1e-4 and without.p > 0.5
     assert anova.mixed(Design(frame, "y", ["reads"]))[0].note == "there is one block only"
+
+
+def test_a_mixed_model_of_an_incomplete_table():
+    """Only c is written to z: two columns are equal, which changes no likelihood."""
+    generator = np.random.default_rng(3)
+    cells = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y"), ("c", "z")]
+    rows = [
+        {"reads": r, "writes": w, "subject": f"s{s}", "y": s + 0.1 * (r == "b") + generator.normal(scale=0.2)}
+        for s in range(6) for r, w in cells for _ in range(3)
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    b, y, c = (frame[key] == level for key, level in (("reads", "b"), ("writes", "y"), ("reads", "c")))
+    frame = frame.assign(b=b.astype(float), w=y.astype(float), c=c.astype(float))
+    terms = ("b + w + c", "w + c", "b + c")
+    fits = (mixedlm(f"y ~ {one}", frame, groups=frame["subject"]).fit(reml=False) for one in terms)
+    whole, *parts = (fitted.llf for fitted in fits)
+    found = anova.mixed(Design(frame, "y", ["reads", "writes"], "subject"))
+    for test, part in zip(found, parts, strict=True):
+        assert test.statistic == pytest.approx(2 * (whole - part), rel=1e-3, abs=1e-4)
+        assert test.p == pytest.approx(stats.chi2.sf(2 * (whole - part), 1), rel=1e-2)
 
 
 def test_mean_ranks_and_their_critical_difference():
