@@ -35,10 +35,10 @@ def load_model_from_config(config: Any, ckpt: str | Path | None = None, verbose:
 
     Without `ckpt` the config's own `checkpoint` is used. Raises `InputError`, see `ldm.checkpoints`.
     """
-    from ldm.interchange.base_files import base_weights
+    from ldm.interchange.base_files import reader
     from ldm.models.building import build_model, choose_checkpoint
 
-    model = build_model(config, *choose_checkpoint(config, ckpt), read=base_weights).eval()
+    model = build_model(config, *choose_checkpoint(config, ckpt), read=reader(config)).eval()
     if verbose:
         count_params(model, verbose=True)
     return model

@@ -164,9 +164,13 @@ def prepared_model(options: argparse.Namespace) -> tuple[Any, Callable[[Variant]
     from ldm.models.building import untuned
     from ldm.util import load_model_from_config
 
-    if options.config == "auto":
+    is_auto = options.config == "auto"
+    if is_auto:
         options.config = config_of(options.ckpt)
-    model = load_model_from_config(untuned(load_config(find_file(options.config))), options.ckpt, verbose=True)
+    config = untuned(load_config(find_file(options.config)))
+    if is_auto and options.ckpt:
+        adapt(config, options.ckpt)
+    model = load_model_from_config(config, options.ckpt, verbose=True)
     model.to(best_device(options.device))
     add_adapters(model, options)
     if options.compile:
@@ -290,6 +294,20 @@ def config_of(ckpt: str | None) -> str:
         raise InputError(f"{ckpt} {named}")
     print(f"{ckpt} is {base.what}: {base.config}{'; ' + base.note if base.note else ''}")
     return base.config
+
+
+def adapt(config: Any, ckpt: str) -> None:
+    """Set a config to what the JSON of a diffusers folder says of its model. Raises `InputError`."""
+    from omegaconf import OmegaConf
+
+    from ldm.interchange import diffusers_json
+    from ldm.interchange.base_files import folder_of
+
+    if (folder := folder_of(ckpt)) is None:
+        return
+    for key, value in diffusers_json.adapted(folder, config.model.params, ckpt).items():
+        log.info("%s: %s is %s", ckpt, key, value)
+        OmegaConf.update(config.model.params, key, value)
 
 
 def check(options: argparse.Namespace) -> None:

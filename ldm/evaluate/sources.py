@@ -17,7 +17,7 @@ from ldm.errors import InputError
 from ldm.evaluate.features import Files
 from ldm.evaluate.scoring import Drawn
 from ldm.interchange import load_any, open_file, recognise
-from ldm.interchange.base_files import base_weights
+from ldm.interchange.base_files import reader
 from ldm.models.bases import DEFAULT
 from ldm.models.building import build_model, choose_checkpoint, untuned
 from ldm.modules.encoders.tokens import load_words
@@ -134,7 +134,7 @@ def _base(run: Run | None, config: str | None, ckpt: str | None) -> Callable[[],
         source = run.config if run and config is None else load_config(find_file(config or DEFAULT.config))
         source = untuned(source.copy())
         checkpoint = choose_checkpoint(source, ckpt or (run.base if run else None))
-        model = build_model(source, *checkpoint, read=base_weights).eval()
+        model = build_model(source, *checkpoint, read=reader(source)).eval()
         if words:
             load_words(model, words, "--embedding_manager_ckpt")
         model.model.diffusion_model.adapters_enable(False)

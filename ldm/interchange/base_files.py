@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ldm.checkpoints import read_weights
 from ldm.errors import InputError
-from ldm.interchange import diffusers_model
+from ldm.interchange import diffusers_json, diffusers_model
 
 # What a folder must hold to be read; a repository on the hub holds other copies of its weights, too.
 PARTS = ("model_index.json", "unet/*", "vae/*", "text_encoder/*", "text_encoder_2/*")
 
 
-def base_weights(path: str | Path) -> dict[str, Tensor]:
+def base_weights(path: str | Path, config: Any = None) -> dict[str, Tensor]:
     """The weights of a base by the names of the model here.
 
     path: a checkpoint, a diffusers folder, or `owner/name` of one in the hub's cache; nothing is downloaded
+    config: the config of the model that the weights are for, with which the JSON of a folder is compared
 
     Raises `InputError`.
     """
     found = folder_of(path)
     if found is None:
         return read_weights(path)
+    if config is not None:
+        diffusers_json.check(found, config["model"]["params"], path)
     return diffusers_model.read_folder(found)
+
+
+def reader(config: Any) -> Callable[[str | Path], dict[str, Tensor]]:
+    """`base_weights` for the model of a config."""
+    return partial(base_weights, config=config)
 
 
 def folder_of(path: str | Path) -> Path | None:

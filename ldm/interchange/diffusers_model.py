@@ -15,7 +15,8 @@ from ldm.config import find_file, plain
 from ldm.errors import InputError, short
 from ldm.files import read_json
 from ldm.interchange import layers
-from ldm.interchange.formats import Codec, Context
+from ldm.interchange.diffusers_json import BETAS, PREDICTIONS, check, heads, of_folder, text_config
+from ldm.interchange.formats import Codec, Context, Opened
 from ldm.interchange.names import (
     TEXT,
     UNET,
@@ -28,7 +29,6 @@ from ldm.interchange.names import (
     vae_table,
 )
 from ldm.models.bases import BASES, DEFAULT, Base, Part, base_of, explained
-from ldm.modules.encoders.modules import CLIP_VIT_L_14
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ def configurations(params: Mapping[str, Any], base: Base = DEFAULT) -> dict[str,
     attends = [2**level in rates for level in range(len(mult))]
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends]
     up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)]
+    own_heads = heads(unet)
     parts = base.parts
     classes = {part.folder: [part.library, part.cls] for part in parts.values()}
     classes |= {name: list(others) for name, others in base.others.items()}
@@ -129,7 +130,8 @@ def configurations(params: Mapping[str, Any], base: Base = DEFAULT) -> dict[str,
             "_class_name": parts["unet"].cls,
             "act_fn": "silu",
             # this is diffusers' historical name for the number of heads
-            "attention_head_dim": unet["num_heads"],
+            "attention_head_dim": own_heads[0] if len(set(own_heads)) == 1 else own_heads,
+            "use_linear_projection": unet.get("use_linear_in_transformer", False),
             "block_out_channels": [unet["model_channels"] * m for m in mult],
             "cross_attention_dim": unet["context_dim"],
             "down_block_types": down,
@@ -163,25 +165,33 @@ def configurations(params: Mapping[str, Any], base: Base = DEFAULT) -> dict[str,
             "torch_dtype": "float32",
             **_text(params, base),
         },
-        "scheduler": {
-            "_class_name": base.others["scheduler"][1],
-            "beta_start": params.get("linear_start", 1e-4),
-            "beta_end": params.get("linear_end", 2e-2),
-            "beta_schedule": "scaled_linear",
-            "clip_sample": False,
-            "num_train_timesteps": params.get("timesteps", 1000),
-            "set_alpha_to_one": False,
-            "skip_prk_steps": True,
-            "steps_offset": 1,
-        },
+        "scheduler": _scheduler(params, base),
+    }
+
+
+def _scheduler(params: Mapping[str, Any], base: Base) -> dict[str, Any]:
+    """The schedule. Raises `InputError` for one that diffusers lacks."""
+    schedule, zero = params.get("beta_schedule", "linear"), bool(params.get("zero_terminal_snr", False))
+    if schedule not in BETAS:
+        raise InputError(f"diffusers has no counterpart of the beta_schedule {schedule!r}; expected {', '.join(BETAS)}")
+    own = {"skip_prk_steps": True} if not zero else {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return {
+        "_class_name": "DDIMScheduler" if zero else base.others["scheduler"][1],
+        "beta_start": params.get("linear_start", 1e-4),
+        "beta_end": params.get("linear_end", 2e-2),
+        "beta_schedule": BETAS[schedule],
+        "clip_sample": False,
+        "num_train_timesteps": params.get("timesteps", 1000),
+        "prediction_type": PREDICTIONS[params.get("parameterization", "eps")],
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        **own,
     }
 
 
 def _text(params: Mapping[str, Any], base: Base) -> dict[str, Any]:
-    version = (params["cond_stage_config"].get("params") or {}).get("version", base.text_model)
-    file = find_file(version) / "config.json"
-    config = read_json(file) if file.is_file() else CLIP_VIT_L_14
-    return {key: value for key, value in config.get("text_config", config).items() if key not in ("architectures",)}
+    config = text_config(params, base.text_model)
+    return {key: value for key, value in config.items() if key not in ("architectures",)}
 
 
 # --- folders
@@ -250,12 +260,19 @@ def read_folder(path: str | Path) -> dict[str, Tensor]:
     base = next((base for base in BASES if base.pipeline and base.pipeline == pipeline), None)
     parts = (base or DEFAULT).parts
     try:
-        return from_diffusers({name: _read_part(path / part.folder, part) for name, part in parts.items()}, str(path))
+        weights = from_diffusers({n: _read_part(path / part.folder, part) for n, part in parts.items()}, str(path))
     except InputError as error:
         if base or not pipeline:
             raise
         known = ", ".join(dict.fromkeys(base.pipeline for base in BASES if base.pipeline))
         raise InputError(f"{path} is a folder of {short(pipeline)}; expected one of {known} ({error})") from None
+    found = base_of(weights)
+    if found and found.parts["text_encoder"].prefix != TEXT:
+        raise InputError(
+            f"{path} is a diffusers folder of {found.title}, whose text encoder is built otherwise here: "
+            "use the model's checkpoint, a single file"
+        )
+    return weights
 
 
 def _pipeline(index: Path) -> str | None:
@@ -291,12 +308,19 @@ def _read_part(folder: Path, part: Part) -> dict[str, Tensor]:
 # --- the row
 
 
+def _read(file: Opened, context: Context) -> Mapping[str, Tensor]:
+    if context.config is not None:
+        check(file.path, context.params, file.given)
+    return context.checked(read_folder(file.path), file.given)
+
+
 def _write(path: Path, weights: Mapping[str, Tensor], context: Context) -> None:
     write_folder(path, weights, context.params, context.source)
 
 
 FOLDER = Codec(
     lambda file: file.path.is_dir() and is_folder(file.path),
-    {"model": lambda file, context: context.checked(read_folder(file.path), file.given)},
+    {"model": _read},
     _write,
+    notes=lambda file: of_folder(file.path),
 )

@@ -147,7 +147,7 @@ def build_model(
     """The model of a config with the weights of a checkpoint; if `ckpt` is None, with seeded random weights.
 
     `config` is a whole config; its section `model` is built. With `tuned`, its tuning is installed with initial values.
-    `read` reads `ckpt`: `ldm.interchange.base_files.base_weights` reads diffusers folders, too.
+    `read` reads `ckpt`: that of `ldm.interchange.base_files.reader` reads diffusers folders, too.
     Raises `InputError`.
     """
     if "model" not in config:

@@ -27,7 +27,7 @@ from ldm.data.class_images import missing_class_images
 from ldm.devices import cast_frozen
 from ldm.errors import InputError, WriteError, explain
 from ldm.generate import Settings, fill_class_folder
-from ldm.interchange.base_files import base_weights
+from ldm.interchange.base_files import reader
 from ldm.models.building import build_model, choose_checkpoint
 from ldm.models.diffusion.draws import Stream
 from ldm.train import caches, lock
@@ -269,4 +269,4 @@ def base_model(run: Run, tuned: bool = True) -> pl.LightningModule:
     """The model of the config with the weights of its base checkpoint, in training mode, with or without its tuning."""
     torch.manual_seed(run.seed)  # adapters start from random numbers
     checkpoint = choose_checkpoint(run.config, run.base)
-    return build_model(run.config, *checkpoint, tuned=tuned, read=base_weights).train()
+    return build_model(run.config, *checkpoint, tuned=tuned, read=reader(run.config)).train()

@@ -1,0 +1,242 @@
+"""What the JSON of a diffusers folder says that its weights do not: prediction, schedule, numbers of heads, scale.
+
+A row of `SETTINGS` is a value in the JSON, with the default of diffusers, and its counterpart in `model.params` of a
+config. So a folder can be compared with a config, and a config can be set to be that of a folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.config import find_file, plain
+from ldm.errors import InputError, short
+from ldm.files import read_json
+from ldm.models.bases import DEFAULT
+from ldm.modules.encoders.modules import CLIP_VIT_L_14
+
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}  # by LDM's `parameterization`
+BETAS = {"linear": "scaled_linear", "sqrt_linear": "linear"}  # by LDM's `beta_schedule`
+
+Params = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row: a key of a part's JSON.
+
+    default: diffusers' own
+    ours: the value for `model.params` of a config; None if the config has no such part
+    read: the value in the JSON in that form, from the whole JSON and the config
+    change: the parameters that give a config this value; empty if there are none
+    """
+
+    part: str
+    key: str
+    default: Any
+    ours: Callable[[Params], Any]
+    change: Callable[[Any, Params], dict[str, Any]] = lambda value, params: {}
+    read: Callable[[Mapping[str, Any], Params, Setting], Any] = lambda json, params, row: json.get(row.key, row.default)
+
+
+def _unet(params: Params) -> Mapping[str, Any]:
+    return (params.get("unet_config") or params.get("network_config") or {}).get("params") or {}
+
+
+def _first_stage(params: Params) -> Mapping[str, Any]:
+    return ((params.get("first_stage_config") or {}).get("params") or {}).get("ddconfig") or {}
+
+
+def _constant(value: Any) -> Callable[[Params], Any]:
+    """The model here has one value."""
+    return lambda params: value
+
+
+def text_config(params: Params, version: str = DEFAULT.text_model) -> dict[str, Any]:
+    """transformers' configuration of the text encoder of a config."""
+    chosen = ((params.get("cond_stage_config") or {}).get("params") or {}).get("version", version)
+    file = find_file(chosen) / "config.json"
+    config = read_json(file) if file.is_file() else CLIP_VIT_L_14
+    return dict(config.get("text_config", config))
+
+
+def _of_text(key: str) -> Callable[[Params], Any]:
+    """Only for transformers' text encoder: others are not read from folders."""
+
+    def value(params: Params) -> Any:
+        target = str((params.get("cond_stage_config") or {}).get("target"))
+        return text_config(params).get(key) if "FrozenCLIPEmbedder" in target else None
+
+    return value
+
+
+def heads(unet: Mapping[str, Any]) -> list[int]:
+    """The number of attention heads at every level of a UNet, finest first, from the parameters of its config."""
+    widths = [unet.get("model_channels", 320) * mult for mult in unet.get("channel_mult", (1, 2, 4, 8))]
+    wide = unet.get("num_head_channels", -1)
+    return [unet.get("num_heads", -1) if wide == -1 else width // wide for width in widths]
+
+
+def _attending(unet: Mapping[str, Any]) -> list[int]:
+    """The levels with attention; the middle block has that of the last level."""
+    levels, rates = len(unet.get("channel_mult", (1, 2, 4, 8))), unet.get("attention_resolutions", ())
+    return [level for level in range(levels) if 2**level in rates or level == levels - 1]
+
+
+def _our_heads(params: Params) -> list[int] | None:
+    unet = _unet(params)
+    return [heads(unet)[level] for level in _attending(unet)] if unet else None
+
+
+def _their_heads(json: Mapping[str, Any], params: Params, row: Setting) -> Any:
+    """diffusers calls the number of heads `attention_head_dim`, for historical reasons."""
+    value, unet = json.get("num_attention_heads") or json.get(row.key, row.default), _unet(params)
+    levels = len(heads(unet))
+    value = [value] * levels if isinstance(value, int) else value
+    return [value[level] for level in _attending(unet)] if isinstance(value, list) and len(value) == levels else value
+
+
+def _set_heads(value: Any, params: Params) -> dict[str, Any]:
+    """One number for all levels, or one width of a head."""
+    if not isinstance(value, list) or not all(isinstance(one, int) and one > 0 for one in value):
+        return {}
+    unet = _unet(params)
+    widths = [unet["model_channels"] * unet["channel_mult"][level] for level in _attending(unet)]
+    if len(set(value)) == 1:
+        return {"unet_config.params.num_heads": value[0], "unet_config.params.num_head_channels": -1}
+    [*sizes] = {width // one for width, one in zip(widths, value, strict=True)}
+    return {"unet_config.params.num_head_channels": sizes[0]} if len(sizes) == 1 else {}
+
+
+def _names(table: Mapping[str, str], key: str, default: str) -> Callable[[Params], Any]:
+    return lambda params: table.get(params.get(key, default), params.get(key, default))
+
+
+def _set_name(table: Mapping[str, str], key: str) -> Callable[[Any, Params], dict[str, Any]]:
+    names = {theirs: ours for ours, theirs in table.items()}
+    return lambda value, params: {key: names[value]} if value in names else {}
+
+
+def _set(key: str, kinds: tuple[type, ...] = (int, float)) -> Callable[[Any, Params], dict[str, Any]]:
+    return lambda value, params: {key: value} if isinstance(value, kinds) else {}
+
+
+SCHEDULER = "scheduler"
+SETTINGS = [
+    Setting(
+        SCHEDULER, "prediction_type", "epsilon", _names(PREDICTIONS, "parameterization", "eps"),
+        _set_name(PREDICTIONS, "parameterization"),
+    ),
+    Setting(
+        SCHEDULER, "rescale_betas_zero_snr", False, lambda p: bool(p.get("zero_terminal_snr", False)),
+        _set("zero_terminal_snr", (bool,)),
+    ),
+    Setting(
+        SCHEDULER, "beta_schedule", "linear", _names(BETAS, "beta_schedule", "linear"),
+        _set_name(BETAS, "beta_schedule"),
+    ),
+    Setting(SCHEDULER, "beta_start", 1e-4, lambda p: p.get("linear_start", 1e-4), _set("linear_start")),
+    Setting(SCHEDULER, "beta_end", 2e-2, lambda p: p.get("linear_end", 2e-2), _set("linear_end")),
+    Setting(SCHEDULER, "num_train_timesteps", 1000, lambda p: p.get("timesteps", 1000), _set("timesteps", (int,))),
+    Setting(SCHEDULER, "trained_betas", None, _constant(None)),
+    Setting("unet", "attention_head_dim", 8, _our_heads, _set_heads, _their_heads),
+    Setting(
+        "unet", "use_linear_projection", False, lambda p: bool(_unet(p).get("use_linear_in_transformer", False)),
+        _set("unet_config.params.use_linear_in_transformer", (bool,)),
+    ),
+    Setting(
+        "unet", "norm_num_groups", 32, lambda p: _unet(p).get("norm_num_groups", 32),
+        _set("unet_config.params.norm_num_groups", (int,)),
+    ),
+    *(
+        Setting("unet", key, value, _constant(value))
+        for key, value in {
+            "act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
+            "center_input_sample": False, "time_embedding_type": "positional", "resnet_time_scale_shift": "default",
+            "mid_block_scale_factor": 1, "only_cross_attention": False, "dual_cross_attention": False,
+            "encoder_hid_dim_type": None,
+        }.items()
+    ),
+    Setting("vae", "scaling_factor", 0.18215, lambda p: p.get("scale_factor", 1.0), _set("scale_factor")),
+    Setting(
+        "vae", "norm_num_groups", 32, lambda p: _first_stage(p).get("norm_num_groups", 32),
+        _set("first_stage_config.params.ddconfig.norm_num_groups", (int,)),
+    ),
+    *(
+        Setting("vae", key, value, _constant(value))
+        for key, value in {"shift_factor": None, "latents_mean": None, "latents_std": None}.items()
+    ),
+    Setting("text_encoder", "hidden_act", "quick_gelu", _of_text("hidden_act")),
+    Setting("text_encoder", "num_attention_heads", 8, _of_text("num_attention_heads")),
+]  # fmt: skip
+
+
+def differences(folder: Path, params: Any) -> list[tuple[Setting, Any, Any]]:
+    """(row, the folder's value, the config's) of every setting in which a folder and `model.params` differ.
+
+    Raises `InputError` for JSON that cannot be read and for schedules without betas.
+    """
+    params, found, read = plain(params), [], {}
+    for row in SETTINGS:
+        if row.part not in read:
+            read[row.part] = _json(folder, row.part)
+        json, ours = read[row.part], row.ours(params)
+        if json is None or (ours is None and row.default is not None):
+            continue
+        theirs = row.read(json, params, row)
+        if not _same(theirs, ours):
+            found.append((row, theirs, ours))
+    return found
+
+
+def check(folder: Path, params: Any, given: str | Path) -> None:
+    """Raises `InputError` if the JSON of a folder, `given` by that name, describes another model than `params`."""
+    for row, theirs, ours in differences(folder, params):
+        change = row.change(theirs, plain(params))
+        advice = ", ".join(f"model.params.{key}={value}" for key, value in change.items())
+        raise InputError(
+            f"{given} says {row.key} {short(theirs)} in {row.part}, and the model of this config has {short(ours)}: "
+            + (f"use a config with {advice}" if change else "this program has no such model")
+        )
+
+
+def adapted(folder: Path, params: Any, given: str | Path) -> dict[str, Any]:
+    """The parameters, by dotted key within `model.params`, that make a config that of a folder.
+
+    Raises `InputError` for a folder that no parameters describe.
+    """
+    changes: dict[str, Any] = {}
+    for row, theirs, _ in differences(folder, params):
+        if not (change := row.change(theirs, plain(params))):
+            raise InputError(f"{given} says {row.key} {short(theirs)} in {row.part}: this program has no such model")
+        changes |= change
+    return changes
+
+
+def of_folder(folder: Path) -> dict[str, Any]:
+    """What `ldm inspect` tells of the JSON: prediction and schedule, where they differ from diffusers' defaults."""
+    json = _json(folder, SCHEDULER) or {}
+    told = {key: json[key] for key in ("prediction_type", "rescale_betas_zero_snr") if json.get(key)}
+    return {key.replace("_", " "): value for key, value in told.items()}
+
+
+def _json(folder: Path, part: str) -> Mapping[str, Any] | None:
+    """The JSON of a part; None if the folder has none, which older versions of diffusers do not need for all parts."""
+    file = folder / part / ("scheduler_config.json" if part == SCHEDULER else "config.json")
+    if not file.is_file():
+        return None
+    json = read_json(file)
+    if not isinstance(json, Mapping):
+        raise InputError(f"{file}: expected a mapping, got {short(json)}")
+    json = json.get("text_config", json) if part == "text_encoder" else json
+    if part == SCHEDULER and any(word in str(json.get("_class_name")) for word in ("FlowMatch", "EDM")):
+        raise InputError(f"{file}: {json['_class_name']} is not a schedule of betas, which this program's models have")
+    return json
+
+
+def _same(one: Any, two: Any) -> bool:
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (one, two))
+    return math.isclose(one, two, rel_tol=1e-6) if numbers else one == two
