@@ -149,6 +149,7 @@ def train(given: argparse.Namespace, concepts: list[dict[str, str]], work: Path)
     from ldm.train import dreambooth
     from ldm.train import run as runs
     from ldm.train.options import dreambooth_parser, parse
+    from ldm.train.run_folder import step_folders
 
     OmegaConf.save(OmegaConf.create(config_of(given, concepts)), work / "custom.yaml")
     first = concepts[0]
@@ -173,7 +174,7 @@ def train(given: argparse.Namespace, concepts: list[dict[str, str]], work: Path)
                 runs.prepare_class_pictures(run, model, folder, one["class_prompt"], given.num_class_images)
     if not runs.train(run, model, test=False).is_global_zero:
         return None
-    return max(run.checkpoints.glob("*-adapters"), key=lambda path: int(path.name.partition("-")[0]))
+    return step_folders(run.checkpoints)[-1]
 
 
 def pictures_of(folder: str) -> str:

@@ -126,6 +126,7 @@ def train(given: argparse.Namespace, work: Path) -> Path | None:
     given.instance_data_dir = pictures(given)
     from ldm.train import dreambooth
     from ldm.train.options import dreambooth_parser, parse
+    from ldm.train.run_folder import step_folders
 
     OmegaConf.save(OmegaConf.create(config_of(given)), work / "pti.yaml")
     words = [
@@ -137,7 +138,7 @@ def train(given: argparse.Namespace, work: Path) -> Path | None:
     run = dreambooth.plan(*(parsed := parse(dreambooth_parser(__doc__), words)))
     if not dreambooth.train(run, parsed[0]).is_global_zero:
         return None
-    return max(run.checkpoints.glob("*-adapters"), key=lambda path: int(path.name.partition("-")[0]))
+    return step_folders(run.checkpoints)[-1]
 
 
 def pictures(given: argparse.Namespace) -> str:

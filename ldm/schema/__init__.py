@@ -22,6 +22,7 @@ from ldm.schema.sections import (
     Loss,
     Masks,
     Model,
+    Monitor,
     Optimizer,
     Schedule,
     Section,
@@ -33,7 +34,7 @@ from ldm.schema.sections import (
 
 __all__ = [
     "OF_DATASETS", "Adapter", "Augment", "Buckets", "CaptionSource", "Captions", "CheckpointParams", "Config",
-    "DreamBooth", "Embedder", "Entry", "Loss", "Masks", "Model", "Optimizer", "Schedule", "Section",
+    "DreamBooth", "Embedder", "Entry", "Loss", "Masks", "Model", "Monitor", "Optimizer", "Schedule", "Section",
     "Trainer", "Training", "Tuning", "check", "check_part", "fits", "page", "phrase", "says", "select",
     "unused",
 ]  # fmt: skip

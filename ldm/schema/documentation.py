@@ -22,6 +22,7 @@ from ldm.schema.sections import (
     Masks,
     Model,
     ModelCheckpoint,
+    Monitor,
     Trainer,
     Training,
     Tuning,
@@ -35,7 +36,7 @@ PAGE = (
     (Masks, "masks of a dataset"), (Augment, "augment of a dataset"),
     (Lightning, "lightning"), (Trainer, "lightning.trainer"),
     (ModelCheckpoint, "lightning.modelcheckpoint"), (CheckpointParams, "lightning.modelcheckpoint.params"),
-    (DreamBooth, "dreambooth"), (Training, "training"), (Checkpoint, "checkpoint"),
+    (Monitor, "lightning.monitor"), (DreamBooth, "dreambooth"), (Training, "training"), (Checkpoint, "checkpoint"),
 )  # fmt: skip
 
 BEGINNING = """\

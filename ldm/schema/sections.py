@@ -193,6 +193,8 @@ class CheckpointParams(Section):
     """`lightning.modelcheckpoint.params`."""
 
     every_n_train_steps: AtLeast1 | None = says(500, "optimizer steps between checkpoints")
+    every_n_minutes: Positive | None = says(None, "minutes after which a checkpoint is due, too")
+    total_limit: AtLeast1 | None = says(None, "how many <step>-adapters are kept, the newest (default: all)")
     monitor: Any = says(None, UNUSED)
     mode: Any = says(None, UNUSED)
     save_top_k: Any = says(None, UNUSED)
@@ -212,12 +214,23 @@ class ModelCheckpoint(Section):
     target: str | None = says(None, UNUSED)
 
 
+class Monitor(Section):
+    """`lightning.monitor`: a metric of validation that stops the run or chooses its best weights."""
+
+    metric: str = says("val/loss", "name of a logged value")
+    mode: Literal["min", "max"] = says("min", "whether lower or higher values are better")
+    min_delta: AtLeast0Real = says(0.0, "what counts as an improvement")
+    early_stopping: AtLeast1 | None = says(None, "end the run after so many values without improvement")
+    save_best: bool = says(False, "keep the best weights in checkpoints/best-adapters")
+
+
 class Lightning(Section):
     """`lightning`: how the run goes."""
 
     trainer: Trainer | None = says(None, "options of Lightning's Trainer")
     callbacks: dict[str, Entry | None] | None = says(None, "{any name: {target, params}}; null takes one out again")
     modelcheckpoint: ModelCheckpoint | None = says(None, "how often a run saves")
+    monitor: Monitor | None = says(None, "early stopping, and keeping the best weights")
     logger: Entry | None = says(None, "a logger of Lightning's (default: TensorBoard in the run's folder)")
     find_unused_parameters: bool | None = says(None, UNUSED)
 

@@ -27,7 +27,7 @@ from ldm.study.keys import commit, versions
 from ldm.train import dreambooth, many, run_folder
 from ldm.train import run as runs
 from ldm.train.callbacks import EpochReport, peak_memory
-from ldm.train.run_folder import Run
+from ldm.train.run_folder import Run, step_folders
 from ldm.train.trainer_section import first_device
 from ldm.tuning import files, table
 
@@ -174,7 +174,7 @@ class Worker:
     def _score(self, task: Task, key: str, run: Run, model: Any, trained: float) -> list[Row]:
         """A row for each checkpoint of a training, which is read from its folder into `model`."""
         rows: list[Row] = []
-        folders = {int(path.name.split("-")[0]): path for path in run.checkpoints.glob("*-adapters")}
+        folders = {int(path.name.split("-")[0]): path for path in step_folders(run.checkpoints)}
         if not folders:
             raise InputError(f"{run.checkpoints} holds nothing that was learnt")
         device = first_device(run.config)

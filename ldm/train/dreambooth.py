@@ -35,7 +35,7 @@ DEFAULTS = {key: value for key, value in DreamBooth().model_dump().items() if va
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:
     """The run that the options ask for: a new one, or one to go on with. Raises `InputError`."""
-    config, folder, checkpoint = opened(options, overrides)
+    config, folder, checkpoint = opened(options, overrides, trainer_options)
     stored = config.get("dreambooth") or {}
     asked = {
         "base": options.actual_resume,

@@ -24,7 +24,7 @@ DEFAULTS = Training().model_dump()
 
 def plan(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> Run:
     """The run that the options ask for: a new one, or one to go on with. Raises `InputError`."""
-    config, folder, checkpoint = opened(options, overrides)
+    config, folder, checkpoint = opened(options, overrides, trainer_options)
     asked = {"seed": options.seed, "scale_lr": options.scale_lr, "keep_memory": options.keep_memory}
     given = {key: value for key, value in asked.items() if value is not None}
     config = OmegaConf.merge({"training": DEFAULTS}, config, {"training": given})

@@ -29,7 +29,6 @@ from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.options import TRAINER_OPTIONS, dreambooth_parser
 from ldm.train.run_config import check_config, with_trainer
 from ldm.train.run_folder import Run
-from ldm.train.saving import SaveRun
 from ldm.tuning import UNET, Tuning, freeze_rest
 from ldm.tuning.side_by_side import join, own_copies, view
 
@@ -232,6 +231,6 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     data = ManyData([instantiate_from_config(part.config.data) for part in parts])
     places = [(part.checkpoints, part.notes) for part in parts]
-    saver = SaveRun(group.checkpoints, runs.checkpoint_every(first.config), places=places)
+    saver = runs.saver_of(group, places)
     with runs.unless_refused(group, saver):
         return runs.fit(group, module, data, saver)

@@ -42,6 +42,7 @@ OPTIMIZERS = {
     "muon": Choice("ldm.muon.Muon"),
     "sgd": Choice("torch.optim.SGD", params={"momentum": 0.9}),
 }  # fmt: skip
+NAMED = "ldm.lr_scheduler.NamedSchedule"
 SMALLEST_FACTOR = 0.1  # a smaller value is probably a learning rate, not a factor
 
 
@@ -87,6 +88,9 @@ def _optimizer(section: dict[str, Any], config: DictConfig) -> dict[str, Any]:
 
 
 def _schedule(section: dict[str, Any], config: DictConfig) -> dict[str, Any]:
+    was = plain(OmegaConf.select(config, "model.params.scheduler_config")) or {}
+    if "name" not in section and was.get("target") == NAMED:  # of a resumed run, which another length goes on with
+        section = {**(was.get("params") or {}), **section}
     asked = schema.Schedule(**section)
     steps = asked.steps or OmegaConf.select(config, "lightning.trainer.max_steps")
     if asked.name.startswith("constant"):
@@ -96,7 +100,7 @@ def _schedule(section: dict[str, Any], config: DictConfig) -> dict[str, Any]:
     elif asked.warmup >= steps:
         raise InputError(f"schedule.warmup is {asked.warmup} steps, but the schedule has {steps}")
     params = {**asked.model_dump(), "steps": steps}
-    return {"model.params.scheduler_config": {"target": "ldm.lr_scheduler.NamedSchedule", "params": params}}
+    return {"model.params.scheduler_config": {"target": NAMED, "params": params}}
 
 
 SPELLED_OUT = {"optimizer": _optimizer, "schedule": _schedule, "loss": _loss}

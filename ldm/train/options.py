@@ -63,6 +63,26 @@ def add_training(p: Parser, several: bool = False) -> None:
         machine.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
 
 
+    add_saving(p, several)
+
+
+def add_saving(p: Parser, several: bool = False) -> None:
+    """Options for what is saved, and for when a run ends. Trainings side by side end together."""
+    saving = p.add_argument_group("saving and stopping")
+    saving.add_argument("--checkpoints_total_limit", type=count, metavar="N",
+                        help=help_of(schema.CheckpointParams, "total_limit"))  # fmt: skip
+    saving.add_argument("--save_every_minutes", type=positive, metavar="MINUTES",
+                        help=help_of(schema.CheckpointParams, "every_n_minutes"))  # fmt: skip
+    if several:
+        return
+    saving.add_argument("--early_stopping", type=count, metavar="N",
+                        help=help_of(schema.Monitor, "early_stopping"))  # fmt: skip
+    saving.add_argument("--save_best", type=boolean, nargs="?", const=True,
+                        help=help_of(schema.Monitor, "save_best"))  # fmt: skip
+    saving.add_argument("--monitor", metavar="METRIC", help="what these two go by: a logged value (default val/loss)")
+    saving.add_argument("--monitor_mode", choices=("min", "max"), help=help_of(schema.Monitor, "mode"))
+
+
 def help_of(section: type[schema.Section], name: str, with_default: bool = True) -> str:
     """The help of an option that is also a key of a config."""
     field = section.model_fields[name]

@@ -31,7 +31,7 @@ SWITCHES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def report(options: argparse.Namespace, trainer_options: dict[str, Any], overrides: list[str]) -> str:
     """The cost of a training, as lines of text or as JSON. Raises `InputError`."""
-    config, *_ = opened(options, overrides)
+    config, *_ = opened(options, overrides, trainer_options)
     config = with_trainer(config, options.gpus, trainer_options)
     stored = {"cache": "memory", "base_precision": "fp32", **(config.get("dreambooth") or {})}
     settings = {

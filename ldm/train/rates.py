@@ -98,7 +98,18 @@ class AsConfigured(pl.Callback):
             self._begin_schedule(trainer)
         elif self.then["rates"] != self.now["rates"]:
             self._change_rates(trainer)
+        self._refuse_no_rate(trainer)
         self.wanted = None
+
+    def _refuse_no_rate(self, trainer: pl.Trainer) -> None:
+        """Raises `InputError` if the schedule has come to its end, so that further steps would change nothing."""
+        factors = [factor for one in trainer.lr_scheduler_configs for factor in one.scheduler.lr_lambdas]
+        steps = range(trainer.global_step, max(trainer.max_steps, trainer.global_step + 1))
+        if factors and not any(factor(step) for factor in factors for step in steps):
+            raise InputError(
+                f"the schedule of this run has ended: from step {trainer.global_step} on the learning rate would be 0; "
+                "give it a new length (schedule.steps=N) or another form (schedule=constant)"
+            )
 
     def _has_other_schedule(self, trainer: pl.Trainer) -> bool:
         if "schedule" in self.then:

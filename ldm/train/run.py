@@ -16,8 +16,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
+from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import LearningRateMonitor, Timer, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -35,6 +35,7 @@ from ldm.train.callbacks import EpochReport, ImageLogger
 from ldm.train.checkpoint_io import SafeCheckpointIO
 from ldm.train.datamodule import DataModuleFromConfig
 from ldm.train.memory import keep_freed_memory
+from ldm.train.monitor import monitor_of
 from ldm.train.optimizers import OptimizerModes
 from ldm.train.rates import AsConfigured
 from ldm.train.run_folder import KeepConfigs, Run, claim_folder, last_good
@@ -100,14 +101,26 @@ def make_callbacks(run: Run, saver: SaveRun) -> list[pl.Callback]:
     progress = TQDMProgressBar(refresh_rate=often if sys.stderr.isatty() else 50)
     schedule = plain(OmegaConf.select(run.config, "model.params.scheduler_config"))
     own = [AsConfigured(schedule), OptimizerModes(), KeepConfigs(run), EpochReport(), LearningRateMonitor("step")]
-    return [saver.done, *callbacks, *own, progress, saver]
+    watching = [saver.monitor] if saver.monitor else []
+    return [saver.done, *callbacks, *watching, *own, progress, saver]
 
 
-def checkpoint_every(config: DictConfig) -> int:
-    """The steps between checkpoints."""
-    section = config.get("lightning", {}).get("modelcheckpoint") or {}
-    given = (section.get("params") or {}).get("every_n_train_steps")
-    return schema.CheckpointParams().every_n_train_steps if given is None else given
+def saver_of(run: Run, places: Sequence[tuple[Path, dict[str, Any]]] | None = None) -> SaveRun:
+    """What saves the run, as the config says. `places` are the folders and notes of trainings side by side."""
+    section = plain(OmegaConf.select(run.config, "lightning.modelcheckpoint.params")) or {}
+    usual = schema.CheckpointParams().every_n_train_steps
+    every, monitor = section.get("every_n_train_steps"), monitor_of(run.config)
+    if monitor is not None and places:
+        raise InputError("lightning.monitor stops one training; trainings side by side end together, so leave it out")
+    return SaveRun(
+        run.checkpoints,
+        usual if every is None else every,
+        run.notes,
+        places,
+        every_n_minutes=section.get("every_n_minutes"),
+        total_limit=section.get("total_limit"),
+        monitor=monitor,
+    )
 
 
 def make_trainer(run: Run, saver: SaveRun, automatic: bool = True) -> pl.Trainer:
@@ -148,14 +161,20 @@ def train(run: Run, model: pl.LightningModule, test: bool = True) -> pl.Trainer:
     data = instantiate_from_config(run.config.data)
     if run.resume is None:
         claim_folder(run)
-    saver = SaveRun(run.checkpoints, checkpoint_every(run.config), run.notes)
+    saver = saver_of(run)
     with unless_refused(run, saver):
         trainer = fit(run, model, data, saver)
-    if trainer.is_global_zero and not trainer.should_stop:
+    if trainer.is_global_zero and is_over(trainer, saver):
         finish(run, model)
-    if test and OmegaConf.select(run.config, "data.params.test") is not None and not trainer.should_stop:
+    if test and OmegaConf.select(run.config, "data.params.test") is not None and is_over(trainer, saver):
         trainer.validate(model, data.test_dataloader())
     return trainer
+
+
+def is_over(trainer: pl.Trainer, saver: SaveRun) -> bool:
+    """Whether a run has reached its end; it has not if a signal or a limit of time has stopped it."""
+    left = [one.time_remaining() for one in trainer.callbacks if isinstance(one, Timer)]
+    return not saver.stopped and all(seconds is None or seconds > 0 for seconds in left)
 
 
 def fit(run: Run, module: pl.LightningModule, data: DataModuleFromConfig, saver: SaveRun) -> pl.Trainer:

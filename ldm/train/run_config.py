@@ -106,12 +106,19 @@ def check_config(config: DictConfig) -> None:
         log.info("%s has no effect", dotted)
 
 
-def opened(options: argparse.Namespace, overrides: list[str]) -> tuple[DictConfig, Path | None, Path | None]:
-    """The config that the options name; if they resume a run, also its folder and its checkpoint."""
+def opened(
+    options: argparse.Namespace, overrides: list[str], trainer_options: Mapping[str, Any] | None = None
+) -> tuple[DictConfig, Path | None, Path | None]:
+    """The config that the options name; if they resume a run, also its folder and its checkpoint.
+
+    `trainer_options` are those of the command line; a schedule ends at their `max_steps`.
+    """
     if options.resume and options.name:
         raise InputError("-r resumes a run, which has a name already; leave -n out")
     folder, checkpoint = resumed_folder(options.resume) if options.resume else (None, None)
-    return read_configs(options.base, overrides, folder, options), folder, checkpoint
+    steps = (trainer_options or {}).get("max_steps")
+    length = [] if steps is None else [f"lightning.trainer.max_steps={steps}"]
+    return read_configs(options.base, [*overrides, *length], folder, options), folder, checkpoint
 
 
 def with_trainer(config: DictConfig, gpus: str | None, options: dict[str, Any]) -> DictConfig:

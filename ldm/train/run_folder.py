@@ -120,10 +120,10 @@ def finished(run: Run) -> str | None:
         return None  # `SafeCheckpointIO` will report the fault
     steps, epochs = options.get("max_steps"), options.get("max_epochs")
     if isinstance(steps, int) and 0 <= steps <= step:
-        return f"nothing to do: {run.folder} is at step {step} of {steps}; go on with a higher --max_steps"
+        return f"already at step {step} of {steps}, nothing to do in {run.folder}; go on with a higher --max_steps"
     done = epochs_done(content)
     if isinstance(epochs, int) and 0 <= epochs <= done:
-        return f"nothing to do: {run.folder} is at epoch {done} of {epochs}; go on with a higher --max_epochs"
+        return f"already at epoch {done} of {epochs}, nothing to do in {run.folder}; go on with a higher --max_epochs"
     return None
 
 
@@ -137,6 +137,12 @@ def epochs_done(content: Mapping[str, Any]) -> int:
         return 0
 
 
+def step_folders(checkpoints: Path) -> list[Path]:
+    """The folders `<step>-adapters`, in the order of their steps."""
+    found = [path for path in checkpoints.glob("*-adapters") if path.name.partition("-")[0].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[0]))
+
+
 def outcome(run: Run) -> str:
     """A line that says what a run has written."""
     kinds = {
@@ -145,6 +151,8 @@ def outcome(run: Run) -> str:
     }
     there = " and ".join(kind for kind, is_there in kinds.items() if is_there)
     images = run.folder / "images"
+    best = [run.checkpoints / name for name in ("best-adapters", "best.ckpt") if (run.checkpoints / name).exists()]
     parts = [f"{there} are in {run.checkpoints}"] if there else [f"nothing was saved in {run.folder}: no step was done"]
+    parts += [f"the best of them are {path}" for path in best[:1]]
     parts += [f"sample pictures in {images}"] if images.is_dir() and any(images.iterdir()) else []
     return ", ".join(parts)

@@ -1,10 +1,11 @@
-"""Saves a run every n steps, on a signal, and at its end for any reason. Losses and weights are checked first."""
+"""Saves a run every n steps or minutes, on a signal, and at its end for any reason. What is not finite is refused."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,19 +15,25 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 
 from ldm.errors import InputError
+from ldm.train.monitor import BestSoFar
 from ldm.train.resume import LastStep
+from ldm.train.run_folder import step_folders
 from ldm.train.workers import is_of_lost_peer
 from ldm.tuning import files
 
 log = logging.getLogger(__name__)
 
 
+BEST, BEST_CHECKPOINT = "best-adapters", "best.ckpt"
+
+
 class SaveRun(Checkpoint):
     """Writes `<step>-adapters/` and `last.ckpt` every n steps, on SIGUSR1, and when the run ends for any reason.
 
-    If a loss or a weight is not finite, the run stops before anything is saved. `notes` go into the adapter folders.
-    `places` are the folder and notes of each training, if there are several. Lightning calls a `Checkpoint` after all
-    other callbacks.
+    `every_n_minutes` saves by time, too. `total_limit`: older folders are deleted. `monitor`: its best weights are
+    kept. If a loss or a weight is not finite, the run stops before anything is saved. `notes` go into the adapter
+    folders. `places` are the folder and notes of each training, if there are several. Lightning calls a `Checkpoint`
+    after all other callbacks.
     """
 
     def __init__(
@@ -35,6 +42,9 @@ class SaveRun(Checkpoint):
         every_n_train_steps: int,
         notes: dict[str, Any] | None = None,
         places: Sequence[tuple[Path, dict[str, Any]]] | None = None,
+        every_n_minutes: float | None = None,
+        total_limit: int | None = None,
+        monitor: BestSoFar | None = None,
     ) -> None:
         if not isinstance(every_n_train_steps, int) or every_n_train_steps < 1:
             raise InputError(
@@ -42,12 +52,16 @@ class SaveRun(Checkpoint):
             )
         self.folder, self.every = folder, every_n_train_steps
         self.notes, self.places = notes or {}, places
+        self.every_seconds, self.total_limit = 60 * (every_n_minutes or float("inf")), total_limit
+        self.monitor = monitor
+        self.saved_at = time.monotonic()
         self.done = LastStep()
         self.step = 0  # the last finished step
         self.saved = 0  # the last saved step, of this session or an earlier one
         self.saving = False
         self.is_bad = False  # something is not finite
         self.interrupted = False  # by Ctrl-C, twice
+        self.stopped = False  # by a signal
         self.asked: int | None = None  # the last signal
         self.unchecked: torch.Tensor | None = None  # the sum of the losses since the last check
         self.handlers: dict[int, Any] = {}
@@ -61,6 +75,7 @@ class SaveRun(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.step = self.saved = trainer.global_step
+        self.saved_at = time.monotonic()
         if trainer.is_global_zero:
             for left in self.folder.glob(".*.tmp-*"):  # left by a process that was killed while it saved
                 shutil.rmtree(left, ignore_errors=True)
@@ -106,13 +121,23 @@ class SaveRun(Checkpoint):
         if not due and module.device.type == "cuda" and self.step % max(1, trainer.log_every_n_steps):
             return  # reading the loss would wait for the device
         self._check(trainer, module)
+        if self.asked is None and time.monotonic() - self.saved_at >= self.every_seconds:
+            self.asked = signal.SIGUSR1
         asked = self._asked_anywhere(trainer)
         if asked or due:
             self.save(trainer, module)
         if asked in (signal.SIGTERM, signal.SIGINT):
             name, folder = signal.Signals(asked).name, self.folder.parent
             log.info("stopped by %s at step %d; go on with -r %s", name, self.step, folder)
-            trainer.should_stop = True
+            self.stopped = trainer.should_stop = True
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.monitor is None or self.monitor.seen_at != trainer.global_step or trainer.state.fn != "fit":
+            return
+        if self.monitor.save_best and self.monitor.improved:
+            self.save_best(trainer, module)
+        if self.saved == self.step:  # the checkpoint lacks the count of this validation
+            trainer.save_checkpoint(self.last)
 
     def _ends(self, trainer: pl.Trainer) -> bool:
         """Whether this is known to be the last batch."""
@@ -172,7 +197,23 @@ class SaveRun(Checkpoint):
             trainer.strategy.checkpoint_io.save_checkpoint(content, self.last)
         else:
             trainer.save_checkpoint(self.last)
-        self.saved, self.saving = self.step, False
+        self.saved, self.saving, self.saved_at = self.step, False, time.monotonic()
+        if trainer.is_global_zero:
+            self.delete_old()
+
+    def save_best(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write the weights of this step as the best ones; those of a model without tuning as a checkpoint."""
+        if not getattr(module, "is_tuned", False):
+            trainer.save_checkpoint(self.folder / BEST_CHECKPOINT)
+        elif trainer.is_global_zero:
+            notes = {"step": self.step, self.monitor.metric: self.monitor.best, **self.notes}
+            files.save(module, self.folder / BEST, notes)
+
+    def delete_old(self) -> None:
+        """Delete all but the newest `total_limit` folders of weights."""
+        for folder, _ in self.places or [(self.folder, self.notes)]:
+            for old in step_folders(folder)[: -self.total_limit] if self.total_limit else ():
+                shutil.rmtree(old, ignore_errors=True)
 
     def save_folders(self, module: pl.LightningModule) -> None:
         """Write the tuned weights as folders for sampling."""

@@ -18,9 +18,24 @@ KINDS = ("lora", "rslora", "dora", "loha", "lokr", "oft", "boft")  # of the fami
 WIDTHS = {"transformer_adp_config": 60, "resblock_adp_config": 7}  # of the published routes
 RESIDUAL = {"resi", "reso"}  # positions in residual blocks
 
+# Options that are keys of the config under another name. A resumed run takes them, too.
+KEYS = {
+    "checkpoints_total_limit": "lightning.modelcheckpoint.params.total_limit",
+    "save_every_minutes": "lightning.modelcheckpoint.params.every_n_minutes",
+    "early_stopping": "lightning.monitor.early_stopping",
+    "save_best": "lightning.monitor.save_best",
+    "monitor": "lightning.monitor.metric",
+    "monitor_mode": "lightning.monitor.mode",
+}
+
 
 def changed(config: DictConfig, options: argparse.Namespace, is_resumed: bool) -> DictConfig:
-    """The config with `--lr`, `--rank`, `--alpha`, `--family` and `--route`. Raises `InputError`."""
+    """The config with `--lr`, `--rank`, `--alpha`, `--family`, `--route` and those of `KEYS`. Raises `InputError`."""
+    keys = {key: getattr(options, name, None) for name, key in KEYS.items()}
+    if asked := {key: value for key, value in keys.items() if value is not None}:
+        config = OmegaConf.create(plain(config))
+        for key, value in asked.items():
+            OmegaConf.update(config, key, value, force_add=True)
     given = {name: getattr(options, name, None) for name in NAMES}
     given = {name: value for name, value in given.items() if value is not None}
     if is_resumed and (fixed := [f"--{name}" for name in given if name != "lr"]):

@@ -92,6 +92,20 @@ def test_a_schedule_keeps_its_factor_at_another_learning_rate_and_may_be_another
     assert last(run)["optimizer_states"][0]["param_groups"][0]["lr"] == base / 10
 
 
+def test_a_schedule_that_has_ended_is_not_gone_on_with(tmp_path):
+    quiet = "lightning.callbacks.image_logger=null"
+    run = train(tmp_path, "run", "--max_steps", 3, "schedule=cosine", quiet)
+    stored = (run / "configs" / "project.yaml").read_text()
+    with pytest.raises(InputError, match="schedule of this run has ended: from step 3 on the learning rate would be 0"):
+        resume(run, "--max_steps", 6)
+    assert (run / "configs" / "project.yaml").read_text() == stored
+    before = last(run)["state_dict"]
+    resume(run, "--max_steps", 4, "schedule.steps=6")
+    [rate] = [group["lr"] for group in last(run)["optimizer_states"][0]["param_groups"]]
+    assert rate == pytest.approx(last(run)["configured"]["rates"][0][0] * 0.25)  # half a cosine at 4 of 6
+    assert differences(before, last(run)["state_dict"])
+
+
 def test_options_of_the_optimizer_are_those_of_the_config_and_another_optimizer_is_refused(tmp_path):
     run = train(tmp_path, "run", "--max_steps", 1)
     stored = (run / "configs" / "project.yaml").read_text()
@@ -109,7 +123,8 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys, end):
     content = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     capsys.readouterr()
     main_dream_booth("-t", "-r", run, "--max_steps", *(end[1:] if end[0] == "--max_steps" else ("-1", *end)))
-    assert "nothing to do" in capsys.readouterr().out
+    done = "step 2 of 2" if end[0] == "--max_steps" else "epoch 0 of 0"
+    assert f"already at {done}, nothing to do in {run}" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == content
 
 
