@@ -64,7 +64,7 @@ def instantiate_from_config(config: Mapping | str | None, **extra: Any) -> Any:
     if known is not None:
         if lacking := [name for name in required if name not in params]:
             raise InputError(f"params of {config['target']}: {', '.join(lacking)} missing")
-    with explain(f"params of {config['target']}", TypeError, ValueError):
+    with explain(f"params of {config['target']}", TypeError, ValueError, ArithmeticError, RuntimeError):
         return target(**params)
 
 

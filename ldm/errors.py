@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +13,12 @@ class InputError(ValueError):
     """Bad input from the user: its message is one line (what was wrong, what was expected, what to do).
 
     Commands print it without a traceback and exit with code 2, see `run_command`. From a data-loading process, the
-    message arrives with a traceback around it; then the last line counts.
+    message arrives with a traceback around it; then the last line counts. Words of more than 300 letters are cut.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(str(message).strip().split(f"{__name__}.InputError: ")[-1])
+        message = str(message).strip().split(f"{__name__}.InputError: ")[-1]
+        super().__init__(re.sub(r"\S{301,}", lambda word: _cut(word[0]), message))
 
 
 class WriteError(InputError):

@@ -24,6 +24,7 @@ from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.losses.adversarial import from_taming
+from ldm.modules.parts import refuse_sizes
 
 
 class FirstStage(module_class()):
@@ -48,6 +49,7 @@ class FirstStage(module_class()):
         monitor: str | None = None,
     ):
         super().__init__()
+        refuse_sizes("the first stage", embed_dim=embed_dim)
         self.automatic_optimization = False
         self.image_key, self.embed_dim = image_key, embed_dim
         with explain("ddconfig of the first stage", TypeError, ValueError):

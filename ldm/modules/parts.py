@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from ldm.errors import InputError
+from ldm.errors import InputError, short
+
+
+def refuse_sizes(owner: str, **sizes: Any) -> None:
+    """Raises `InputError` for sizes, or lists of sizes, that are not whole numbers of at least 1; None is no size."""
+    for name, value in sizes.items():
+        rows = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        if value is not None and (not rows or not all(type(one) is int and one > 0 for one in rows)):
+            raise InputError(f"{owner}: {name} must be of at least 1, got {short(value)}")
 
 
 def zero_module(module: nn.Module) -> nn.Module:

@@ -88,6 +88,11 @@ CONFIGS = {
     "number.yaml": "number.yaml: defaults must be text or a list, got 5",
 }
 
+UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+SIZES = {
+    "in_channels": 1, "out_channels": 1, "model_channels": 4, "num_res_blocks": 1, "attention_resolutions": [1],
+    "channel_mult": [1], "num_heads": -1, "context_dim": 4, "norm_num_groups": 2,
+}  # fmt: skip
 TARGETS = {
     "no target": ({"params": {}}, "expected a config with the key 'target', got"),
     "a list": ([1], "expected a config with the key 'target', got"),
@@ -100,6 +105,26 @@ TARGETS = {
         "params of ldm.modules.ema.LitEma: unknown decya; did you mean decay. it takes model, decay",
     ),
     "a missing parameter": ({"target": "ldm.modules.ema.LitEma"}, "params of ldm.modules.ema.LitEma: model missing"),
+    "a long name": ({"target": "ldm." + "x" * 5000}, r"^target 'ldm.x{90,100}\.\.\.x{90,100}': "),
+    "a long parameter": (
+        {"target": "torch.nn.Linear", "params": {"z" * 5000: 1}}, r"unknown z{90,100}\.\.\.z{90,100}; it takes "
+    ),
+    **{
+        f"{name} {value}": ({"target": UNET, "params": {**SIZES, name: value}}, f"^UNetModel: {message}")
+        for name, value, message in (
+            ("num_heads", -4, "num_heads must be of at least 1, got -4"),
+            ("num_heads", 0, "num_heads must be of at least 1, got 0"),
+            ("num_head_channels", 7, "num_head_channels 7 is more than the 4 channels"),
+            ("channel_mult", [1, -2], r"channel_mult must be of at least 1, got \[1, -2\]"),
+            ("channel_mult", [], r"channel_mult must be of at least 1, got \[\]"),
+            ("context_dim", -5, "context_dim must be of at least 1, got -5"),
+            ("norm_num_groups", 0, "norm_num_groups must be of at least 1, got 0"),
+            ("num_res_blocks", -1, "num_res_blocks must be of at least 1, got -1"),
+        )
+    },
+    "negative sizes of torch": (
+        {"target": "torch.nn.Linear", "params": {"in_features": -1, "out_features": 2}}, "params of torch.nn.Linear: "
+    ),
     "params as a list": ({"target": "torch.nn.Linear", "params": [1]}, r"params of torch.nn.Linear must be a mapping"),
     "a value of another type": (
         {"target": "torch.nn.Linear", "params": {"in_features": "x", "out_features": 1}},

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.errors import InputError
+from ldm.modules.parts import refuse_sizes
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -185,6 +186,10 @@ class Encoder(nn.Module):
         norm_num_groups: int = 32,
     ):
         super().__init__()
+        refuse_sizes(
+            "ddconfig", ch=ch, out_ch=out_ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks, in_channels=in_channels,
+            resolution=resolution, z_channels=z_channels, norm_num_groups=norm_num_groups,
+        )  # fmt: skip
         block, attention = parts(dropout, "linear" if use_linear_attn else attn_type, norm_num_groups)
         widths = [ch] + [ch * m for m in ch_mult]
 
@@ -235,6 +240,10 @@ class Decoder(nn.Module):
         norm_num_groups: int = 32,
     ):
         super().__init__()
+        refuse_sizes(
+            "ddconfig", ch=ch, out_ch=out_ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks, in_channels=in_channels,
+            resolution=resolution, z_channels=z_channels, norm_num_groups=norm_num_groups,
+        )  # fmt: skip
         self.give_pre_end, self.tanh_out = give_pre_end, tanh_out
         block, attention = parts(dropout, "linear" if use_linear_attn else attn_type, norm_num_groups)
         widths = [ch * m for m in ch_mult]

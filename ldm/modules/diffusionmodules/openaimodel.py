@@ -20,7 +20,7 @@ from ldm.modules.convolution import Conv2d
 from ldm.modules.diffusionmodules.labels import check_labels, label_embedding
 from ldm.modules.diffusionmodules.levels import Level, levels_of, one_width
 from ldm.modules.diffusionmodules.util import normalization, timestep_embedding
-from ldm.modules.parts import checkpoint, zero_module
+from ldm.modules.parts import checkpoint, refuse_sizes, zero_module
 from ldm.modules.taps import TappedBlock
 
 
@@ -131,6 +131,11 @@ class AttentionBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        if not self.num_heads or channels % self.num_heads:
+            raise InputError(
+                f"UNetModel: num_heads {num_heads}, num_head_channels {num_head_channels} do not divide {channels} "
+                "channels of a level with attention"
+            )
         self.use_checkpoint = use_checkpoint
         self.order = "(qkv heads d)" if use_new_attention_order else "(heads qkv d)"
         self.norm = normalization(channels, norm_num_groups)
@@ -182,6 +187,9 @@ class Layers:
         if not self.has_context:
             return AttentionBlock(channels, heads, **self.attention)
         heads = heads if self.num_head_channels == -1 else channels // self.num_head_channels
+        if not 1 <= heads <= channels:
+            asked = f"num_heads {heads}" if heads else f"num_head_channels {self.num_head_channels}"
+            raise InputError(f"UNetModel: {asked} is more than the {channels} channels of a level with attention")
         return SpatialTransformer(
             channels, heads, channels // heads, level.depth, disable_self_attn=level.without_self, **self.attention
         )
@@ -291,6 +299,15 @@ class UNetModel(nn.Module):
         super().__init__()
         if dims != 2 or n_embed is not None or offload_to_cpu:
             raise InputError("UNetModel: only dims=2, n_embed=null and offload_to_cpu=false are supported")
+        refuse_sizes(
+            "UNetModel", in_channels=in_channels, model_channels=model_channels, out_channels=out_channels,
+            num_res_blocks=num_res_blocks, channel_mult=channel_mult, context_dim=context_dim,
+            transformer_depth=transformer_depth, adm_in_channels=adm_in_channels, norm_num_groups=norm_num_groups,
+            **{name: value for name, value in (
+                ("num_heads", num_heads), ("num_head_channels", num_head_channels),
+                ("num_heads_upsample", num_heads_upsample),
+            ) if value != -1},
+        )  # fmt: skip
         has_context = context_dim is not None
         if use_spatial_transformer not in (None, has_context):
             raise InputError("UNetModel: use_spatial_transformer and context_dim go together; give both or neither")

@@ -80,6 +80,8 @@ def make_beta_schedule(
     """
     if n_timestep < 1:
         raise InputError(f"a noise schedule needs at least 1 step, got timesteps={n_timestep}")
+    if n_timestep > 10**6:
+        raise InputError(f"a noise schedule of {n_timestep} steps is too long: timesteps must be at most 1000000")
     if schedule == "linear":
         return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep) ** 2
     if schedule == "cosine":
