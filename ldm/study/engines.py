@@ -91,6 +91,8 @@ class OnRay:
                 f"--engine ray needs {error.name}: pip install '.[sweep]', or train in this process by --engine local"
             ) from None
         self.ray, self.slots = ray, workers
+        # Ray tells a worker that it killed for want of memory from one that died otherwise.
+        self.deaths = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
         own = {} if address else {
             "num_cpus": workers * threads, "include_dashboard": False, "object_store_memory": 100 * 2**20,
         }  # fmt: skip
@@ -117,7 +119,7 @@ class OnRay:
         worker = self._new()
         try:
             self.ray.get(worker.pid.remote())
-        except self.ray.exceptions.RayActorError as error:
+        except self.deaths as error:
             reason = (str(error).strip().splitlines() or ["no reason"])[-1]
             raise InputError(f"no worker can start, so the sweep ends; the same command goes on: {reason}") from None
         return worker
@@ -137,7 +139,8 @@ class OnRay:
             try:
                 rows = ray.get(ready)
                 self.idle.append(worker)
-            except ray.exceptions.RayActorError as error:  # it was killed, or ran out of memory
+            except self.deaths as error:
+                ray.kill(worker)
                 self.idle.append(self._replacement())
                 task.attempts += 1
                 log.warning("a worker died in %s: %s", task.name, first_line(error))
