@@ -82,8 +82,9 @@ def convert(source: str, output: Path, options: argparse.Namespace) -> str:
 
 def convert_delta(options: argparse.Namespace) -> str:
     """The published modes."""
-    from ldm.interchange import Context, apply, by_name, custom_diffusion
+    from ldm.interchange import Context, apply, by_name, custom_diffusion, embeddings
     from ldm.interchange.command import read_model, to_be_written
+    from ldm.modules.encoders.tokens import is_bracketed
 
     if not options.delta_ckpt or not options.ckpt:
         raise InputError(f"--mode {options.mode} needs --ckpt and --delta_ckpt")
@@ -97,7 +98,13 @@ def convert_delta(options: argparse.Namespace) -> str:
         return f"{output}  {len(delta.weights)} weights, words {', '.join(delta.tokens) or 'none'}"
     place = source.parent / "webui"
     output = to_be_written(place / options.modelname, options.force)
-    files = {word: to_be_written(place / "embeddings" / f"{word}.pt", options.force) for word in delta.tokens}
+    names = dict(zip(delta.tokens, embeddings.file_names(delta.tokens), strict=True))
+    files = {
+        word: to_be_written(
+            place / "embeddings" / (f"<{name}>.pt" if is_bracketed(word) else f"{name}.pt"), options.force
+        )
+        for word, name in names.items()
+    }
     weights = read_model(options.ckpt)
     changed = apply.merged(weights, custom_diffusion.changes(delta, weights, str(source)))
     by_name("checkpoint").write(output, changed, Context())

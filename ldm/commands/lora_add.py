@@ -133,7 +133,7 @@ def into_model(model_path: str, lora_path: str, output: Path, options: argparse.
     from ldm.interchange.contents import CONTENTS
 
     to_be_written(output, options.force)
-    weights = read_model(model_path)
+    weights = read_model(model_path, options.config)
     row = recognise(file := open_file(lora_path))
     form, context = CONTENTS[row.form], Context(config=options.config, source=model_path)
     if form.folded is None:

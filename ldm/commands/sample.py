@@ -65,7 +65,8 @@ def add_arguments(p: Parser) -> None:
     )  # fmt: skip
     model.add_argument("--compress", action="store_true", help="Custom Diffusion's option; the file itself tells")
     model.add_argument("--modifier_token", metavar="<new1>+<new2>", help="names for the words of LoRAs and deltas")
-    model.add_argument("--embedding_path", metavar="FILE", help="learnt words (textual inversion)")
+    model.add_argument("--embedding_path", action="append", default=[], metavar="FILE",
+                       help="learnt words (textual inversion); repeatable")  # fmt: skip
 
     how = p.add_argument_group("how to sample")
     how.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="_a: ancestral, which add noise on their way")
@@ -126,6 +127,7 @@ def run(options: argparse.Namespace) -> None:
 
     settings, start = settings_of(options), start_of(model, options)
     say_what_is_cut(model, texts)
+    say_what_words_are_unused(model, texts)
     outdir, singles = Path(options.outdir), Path(options.outdir) / "samples"
     number, rows = generate.next_number(singles), {}
     for variant in variants:
@@ -260,7 +262,7 @@ def metadata(options: argparse.Namespace, variant: Variant) -> dict[str, Any]:
     return {
         "sampler": options.sampler, "steps": options.ddim_steps, "spacing": options.spacing, "eta": eta,
         "scale": variant.scale, "config": options.config, "ckpt": options.ckpt or "the config's",
-        "embeddings": options.embedding_path or "", "adapter": ", ".join(options.adapter_path),
+        "embeddings": ", ".join(options.embedding_path), "adapter": ", ".join(options.adapter_path),
         "adapter scale": ", ".join(map(str, scales)), **(begun if options.init_img else {}),
     }  # fmt: skip
 
@@ -356,16 +358,39 @@ def say_what_is_cut(model: Any, texts: list[Text]) -> None:
                 log.warning("the prompt is too long for the text encoders, which do not see: %s", words)
 
 
+def say_what_words_are_unused(model: Any, texts: list[Text]) -> None:
+    """Log a warning if the model has learnt words and no prompt uses any."""
+    from ldm.modules.encoders.tokens import readers
+
+    for encoder in list(readers(model).values())[:1]:  # all of a model have the same words
+        tokens = encoder.new_tokens
+        if tokens.words and not any(tokens.used_in(part) for pair in texts for part in pair):
+            log.warning("no prompt uses a learnt word; there are %s", ", ".join(tokens.words))
+
+
+def say_words(model: Any, path: str, known: set[str]) -> None:
+    """Print the words that a file has taught, and add them to the known ones."""
+    from ldm.modules.encoders.tokens import readers
+
+    taught = dict.fromkeys(word for e in readers(model).values() for word in e.new_tokens.words if word not in known)
+    if taught:
+        print(f"{path}  words {', '.join(taught)}")
+    known.update(taught)
+
+
 def add_adapters(model, options: argparse.Namespace) -> None:
     from ldm.interchange import assign_tokens, load_any
     from ldm.interchange.custom_diffusion import split_words
     from ldm.modules.encoders.tokens import load_words
 
     names = assign_tokens(split_words(options.modifier_token), options.adapter_path)
-    if options.embedding_path:  # words as they are called in the file, `*` too, as in LDM
-        load_words(model, options.embedding_path, "--embedding_path")
+    known: set[str] = set()
+    for path in options.embedding_path:
+        load_words(model, path, "--embedding_path")
+        say_words(model, path, known)
     scales = options.adapter_scale or [1.0]
     scales = scales[:1] if len(options.adapter_path) == 1 else scales
     scales = scales * len(options.adapter_path) if len(scales) == 1 else scales
     for number, (path, scale, words) in enumerate(zip(options.adapter_path, scales, names, strict=True)):
         load_any(model, path, scale, add=number > 0, words=words)
+        say_words(model, path, known)

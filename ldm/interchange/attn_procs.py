@@ -14,6 +14,7 @@ from typing import Any
 from ldm.checkpoints import save_torch, write_all
 from ldm.errors import InputError
 from ldm.interchange.custom_diffusion import READS, Delta, LowRank, in_diffusers_names, kind_of, words_beside
+from ldm.interchange.embeddings import file_names
 from ldm.interchange.formats import Codec, Context
 from ldm.interchange.layers import dialects
 from ldm.interchange.names import UNET
@@ -66,8 +67,8 @@ def write(path: Path, delta: Delta, context: Context) -> list[Path]:
     Raises `InputError` where words of another delta lie beside it, because readers would take them as well.
     """
     path = path if path.suffix else path / FILES[0]
-    names = {word: re.sub(r"[^\w-]+", "_", word.strip("<>")) for word in delta.tokens}  # `<a/b>` cannot be a file name
-    files = {path.with_name(f"<{names[word]}>.bin"): {word: rows[0]} for word, rows in delta.tokens.items()}
+    words = zip(file_names(delta.tokens), delta.tokens.items(), strict=True)
+    files = {path.with_name(f"<{name}>.bin"): {word: rows[0]} for name, (word, rows) in words}
     if foreign := words_beside(path).keys() - delta.tokens.keys():
         raise InputError(f"{path.parent} holds the word {min(foreign)} of another delta: name another folder")
     if several := [word for word, rows in delta.tokens.items() if len(rows) > 1]:

@@ -37,17 +37,17 @@ def skeleton(config: str | Path) -> nn.Module:
     return layers.skeleton(load_config(find_file(config)))
 
 
-def read_model(path: str | Path) -> dict[str, Tensor]:
+def read_model(path: str | Path, config: str | Path | None = None) -> dict[str, Tensor]:
     """The weights of a whole model by the names of the model here, from a checkpoint or a diffusers folder.
 
-    A folder may be the name of one in the hub's cache.
+    A folder may be the name of one in the hub's cache. Its JSON must describe the model of `config` if one is given.
 
     Raises `InputError` for files that cannot be read and for values that are not finite.
     """
     file = open_file(folder_of(path) or path)
     for row in FORMATS:
         if row.form == "model" and row.codec.recognises(file):
-            return row.read("model", file)
+            return row.read("model", file, Context(config=config))
     weights = read_weights(path)  # its content is checked where it is used
     refuse_not_finite(weights, str(path))
     return weights

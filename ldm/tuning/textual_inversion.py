@@ -109,4 +109,4 @@ def released_table(encoder: nn.Module) -> Tensor:
 
 def word_ids(encoder: nn.Module, word: str) -> list[int]:
     """The ids of a word's tokens; for a learnt word those of its vectors."""
-    return encoder.tokenizer(encoder.new_tokens.spell(word), add_special_tokens=False)["input_ids"]
+    return encoder.ids_in(word)

@@ -172,22 +172,6 @@ def test_a_word_of_several_vectors_stays_one(model, tmp_path):
             custom_diffusion.write(tmp_path / "delta", custom_diffusion.Delta({}, word), kind)
 
 
-def test_words_there_and_back(tmp_path):
-    words = {"<a>": torch.randn(1, 24), "<b>": torch.randn(3, 24)}
-    paths = embeddings.write_diffusers(tmp_path / "both", words)
-    assert [path.name for path in paths] == ["a.safetensors", "b.safetensors"]
-    embeddings.write_ldm(tmp_path / "both.pt", words)
-    for found in (
-        {w: v for path in paths for w, v in embeddings.read(path).items()},
-        embeddings.read(tmp_path / "both.pt"),
-    ):
-        assert found.keys() == words.keys() and all(torch.equal(found[word], words[word]) for word in words)
-    embeddings.write_ldm(tmp_path / "cat.pt", {"<a>": words["<a>"]})
-    assert torch.equal(embeddings.read(tmp_path / "cat.pt")["<a>"], words["<a>"])
-    torch.save({"string_to_param": {"*": words["<a>"]}}, tmp_path / "nameless.pt")
-    assert list(embeddings.read(tmp_path / "nameless.pt")) == ["<nameless>"]
-
-
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_diffusers_learns_our_words(config, model, tmp_path, vectors):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install .[test]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,28 @@ from torch import Tensor, nn
 from ldm.checkpoints import read_metadata, read_object, refuse_not_finite
 from ldm.errors import InputError, short
 
+log = logging.getLogger(__name__)
+
 Vectors = Tensor | tuple[Tensor, ...]  # [v, d] of a word; for several text encoders, one tensor for each
 TOWERS = ("clip_l", "clip_g")  # names of the two text encoders in files of SDXL's words, in order
 EMBEDDED = "<embed>"  # marks word tensors in the metadata of cloneofsimo's files
+NAMELESS = ("*", "emb_params")  # the word in files of LDM and web UIs; there, the file's name is the word
+WILDCARD = NAMELESS[0]  # LDM's word for what is learnt, although the vocabulary has it
+
+
+class FileWord(str):
+    """A word with the name of its file, `<foo>` for foo.pt. It answers to `foo`, too, as in web UIs."""
+
+    @classmethod
+    def of(cls, path: str | Path) -> FileWord:
+        """The word of a file."""
+        stem = Path(path).stem
+        return cls(stem if is_bracketed(stem) else f"<{stem}>")
+
+
+def is_bracketed(word: str) -> bool:
+    """Whether a word is spelt `<word>`, so that no letters can belong to it beside those."""
+    return word.startswith("<") and word.endswith(">")
 
 
 class NewTokens(nn.Module):
@@ -45,9 +65,24 @@ class NewTokens(nn.Module):
         return [self.first_id + names.index(name) for name in self.words[word].split()]
 
     def spell(self, text: str) -> str:
-        """Replace each new word in a prompt by the names of its ids: longer words first, whole words only."""
-        known = "|".join(re.escape(word) for word in sorted(self.words, key=len, reverse=True))
-        return re.sub(rf"(?<!\w)({known})(?!\w)", lambda found: self.words[found[0]], text) if known else text
+        """Replace each new word in a prompt by the names of its ids: longer words first, whole words only.
+
+        Case does not count, as for all words of CLIP, unless two new words differ by it alone.
+        """
+        return self._pattern().sub(lambda found: self.words[self._word(found[0])], text) if self.words else text
+
+    def used_in(self, text: str) -> list[str]:
+        """The new words that a prompt uses."""
+        found = self._pattern().findall(text) if self.words else []
+        return list(dict.fromkeys(map(self._word, found)))
+
+    def _pattern(self) -> re.Pattern[str]:
+        words = sorted(self.words, key=len, reverse=True)
+        spelt = (re.escape(w) if is_bracketed(w) else rf"(?<!\w){re.escape(w)}(?!\w)" for w in words)
+        return re.compile("|".join(spelt), re.IGNORECASE)
+
+    def _word(self, found: str) -> str:
+        return found if found in self.words else next(word for word in self.words if word.lower() == found.lower())
 
     def _hide(self, _module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         self.ids = args[0]
@@ -68,20 +103,30 @@ class LearnsWords(nn.Module):
     tokenizer: Any
     token_embedding: nn.Embedding
 
-    def add_token(self, word: str, vectors: Tensor) -> None:
-        """Add a word with its vectors [v, d] to the encoder. Raises `InputError` for a wrong width."""
+    def ids_in(self, text: str) -> list[int]:
+        """The ids of a text's tokens without its start and end; for a new word those of its vectors."""
+        return self.tokenizer(self.new_tokens.spell(text), add_special_tokens=False)["input_ids"]
+
+    def add_token(self, word: str, vectors: Tensor, also: str = "") -> None:
+        """Add a word with its vectors [v, d] to the encoder, and another name for it if one is given.
+
+        Raises `InputError` for a wrong width and for a word that was added before.
+        """
         table = self.token_embedding
         if vectors.dim() != 2 or vectors.shape[1] != table.embedding_dim:
             raise InputError(
                 f"token {word!r}: its vectors have shape {list(vectors.shape)}, this text encoder takes "
                 f"[n, {table.embedding_dim}]"
             )
-        if word in self.new_tokens.words:
-            raise InputError(f"token {word!r} exists already; give the new one another name")
+        for name in filter(None, (word, also)):
+            if name in self.new_tokens.words:
+                raise InputError(f"token {name!r} exists already; give the new one another name")
         names = self.new_tokens.add(word, vectors.to(table.weight.device))
         self.tokenizer.add_tokens(names)
         if (ids := self.tokenizer.convert_tokens_to_ids(names)) != self.new_tokens.ids_of(word):
             raise InputError(f"the tokenizer belongs to another text encoder: it gives new words the ids {ids}")
+        if also:
+            self.new_tokens.words[also] = self.new_tokens.words[word]
 
     def load_embeddings(self, path: str | Path) -> list[str]:
         """Add the words of a textual-inversion file. Returns the words. Raises `InputError`."""
@@ -98,26 +143,53 @@ def readers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def teach(encoders: Mapping[str, nn.Module], word: str, vectors: Vectors) -> None:
-    """Add a word to all text encoders of a model. Raises `InputError` for vectors of another number of encoders."""
+    """Add a word to all text encoders of a model.
+
+    Raises `InputError` for vectors of another number of encoders, and for a word of the vocabulary.
+    """
     parts = vectors if isinstance(vectors, tuple) else (vectors,)
     if len(parts) != len(encoders):
         raise InputError(
             f"token {word!r} has vectors for {len(parts)} text encoder(s), this model has {len(encoders)}: "
             "it was learnt on a model of another kind"
         )
+    also = word[1:-1] if isinstance(word, FileWord) and f"<{word[1:-1]}>" == word else ""
+    if also and _is_known(encoders, also):
+        log.warning("%s is a word of the vocabulary; in prompts it means the learnt one now, as in web UIs", also)
+    elif word != WILDCARD and _is_known(encoders, word):
+        raise InputError(f"the text encoder knows {word!r} already; give the learnt word another name, e.g. <{word}>")
     for encoder, own in zip(encoders.values(), parts, strict=True):
-        encoder.add_token(word, own)
+        encoder.add_token(word, own, also)
+
+
+def _is_known(encoders: Mapping[str, nn.Module], word: str) -> bool:
+    """Whether a word is one token of the released vocabulary."""
+    return any(
+        len(ids := encoder.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
+        and ids[0] < encoder.new_tokens.first_id
+        for encoder in encoders.values()
+    )
 
 
 def load_words(model: nn.Module, path: str | Path, option: str) -> list[str]:
-    """Add the words of a file that `option` named to a model. Returns the words. Raises `InputError`."""
+    """Add the words of a file that `option` named to a model. Returns the words. Raises `InputError`.
+
+    A nameless word answers to `*`, as in LDM, if it is the first one, and to the name of its file.
+    """
     encoders = readers(model)
     if not encoders:
         raise InputError(f"{option}: this model has no text encoder that could learn words")
-    embeddings = read_embeddings(path)
+    embeddings = named_after(read_embeddings(path), path)
     for word, vectors in embeddings.items():
         teach(encoders, word, vectors)
+        for encoder in encoders.values() if isinstance(word, FileWord) else ():
+            encoder.new_tokens.words.setdefault(WILDCARD, encoder.new_tokens.words[word])
     return list(embeddings)
+
+
+def named_after(words: Mapping[str, Vectors], path: str | Path) -> dict[str, Vectors]:
+    """Words with those that have no name called after their file."""
+    return {FileWord.of(path) if word in NAMELESS else word: vectors for word, vectors in words.items()}
 
 
 def read_embeddings(path: str | Path) -> dict[str, Vectors]:
@@ -146,7 +218,7 @@ def embeddings_in(content: Any, metadata: Mapping[str, str], path: str | Path) -
         raise InputError(f"{path} holds no token embeddings: expected words with vectors, got {short(content)}")
     refuse_not_finite(found, str(path))
     rows = {word: value.detach().float().reshape(-1, value.shape[-1]) for word, value in found.items()}
-    return {f"<{Path(path).stem}>": towers(rows, path)} if set(rows) & set(TOWERS) else rows
+    return {FileWord.of(path): towers(rows, path)} if set(rows) & set(TOWERS) else rows
 
 
 def towers(rows: Mapping[str, Tensor], path: str | Path) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from ldm.checkpoints import save_torch
 from ldm.errors import InputError
-from ldm.interchange import cloneofsimo, custom_diffusion, embeddings, lora_keys
+from ldm.interchange import cloneofsimo, custom_diffusion, lora_keys
 from tests.data.test_latents import config as latents_config
 from tests.interchange_models import run
 from tests.modules.test_position_sums import saved as saved_adapter
@@ -32,7 +32,7 @@ def inputs(base, lora, tmp_path_factory):
     custom_diffusion.write(folder / "delta.ckpt", delta)
     changed = {n: v + torch.rand(v.shape) if v.is_floating_point() else v for n, v in model.state_dict().items()}
     save_torch(folder / "tuned.ckpt", changed)
-    embeddings.write_ldm(folder / "words.pt", {"<a>": torch.ones(300, 24), "<b>": torch.ones(300, 24)})
+    torch.save({"string_to_param": {"<a>": torch.ones(300, 24), "<b>": torch.ones(300, 24)}}, folder / "words.pt")
     for name in "ab":
         lora_keys.write_kohya(folder / f"{name}.safetensors", lora, model)
         cloneofsimo.write_pt(folder / f"{name}.pt", cloneofsimo.from_lora(lora, model))

@@ -234,7 +234,7 @@ def test_convert_deltas_and_words(base, tuned, tmp_path):
     assert list(torch.load(tmp_path / "d.bin", weights_only=True)["modifier_token"]) == ["<cat>"]
     run("convert", tmp_path / "d.bin", tmp_path / "w.safetensors", "--to", "words")
     run("convert", tmp_path / "w.safetensors", tmp_path / "w.pt", "--to", "words-ldm")
-    assert torch.equal(embeddings.read(tmp_path / "w.pt")["<cat>"], tuned.tokens["<new1>"])
+    assert torch.equal(embeddings.read(tmp_path / "w.pt")["<w>"], tuned.tokens["<new1>"])
     with pytest.raises(InputError, match="cannot become kohya"):
         run("convert", tmp_path / "d.bin", tmp_path / "x", "--to", "kohya")
     with pytest.raises(InputError, match="expected INPUT OUTPUT --to FORMAT"):
