@@ -28,9 +28,10 @@ def base_weights(path: str | Path, config: Any = None) -> dict[str, Tensor]:
     found = folder_of(path)
     if found is None:
         return read_weights(path)
-    if config is not None:
-        diffusers_json.check(found, config["model"]["params"], path)
-    return diffusers_model.read_folder(found)
+    params = None if config is None else config["model"]["params"]
+    if params is not None:
+        diffusers_json.check(found, params, path)
+    return diffusers_model.read_folder(found, params)
 
 
 def reader(config: Any) -> Callable[[str | Path], dict[str, Tensor]]:

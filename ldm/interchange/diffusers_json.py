@@ -12,13 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.config import find_file, plain
+from ldm.config import plain
 from ldm.errors import InputError, short
 from ldm.files import read_json
-from ldm.models.bases import DEFAULT
-from ldm.modules.encoders.modules import CLIP_VIT_L_14
+from ldm.interchange.text_encoders import embedders
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}  # by LDM's `parameterization`
+SCHEDULE = {
+    "parameterization": "eps", "zero_terminal_snr": False, "beta_schedule": "linear", "linear_start": 1e-4,
+    "linear_end": 2e-2, "timesteps": 1000,
+}  # fmt: skip
+SCALINGS = {"eps": "EpsScaling", "v": "VScaling"}
+# Parameters of SDXL's engine, and the value in them
+ENGINE: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "parameterization": (
+        "denoiser_config.params.scaling_config.target",
+        lambda value: f"sgm.modules.diffusionmodules.denoiser_scaling.{SCALINGS[value]}",
+    ),
+    "linear_start": ("denoiser_config.params.discretization_config.params.linear_start", lambda value: value),
+    "linear_end": ("denoiser_config.params.discretization_config.params.linear_end", lambda value: value),
+}
 BETAS = {"linear": "scaled_linear", "sqrt_linear": "linear"}  # by LDM's `beta_schedule`
 
 Params = Mapping[str, Any]
@@ -46,6 +59,10 @@ def _unet(params: Params) -> Mapping[str, Any]:
     return (params.get("unet_config") or params.get("network_config") or {}).get("params") or {}
 
 
+def _unet_key(params: Params) -> str:
+    return f"{'network' if 'network_config' in params else 'unet'}_config.params"
+
+
 def _first_stage(params: Params) -> Mapping[str, Any]:
     return ((params.get("first_stage_config") or {}).get("params") or {}).get("ddconfig") or {}
 
@@ -55,20 +72,51 @@ def _constant(value: Any) -> Callable[[Params], Any]:
     return lambda params: value
 
 
-def text_config(params: Params, version: str = DEFAULT.text_model) -> dict[str, Any]:
-    """transformers' configuration of the text encoder of a config."""
-    chosen = ((params.get("cond_stage_config") or {}).get("params") or {}).get("version", version)
-    file = find_file(chosen) / "config.json"
-    config = read_json(file) if file.is_file() else CLIP_VIT_L_14
-    return dict(config.get("text_config", config))
+def schedule(params: Params) -> dict[str, Any]:
+    """What a config says of its schedule, by the parameters of `LatentDiffusion`, also for SDXL's engine."""
+    if "denoiser_config" not in params:
+        return {key: params.get(key, value) for key, value in SCHEDULE.items()}
+    denoiser = params["denoiser_config"].get("params") or {}
+    own = (denoiser.get("discretization_config") or {}).get("params") or {}
+    scaling = str((denoiser.get("scaling_config") or {}).get("target")).rpartition(".")[2]
+    return {
+        "parameterization": {"EpsScaling": "eps", "VScaling": "v"}.get(scaling, scaling),
+        "zero_terminal_snr": False,
+        "beta_schedule": "linear",
+        "linear_start": own.get("linear_start", 0.00085),
+        "linear_end": own.get("linear_end", 0.012),
+        "timesteps": own.get("num_timesteps", 1000),
+    }
 
 
-def _of_text(key: str) -> Callable[[Params], Any]:
-    """Only for transformers' text encoder: others are not read from folders."""
+def _of_schedule(key: str, names: Mapping[Any, str] | None = None) -> Callable[[Params], Any]:
+    return lambda params: (names or {}).get(value := schedule(params)[key], value)
+
+
+def _set_schedule(
+    key: str, kinds: tuple[type, ...] = (int, float), names: Mapping[str, str] | None = None
+) -> Callable[[Any, Params], dict[str, Any]]:
+    """The parameter of a value; for SDXL's engine only the prediction and the betas have one."""
+    ours = {theirs: own for own, theirs in (names or {}).items()}
+
+    def change(value: Any, params: Params) -> dict[str, Any]:
+        value = ours.get(value) if names else value
+        if value is None or not isinstance(value, kinds):
+            return {}
+        if "denoiser_config" not in params:
+            return {key: value}
+        inside = ENGINE.get(key)
+        return {} if inside is None or (key, value) == ("parameterization", "x0") else {inside[0]: inside[1](value)}
+
+    return change
+
+
+def _of_text(part: str, key: str) -> Callable[[Params], Any]:
+    """A value of the configuration of a text encoder; None if the model has no such part."""
 
     def value(params: Params) -> Any:
-        target = str((params.get("cond_stage_config") or {}).get("target"))
-        return text_config(params).get(key) if "FrozenCLIPEmbedder" in target else None
+        found = embedders(params).get(part)
+        return None if found is None else found.json().get(key)
 
     return value
 
@@ -103,53 +151,48 @@ def _set_heads(value: Any, params: Params) -> dict[str, Any]:
     """One number for all levels, or one width of a head."""
     if not isinstance(value, list) or not all(isinstance(one, int) and one > 0 for one in value):
         return {}
-    unet = _unet(params)
+    unet, key = _unet(params), _unet_key(params)
     widths = [unet["model_channels"] * unet["channel_mult"][level] for level in _attending(unet)]
     if len(set(value)) == 1:
-        return {"unet_config.params.num_heads": value[0], "unet_config.params.num_head_channels": -1}
+        return {f"{key}.num_heads": value[0], f"{key}.num_head_channels": -1}
     [*sizes] = {width // one for width, one in zip(widths, value, strict=True)}
-    return {"unet_config.params.num_head_channels": sizes[0]} if len(sizes) == 1 else {}
-
-
-def _names(table: Mapping[str, str], key: str, default: str) -> Callable[[Params], Any]:
-    return lambda params: table.get(params.get(key, default), params.get(key, default))
-
-
-def _set_name(table: Mapping[str, str], key: str) -> Callable[[Any, Params], dict[str, Any]]:
-    names = {theirs: ours for ours, theirs in table.items()}
-    return lambda value, params: {key: names[value]} if value in names else {}
+    return {f"{key}.num_head_channels": sizes[0]} if len(sizes) == 1 else {}
 
 
 def _set(key: str, kinds: tuple[type, ...] = (int, float)) -> Callable[[Any, Params], dict[str, Any]]:
     return lambda value, params: {key: value} if isinstance(value, kinds) else {}
 
 
+def _set_unet(key: str, kinds: tuple[type, ...]) -> Callable[[Any, Params], dict[str, Any]]:
+    return lambda value, params: {f"{_unet_key(params)}.{key}": value} if isinstance(value, kinds) else {}
+
+
 SCHEDULER = "scheduler"
 SETTINGS = [
     Setting(
-        SCHEDULER, "prediction_type", "epsilon", _names(PREDICTIONS, "parameterization", "eps"),
-        _set_name(PREDICTIONS, "parameterization"),
+        SCHEDULER, "prediction_type", "epsilon", _of_schedule("parameterization", PREDICTIONS),
+        _set_schedule("parameterization", (str,), PREDICTIONS),
     ),
     Setting(
-        SCHEDULER, "rescale_betas_zero_snr", False, lambda p: bool(p.get("zero_terminal_snr", False)),
-        _set("zero_terminal_snr", (bool,)),
+        SCHEDULER, "rescale_betas_zero_snr", False, _of_schedule("zero_terminal_snr"),
+        _set_schedule("zero_terminal_snr", (bool,)),
     ),
     Setting(
-        SCHEDULER, "beta_schedule", "linear", _names(BETAS, "beta_schedule", "linear"),
-        _set_name(BETAS, "beta_schedule"),
+        SCHEDULER, "beta_schedule", "linear", _of_schedule("beta_schedule", BETAS),
+        _set_schedule("beta_schedule", (str,), BETAS),
     ),
-    Setting(SCHEDULER, "beta_start", 1e-4, lambda p: p.get("linear_start", 1e-4), _set("linear_start")),
-    Setting(SCHEDULER, "beta_end", 2e-2, lambda p: p.get("linear_end", 2e-2), _set("linear_end")),
-    Setting(SCHEDULER, "num_train_timesteps", 1000, lambda p: p.get("timesteps", 1000), _set("timesteps", (int,))),
+    Setting(SCHEDULER, "beta_start", 1e-4, _of_schedule("linear_start"), _set_schedule("linear_start")),
+    Setting(SCHEDULER, "beta_end", 2e-2, _of_schedule("linear_end"), _set_schedule("linear_end")),
+    Setting(SCHEDULER, "num_train_timesteps", 1000, _of_schedule("timesteps"), _set_schedule("timesteps", (int,))),
     Setting(SCHEDULER, "trained_betas", None, _constant(None)),
     Setting("unet", "attention_head_dim", 8, _our_heads, _set_heads, _their_heads),
     Setting(
         "unet", "use_linear_projection", False, lambda p: bool(_unet(p).get("use_linear_in_transformer", False)),
-        _set("unet_config.params.use_linear_in_transformer", (bool,)),
+        _set_unet("use_linear_in_transformer", (bool,)),
     ),
     Setting(
         "unet", "norm_num_groups", 32, lambda p: _unet(p).get("norm_num_groups", 32),
-        _set("unet_config.params.norm_num_groups", (int,)),
+        _set_unet("norm_num_groups", (int,)),
     ),
     *(
         Setting("unet", key, value, _constant(value))
@@ -169,8 +212,11 @@ SETTINGS = [
         Setting("vae", key, value, _constant(value))
         for key, value in {"shift_factor": None, "latents_mean": None, "latents_std": None}.items()
     ),
-    Setting("text_encoder", "hidden_act", "quick_gelu", _of_text("hidden_act")),
-    Setting("text_encoder", "num_attention_heads", 8, _of_text("num_attention_heads")),
+    *(
+        Setting(part, key, value, _of_text(part, key))
+        for part in ("text_encoder", "text_encoder_2")
+        for key, value in {"hidden_act": "quick_gelu", "num_attention_heads": 8}.items()
+    ),
 ]  # fmt: skip
 
 
@@ -231,7 +277,7 @@ def _json(folder: Path, part: str) -> Mapping[str, Any] | None:
     json = read_json(file)
     if not isinstance(json, Mapping):
         raise InputError(f"{file}: expected a mapping, got {short(json)}")
-    json = json.get("text_config", json) if part == "text_encoder" else json
+    json = json.get("text_config", json) if part.startswith("text_encoder") else json
     if part == SCHEDULER and any(word in str(json.get("_class_name")) for word in ("FlowMatch", "EDM")):
         raise InputError(f"{file}: {json['_class_name']} is not a schedule of betas, which this program's models have")
     return json

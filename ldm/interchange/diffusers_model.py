@@ -1,197 +1,167 @@
-"""Stable Diffusion v1 models from and to diffusers' folders (unet/, vae/, text_encoder/, tokenizer/, scheduler/)."""
+"""Whole models from and to diffusers' folders (unet/, vae/, text_encoder/, tokenizer/, scheduler/).
+
+Those of Stable Diffusion v1 and 2.x, of their inpainting models, and of SDXL's base.
+"""
 
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ldm.checkpoints import atomic_write, read_weights, save_json, save_safetensors
-from ldm.config import find_file, plain
+from ldm.config import plain
 from ldm.errors import InputError, short
 from ldm.files import read_json
 from ldm.interchange import layers
-from ldm.interchange.diffusers_json import BETAS, PREDICTIONS, check, heads, of_folder, text_config
+from ldm.interchange.diffusers_json import BETAS, PREDICTIONS, check, heads, of_folder, schedule
+from ldm.interchange.diffusers_weights import from_diffusers, refuse_parts, text_parts, to_diffusers
 from ldm.interchange.formats import Codec, Context, Opened
-from ldm.interchange.names import (
-    TEXT,
-    UNET,
-    VAE,
-    inverse,
-    layout_of,
-    layout_of_diffusers,
-    translate_all,
-    unet_table,
-    vae_table,
-)
-from ldm.models.bases import BASES, DEFAULT, Base, Part, base_of, explained
+from ldm.interchange.text_encoders import Embedder, embedders, refuse_other_states, save_tokenizer
+from ldm.models.bases import BASES, DEFAULT, FIRST_LAYER, Base, Part, base_of, explained, is_ignored
 
 log = logging.getLogger(__name__)
 
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in older versions
-
-
-# --- weights: LDM's names <-> {"unet": ..., "vae": ..., "text_encoder": ...}
-
-
-def to_diffusers(weights: Mapping[str, Tensor], source: str = "the checkpoint") -> dict[str, dict[str, Tensor]]:
-    """The weights of a `LatentDiffusion` by part and diffusers' name. Raises `InputError` for other models."""
-    unet, vae, text = (_below(weights, prefix) for prefix in (UNET, VAE, TEXT))
-    if not (unet and vae and text):
-        error = InputError(
-            f"{source} is not a whole Stable Diffusion v1 model: expected UNet, autoencoder, text encoder"
-        )
-        raise explained(error, weights, source)
-    tables = {"unet": unet_table(layout_of(unet)), "vae": vae_table(*_vae_layout(vae))}
-    parts = {part: _renamed(content, tables[part], source) for part, content in (("unet", unet), ("vae", vae))}
-    parts["vae"] = {name: value.reshape(_flat_if_attention(name, value)) for name, value in parts["vae"].items()}
-    return parts | {"text_encoder": {name: value for name, value in text.items() if not name.endswith("position_ids")}}
-
-
-def from_diffusers(parts: Mapping[str, Mapping[str, Tensor]], source: str = "the folder") -> dict[str, Tensor]:
-    """The weights of a `LatentDiffusion` from those of diffusers' parts. Raises `InputError`."""
-    vae = {_modern(name): value for name, value in parts["vae"].items()}
-    levels = 1 + max((int(name.split(".")[2]) for name in vae if name.startswith("encoder.down_blocks.")), default=0)
-    count = 1 + max((int(n.split(".")[4]) for n in vae if n.startswith("encoder.down_blocks.0.resnets.")), default=0)
-    vae = _renamed(vae, inverse(vae_table(levels, count)), source)
-    vae = {name: value[..., None, None] if _is_attention(name, value) else value for name, value in vae.items()}
-    unet = _renamed(parts["unet"], inverse(unet_table(layout_of_diffusers(parts["unet"]))), source)
-    text = {"text_model." + name.removeprefix("text_model."): value for name, value in parts["text_encoder"].items()}
-    return {
-        prefix + name: value
-        for prefix, part in ((UNET, unet), (VAE, vae), (TEXT, text))
-        for name, value in part.items()
-        if not name.endswith("position_ids")
-    }
-
-
-def _below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def _renamed(weights: Mapping[str, Tensor], table: Mapping[str, str], source: str) -> dict[str, Tensor]:
-    names = translate_all(weights, table, source)
-    return {names[name]: value for name, value in weights.items()}
-
-
-def _vae_layout(vae: Mapping[str, Tensor]) -> tuple[int, int]:
-    levels = {int(name.split(".")[2]) for name in vae if name.startswith("encoder.down.")}
-    blocks = {int(name.split(".")[4]) for name in vae if name.startswith("encoder.down.0.block.")}
-    return len(levels), len(blocks)
-
-
-def _modern(name: str) -> str:
-    return ".".join(OLD_ATTENTION.get(part, part) for part in name.split("."))
-
-
-def _flat_if_attention(name: str, value: Tensor) -> tuple[int, ...]:
-    """Reshape attention weights: LDM's autoencoder has 1x1 convolutions where diffusers has linear layers."""
-    inside = ".attentions." in name and value.dim() == 4
-    return tuple(value.shape[:2]) if inside else tuple(value.shape)
-
-
-def _is_attention(name: str, value: Tensor) -> bool:
-    return ".attn_1." in name and value.dim() == 2
+LAYOUT = "0.21.0"  # the version of diffusers whose layout is written; its pipeline of inpainting asks for one
 
 
 # --- configurations
 
 
 def configurations(params: Mapping[str, Any], base: Base = DEFAULT) -> dict[str, dict[str, Any]]:
-    """The JSON of each part for `model.params` of an LDM config, and the `model_index.json` under "" ."""
-    unet, vae = (plain(params[key]["params"]) for key in ("unet_config", "first_stage_config"))
-    dd = vae["ddconfig"]
-    if dd.get("attn_resolutions") or "embed_dim" not in vae:
-        raise InputError(
-            "only KL autoencoders without attention at their levels have a counterpart in diffusers' SD v1"
-        )
-    mult, rates = unet.get("channel_mult", [1, 2, 4, 8]), unet["attention_resolutions"]
-    attends = [2**level in rates for level in range(len(mult))]
-    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends]
-    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)]
-    own_heads = heads(unet)
-    parts = base.parts
-    classes = {part.folder: [part.library, part.cls] for part in parts.values()}
+    """The JSON of each part for `model.params` of a config, and the `model_index.json` under "" .
+
+    Raises `InputError` for a model that has no counterpart in diffusers.
+    """
+    params = plain(params)
+    classes = {part.folder: [part.library, part.cls] for part in base.parts.values()}
     classes |= {name: list(others) for name, others in base.others.items()}
+    is_xl = len(text_parts(base)) == 2
+    more = {"force_zeros_for_empty_prompt": True} if is_xl else {
+        "requires_safety_checker": False, "safety_checker": [None, None],
+    }  # fmt: skip
+    found = embedders(params)
+    refuse_other_states(found)
     return {
         "": {
             "_class_name": base.pipeline,
+            "_diffusers_version": LAYOUT,
             "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
+            **more,
             **dict(sorted(classes.items())),
         },
-        parts["unet"].folder: {
-            "_class_name": parts["unet"].cls,
-            "act_fn": "silu",
-            # this is diffusers' historical name for the number of heads
-            "attention_head_dim": own_heads[0] if len(set(own_heads)) == 1 else own_heads,
-            "use_linear_projection": unet.get("use_linear_in_transformer", False),
-            "block_out_channels": [unet["model_channels"] * m for m in mult],
-            "cross_attention_dim": unet["context_dim"],
-            "down_block_types": down,
-            "up_block_types": up,
-            "in_channels": unet["in_channels"],
-            "out_channels": unet["out_channels"],
-            "layers_per_block": unet["num_res_blocks"],
-            "norm_eps": 1e-5,
-            "norm_num_groups": unet.get("norm_num_groups", 32),
-            "sample_size": params.get("image_size", 64),
-            "transformer_layers_per_block": unet.get("transformer_depth", 1),
+        base.parts["unet"].folder: {"_class_name": base.parts["unet"].cls, **_unet(params)},
+        base.parts["vae"].folder: {
+            "_class_name": base.parts["vae"].cls,
+            **_vae(params),
+            # SDXL's decoder overflows in float16
+            **({"force_upcast": True} if is_xl else {}),
         },
-        parts["vae"].folder: {
-            "_class_name": parts["vae"].cls,
-            "act_fn": "silu",
-            "block_out_channels": [dd["ch"] * m for m in dd["ch_mult"]],
-            "down_block_types": ["DownEncoderBlock2D"] * len(dd["ch_mult"]),
-            "up_block_types": ["UpDecoderBlock2D"] * len(dd["ch_mult"]),
-            "in_channels": dd["in_channels"],
-            "out_channels": dd["out_ch"],
-            "latent_channels": vae["embed_dim"],
-            "layers_per_block": dd["num_res_blocks"],
-            "norm_num_groups": dd.get("norm_num_groups", 32),
-            "sample_size": dd["resolution"],
-            "scaling_factor": params.get("scale_factor", 1.0),
-        },
-        parts["text_encoder"].folder: {
-            "architectures": [parts["text_encoder"].cls],
-            "model_type": "clip_text_model",
-            # transformers would else load the dtype of the file while diffusers loads float32, which do not mix
-            "torch_dtype": "float32",
-            **_text(params, base),
-        },
+        **{part.folder: _text(found, name, part) for name, part in text_parts(base).items()},
         "scheduler": _scheduler(params, base),
+    }
+
+
+def _unet(params: Mapping[str, Any]) -> dict[str, Any]:
+    unet = (params.get("network_config") or params["unet_config"])["params"]
+    mult, rates = unet.get("channel_mult", [1, 2, 4, 8]), unet["attention_resolutions"]
+    attends = [2**level in rates for level in range(len(mult))]
+    own_heads = heads(unet)
+    return {
+        "act_fn": "silu",
+        # this is diffusers' historical name for the number of heads
+        "attention_head_dim": own_heads[0] if len(set(own_heads)) == 1 else own_heads,
+        "use_linear_projection": unet.get("use_linear_in_transformer", False),
+        "block_out_channels": [unet["model_channels"] * m for m in mult],
+        "cross_attention_dim": unet["context_dim"],
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "in_channels": unet["in_channels"],
+        "out_channels": unet["out_channels"],
+        "layers_per_block": unet["num_res_blocks"],
+        "norm_eps": 1e-5,
+        "norm_num_groups": unet.get("norm_num_groups", 32),
+        "sample_size": params.get("image_size", 64),
+        "transformer_layers_per_block": unet.get("transformer_depth", 1),
+        **_labels(unet, params),
+    }
+
+
+def _labels(unet: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """SDXL's vector: the pooled text and the sinusoidal values of sizes. Raises `InputError` for other labels."""
+    if (labels := unet.get("num_classes")) is None:
+        return {}
+    entries = ((params.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    sizes = [one["params"]["outdim"] for one in entries if str(one.get("target")).endswith("ConcatTimestepEmbedderND")]
+    if labels != "sequential" or len(sizes) != 3 or len(set(sizes)) != 1:
+        raise InputError(f"diffusers has no counterpart of num_classes {short(labels)} with {len(sizes)} sizes")
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": sizes[0],
+        "projection_class_embeddings_input_dim": unet["adm_in_channels"],
+    }
+
+
+def _vae(params: Mapping[str, Any]) -> dict[str, Any]:
+    vae = params["first_stage_config"]["params"]
+    dd = vae["ddconfig"]
+    if dd.get("attn_resolutions") or "embed_dim" not in vae:
+        raise InputError("only KL autoencoders without attention at their levels have a counterpart in diffusers")
+    return {
+        "act_fn": "silu",
+        "block_out_channels": [dd["ch"] * m for m in dd["ch_mult"]],
+        "down_block_types": ["DownEncoderBlock2D"] * len(dd["ch_mult"]),
+        "up_block_types": ["UpDecoderBlock2D"] * len(dd["ch_mult"]),
+        "in_channels": dd["in_channels"],
+        "out_channels": dd["out_ch"],
+        "latent_channels": vae["embed_dim"],
+        "layers_per_block": dd["num_res_blocks"],
+        "norm_num_groups": dd.get("norm_num_groups", 32),
+        "sample_size": dd["resolution"],
+        "scaling_factor": params.get("scale_factor", 1.0),
+    }
+
+
+def _text(found: Mapping[str, Embedder], name: str, part: Part) -> dict[str, Any]:
+    if name not in found:
+        raise InputError(f"this config has no {name.replace('_', ' ')} that diffusers could hold")
+    if found[name].is_open_clip != (part.spelling == "open_clip"):
+        raise InputError(f"diffusers has no counterpart of {found[name].target} as {name}")
+    return {
+        "architectures": [part.cls],
+        "model_type": "clip_text_model",
+        # transformers would else load the dtype of the file while diffusers loads float32, which do not mix
+        "torch_dtype": "float32",
+        **found[name].json(),
     }
 
 
 def _scheduler(params: Mapping[str, Any], base: Base) -> dict[str, Any]:
     """The schedule. Raises `InputError` for one that diffusers lacks."""
-    schedule, zero = params.get("beta_schedule", "linear"), bool(params.get("zero_terminal_snr", False))
-    if schedule not in BETAS:
-        raise InputError(f"diffusers has no counterpart of the beta_schedule {schedule!r}; expected {', '.join(BETAS)}")
-    own = {"skip_prk_steps": True} if not zero else {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    own = schedule(params)
+    zero, name = bool(own["zero_terminal_snr"]), base.others["scheduler"][1]
+    if own["beta_schedule"] not in BETAS:
+        raise InputError(
+            f"diffusers has no counterpart of the beta_schedule {own['beta_schedule']!r}; expected {', '.join(BETAS)}"
+        )
+    more = {"skip_prk_steps": True} if name == "PNDMScheduler" else {"timestep_spacing": "leading"}
+    more = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero else more
     return {
-        "_class_name": "DDIMScheduler" if zero else base.others["scheduler"][1],
-        "beta_start": params.get("linear_start", 1e-4),
-        "beta_end": params.get("linear_end", 2e-2),
-        "beta_schedule": BETAS[schedule],
+        "_class_name": "DDIMScheduler" if zero else name,
+        "beta_start": own["linear_start"],
+        "beta_end": own["linear_end"],
+        "beta_schedule": BETAS[own["beta_schedule"]],
         "clip_sample": False,
-        "num_train_timesteps": params.get("timesteps", 1000),
-        "prediction_type": PREDICTIONS[params.get("parameterization", "eps")],
+        "num_train_timesteps": own["timesteps"],
+        "prediction_type": PREDICTIONS[own["parameterization"]],
         "set_alpha_to_one": False,
         "steps_offset": 1,
-        **own,
+        **more,
     }
-
-
-def _text(params: Mapping[str, Any], base: Base) -> dict[str, Any]:
-    config = text_config(params, base.text_model)
-    return {key: value for key, value in config.items() if key not in ("architectures",)}
 
 
 # --- folders
@@ -200,18 +170,25 @@ def _text(params: Mapping[str, Any], base: Base) -> dict[str, Any]:
 def write_folder(
     path: str | Path, weights: Mapping[str, Tensor], params: Mapping[str, Any], source: str = "the checkpoint"
 ) -> None:
-    """Write a diffusers folder for the weights of a `LatentDiffusion` and `model.params` of its config. Atomic.
+    """Write a diffusers folder for the weights of a model and `model.params` of its config. Atomic.
 
-    Raises `InputError` for a model that is not of the Stable Diffusion v1 family, and for a config of another model.
+    Raises `InputError` for a model that diffusers does not have, and for a config of another model.
     """
-    base = _base_of(weights)
-    parts, configs = to_diffusers(weights, source), configurations(params, base)
-    _compare(weights, params, source)
-    tokenizer = tokenizer_folder(params, base)
-    if tokenizer is None:
-        configs[""]["tokenizer"] = [None, None]
-        log.warning("%s will have no tokenizer: name its folder in cond_stage_config.params.tokenizer", path)
-    with atomic_write(path) as beside:
+    base = base_of_layout(weights)
+    refuse_parts(weights, base, source)
+    _compare(weights, params, source, base)
+    configs, found = configurations(params, base), embedders(params)
+    layers = {name: configs[part.folder]["num_hidden_layers"] for name, part in text_parts(base).items()}
+    parts = to_diffusers(weights, source, base, layers)
+    with ExitStack() as open_folders, atomic_write(path) as beside:
+        for name in text_parts(base):
+            place = name.replace("text_encoder", "tokenizer")
+            tokenizer = open_folders.enter_context(found[name].tokenizer())
+            if tokenizer is None:
+                configs[""][place] = [None, None]
+                log.warning("%s will have no tokenizer: name its folder in the text encoder's params.tokenizer", path)
+            else:
+                save_tokenizer(beside / place, tokenizer, found[name])
         save_json(beside / "model_index.json", configs.pop(""))
         for part, config in configs.items():
             name = "scheduler_config.json" if part == "scheduler" else "config.json"
@@ -219,21 +196,17 @@ def write_folder(
         for part, tensors in parts.items():
             place = base.parts[part]
             save_safetensors(beside / place.folder / f"{place.file}.safetensors", tensors, {"format": "pt"})
-        if tokenizer:
-            (beside / "tokenizer").mkdir()
-            for file in TOKENIZER_FILES:
-                if (tokenizer / file).is_file():
-                    shutil.copyfile(tokenizer / file, beside / "tokenizer" / file)
 
 
-def _compare(weights: Mapping[str, Tensor], params: Mapping[str, Any], source: str) -> None:
+def _compare(weights: Mapping[str, Tensor], params: Mapping[str, Any], source: str, base: Base) -> None:
     """Raises `InputError` if the weights do not fit the config, from which the folder's JSON files are made."""
-    model = layers.skeleton({"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}})
+    model = layers.skeleton({"model": {"target": _target(params), "params": params}})
+    prefixes = tuple(part.prefix for part in base.parts.values())
     wanted, found = (
-        {n: list(v.shape) for n, v in state.items() if n.startswith((UNET, VAE, TEXT))}
+        {n: list(v.shape) for n, v in state.items() if n.startswith(prefixes)}
         for state in (model.state_dict(), weights)
     )
-    names = [name for name in wanted | found if not name.endswith("position_ids")]  # some versions omit them
+    names = [name for name in wanted | found if not is_ignored(name)]  # some versions omit them
     if wrong := [name for name in names if wanted.get(name) != found.get(name)]:
         theirs, ours = (side.get(wrong[0], "none") for side in (found, wanted))
         error = InputError(
@@ -243,36 +216,50 @@ def _compare(weights: Mapping[str, Tensor], params: Mapping[str, Any], source: s
         raise explained(error, weights, source, model.state_dict())
 
 
-def tokenizer_folder(params: Mapping[str, Any], base: Base = DEFAULT) -> Path | None:
-    """The folder with vocab.json and merges.txt that a config's text encoder uses, if it is on this machine."""
-    text = params["cond_stage_config"].get("params") or {}
-    version = text.get("version", base.text_model)
-    folders = [text.get("tokenizer"), version, f"models/{Path(version).name}"]
-    return next((f for f in (find_file(f) for f in folders if f) if (f / "vocab.json").is_file()), None)
+def _target(params: Mapping[str, Any]) -> str:
+    """The class of the model that `params` are for."""
+    if "network_config" in params:
+        return "ldm.models.diffusion.engine.DiffusionEngine"
+    if "concat_keys" in params or "masked_image_key" in params:
+        return "ldm.models.diffusion.inpainting.LatentInpaintDiffusion"
+    return "ldm.models.diffusion.ddpm.LatentDiffusion"
 
 
-def read_folder(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a diffusers folder under LDM's names. Raises `InputError`."""
+def read_folder(path: str | Path, params: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """The weights of a diffusers folder under the names of the model here, that of `model.params` if it is given.
+
+    Raises `InputError`.
+    """
     path = Path(path)
     if not is_folder(path):
         raise InputError(f"{path} is not a diffusers model: expected a folder with model_index.json")
     pipeline = _pipeline(path / "model_index.json")
-    base = next((base for base in BASES if base.pipeline and base.pipeline == pipeline), None)
-    parts = (base or DEFAULT).parts
+    rows = [base for base in BASES if base.pipeline and base.pipeline == pipeline]
+    base = _row(rows, path, params) if rows else DEFAULT
     try:
-        weights = from_diffusers({n: _read_part(path / part.folder, part) for n, part in parts.items()}, str(path))
+        parts = {name: _read_part(path / part.folder, part) for name, part in base.parts.items()}
+        return from_diffusers(parts, str(path), base)
     except InputError as error:
-        if base or not pipeline:
+        if rows or not pipeline:
             raise
         known = ", ".join(dict.fromkeys(base.pipeline for base in BASES if base.pipeline))
         raise InputError(f"{path} is a folder of {short(pipeline)}; expected one of {known} ({error})") from None
-    found = base_of(weights)
-    if found and found.parts["text_encoder"].prefix != TEXT:
-        raise InputError(
-            f"{path} is a diffusers folder of {found.title}, whose text encoder is built otherwise here: "
-            "use the model's checkpoint, a single file"
-        )
-    return weights
+
+
+def _row(rows: Sequence[Base], path: Path, params: Mapping[str, Any] | None) -> Base:
+    """The base of a pipeline whose text encoder has the names of the config's, or those that the JSON speaks for.
+
+    OpenCLIP's towers have the exact GELU, those of CLIP have their own.
+    """
+    found = embedders(params or {}).get("text_encoder")
+    file = path / "text_encoder" / "config.json"
+    if found is None and file.is_file():
+        json = read_json(file)
+        is_open = isinstance(json, Mapping) and json.get("text_config", json).get("hidden_act") == "gelu"
+    else:
+        is_open = found is not None and found.is_open_clip
+    spelling = "open_clip" if is_open else "clip"
+    return next((base for base in rows if base.parts["text_encoder"].spelling == spelling), rows[0])
 
 
 def _pipeline(index: Path) -> str | None:
@@ -285,10 +272,20 @@ def _pipeline(index: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _base_of(weights: Mapping[str, Tensor]) -> Base:
-    """The base that defines the folder layout for these weights: their own base, else Stable Diffusion v1."""
+def base_of_layout(weights: Mapping[str, Tensor]) -> Base:
+    """The base that defines the folder layout for weights: their own, else one with the same parts, else SD v1."""
     base = base_of(weights)
-    return base if base and base.pipeline else DEFAULT
+    if base and base.pipeline:
+        return base
+    channels = tuple(getattr(weights.get(FIRST_LAYER), "shape", ()))[1:2]
+    alike = [
+        row
+        for row in BASES
+        if row.pipeline
+        and row.marks[FIRST_LAYER][1:2] == channels
+        and all(any(name.startswith(part.prefix) for name in weights) for part in row.parts.values())
+    ]
+    return alike[0] if alike else DEFAULT
 
 
 def is_folder(path: str | Path) -> bool:
@@ -311,7 +308,8 @@ def _read_part(folder: Path, part: Part) -> dict[str, Tensor]:
 def _read(file: Opened, context: Context) -> Mapping[str, Tensor]:
     if context.config is not None:
         check(file.path, context.params, file.given)
-    return context.checked(read_folder(file.path), file.given)
+    params = None if context.config is None else context.params
+    return context.checked(read_folder(file.path, params), file.given)
 
 
 def _write(path: Path, weights: Mapping[str, Tensor], context: Context) -> None:

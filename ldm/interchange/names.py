@@ -68,16 +68,17 @@ def layout_of_diffusers(names: Iterable[str]) -> UNetLayout:
 
 
 def layout_of_attention(names: Iterable[str]) -> UNetLayout:
-    """The layout from LDM's names of attention layers alone, for a UNet with attention at its finest level."""
+    """The layout from LDM's names of attention layers alone."""
     names = [name.removeprefix(UNET) for name in names]
     ins, outs = (
         {int(m[1]) for m in map(re.compile(rf"{half}put_blocks\.(\d+)\.1\.").match, names) if m}
         for half in ("in", "out")
     )
-    if 1 not in ins or not outs:
+    if not ins or not outs:
         raise InputError(f"expected names of attention layers such as input_blocks.1.1...., got {', '.join(names[:3])}")
-    step = next(i for i in range(2, len(ins) + 3) if i not in ins)
-    levels = (max(outs) + 1) // step
+    first = min(ins)
+    step = next(i for i in range(1, len(ins) + 2) if first + i not in ins) + 1
+    levels = (first - 1) // step + (max(outs) + 1) // step  # finer levels than the first one have no attention
     return UNetLayout(step - 1, tuple(1 + level * step in ins for level in range(levels)))
 
 
@@ -91,7 +92,7 @@ def layout_of_diffusers_attention(names: Iterable[str]) -> UNetLayout:
     if not downs or not ups:
         raise InputError(f"expected names such as down_blocks.0.attentions.0...., got {', '.join(names[:3])}")
     attend = {int(level) for level, _ in downs}
-    levels = 1 + max(int(level) for level, _ in ups)
+    levels = 1 + max(int(level) for level, _ in ups) + min(attend)  # finer levels than the first one have none
     return UNetLayout(1 + max(int(i) for _, i in downs), tuple(level in attend for level in range(levels)))
 
 
@@ -101,6 +102,8 @@ def unet_table(layout: UNetLayout) -> dict[str, str]:
         "input_blocks.0.0": "conv_in",
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",  # SDXL's vector
+        "label_emb.0.2": "add_embedding.linear_2",
         "middle_block.1": "mid_block.attentions.0",
         "out.0": "conv_norm_out",
         "out.2": "conv_out",
@@ -170,6 +173,6 @@ def translate_all(names: Iterable[str], table: Mapping[str, str], source: str) -
     found = {name: translate(name, table) for name in names}
     if lost := [name for name, value in found.items() if value is None]:
         raise InputError(
-            f"{source}: {len(lost)} names are not those of a Stable Diffusion v1 model, e.g. {', '.join(lost[:3])}"
+            f"{source}: {len(lost)} names are not those of a Stable Diffusion model, e.g. {', '.join(lost[:3])}"
         )
     return found

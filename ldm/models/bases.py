@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ldm.errors import InputError
 
@@ -40,6 +40,7 @@ class Part:
     prefix: the prefix of its weights in our model; released: the prefix in checkpoints, if it differs
     folder, file: its place in diffusers' folders; older: the torch file of older versions
     library, cls: its class in diffusers' `model_index.json`
+    spelling: of a text encoder, whose names its weights have here: those of CLIP in transformers, or OpenCLIP's
     """
 
     prefix: str
@@ -49,6 +50,7 @@ class Part:
     library: str = "diffusers"
     cls: str = ""
     released: str | None = None
+    spelling: Literal["clip", "open_clip"] = "clip"
 
     @property
     def in_files(self) -> str:
@@ -129,27 +131,31 @@ class Foreign:
 
 # --- bases
 
+def _text(prefix: str, spelling: Literal["clip", "open_clip"], number: str = "", cls: str = "CLIPTextModel") -> Part:
+    """A text encoder; `number` ends its folder's name."""
+    return Part(
+        prefix, f"text_encoder{number}", "model", "pytorch_model", "transformers", cls, spelling=spelling
+    )
+
+
 SD_PARTS = {
     "unet": Part(UNET, "unet", cls="UNet2DConditionModel"),
     "vae": Part(FIRST_STAGE, "vae", cls="AutoencoderKL"),
-    "text_encoder": Part(TEXT, "text_encoder", "model", "pytorch_model", "transformers", "CLIPTextModel"),
+    "text_encoder": _text(TEXT, "clip"),
 }
 SD_OTHERS = {"scheduler": ("diffusers", "PNDMScheduler"), "tokenizer": ("transformers", "CLIPTokenizer")}
-OPEN_CLIP_PARTS = SD_PARTS | {
-    "text_encoder": Part(
-        CONDITIONER + "model.", "text_encoder", "model", "pytorch_model", "transformers", "CLIPTextModel"
-    )
-}
+OPEN_CLIP_PARTS = SD_PARTS | {"text_encoder": _text(CONDITIONER + "model.", "open_clip")}
 EMBEDDERS = "conditioner.embedders."
 SDXL_PARTS = SD_PARTS | {
-    "text_encoder": Part(
-        EMBEDDERS + "0.transformer.", "text_encoder", "model", "pytorch_model", "transformers", "CLIPTextModel"
-    ),
-    "text_encoder_2": Part(
-        EMBEDDERS + "1.model.", "text_encoder_2", "model", "pytorch_model", "transformers",
-        "CLIPTextModelWithProjection",
-    ),
-}  # fmt: skip
+    "text_encoder": _text(EMBEDDERS + "0.transformer.", "clip"),
+    "text_encoder_2": _text(EMBEDDERS + "1.model.", "open_clip", "_2", "CLIPTextModelWithProjection"),
+}
+SDXL_OTHERS = {
+    "scheduler": ("diffusers", "EulerDiscreteScheduler"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
+}
+INPAINT = "StableDiffusionInpaintPipeline"
 LDM_PARTS = {"unet": Part(UNET), "vae": Part(FIRST_STAGE)}
 
 FIRST_LAYER = UNET + "input_blocks.0.0.weight"  # [width of the finest level, latent channels, 3, 3]
@@ -173,21 +179,22 @@ BASES = [
     Base(
         "sd-v1-inpainting", "Stable Diffusion v1 inpainting",
         "configs/stable-diffusion/v1-inpainting-inference.yaml", 512,
-        {FIRST_LAYER: (320, 9, 3, 3), CONTEXT: (1280, 768)}, SD_PARTS,
+        {FIRST_LAYER: (320, 9, 3, 3), CONTEXT: (1280, 768)}, SD_PARTS, INPAINT, SD_OTHERS,
     ),
     Base(
         "sd-v2", "Stable Diffusion 2.x", "configs/stable-diffusion/v2-inference.yaml", 512,
-        {FIRST_LAYER: (320, 4, 3, 3), CONTEXT: (1280, 1024)}, OPEN_CLIP_PARTS,
+        {FIRST_LAYER: (320, 4, 3, 3), CONTEXT: (1280, 1024)}, OPEN_CLIP_PARTS, "StableDiffusionPipeline", SD_OTHERS,
         note="if it is the model of 768 pixels, use --config configs/stable-diffusion/v2-inference-v.yaml",
     ),
     Base(
         "sd-v2-inpainting", "Stable Diffusion 2.x inpainting",
         "configs/stable-diffusion/v2-inpainting-inference.yaml", 512,
-        {FIRST_LAYER: (320, 9, 3, 3), CONTEXT: (1280, 1024)}, OPEN_CLIP_PARTS,
+        {FIRST_LAYER: (320, 9, 3, 3), CONTEXT: (1280, 1024)}, OPEN_CLIP_PARTS, INPAINT, SD_OTHERS,
     ),
     Base(
         "sdxl", "SDXL", "configs/sdxl/sd_xl_base.yaml", 1024,
         {FIRST_LAYER: (320, 4, 3, 3), CONTEXT: (1280, 2048), LABELS: (1280, 2816)}, SDXL_PARTS,
+        "StableDiffusionXLPipeline", SDXL_OTHERS,
     ),
     Base(
         "sd-mini", "SD-mini", "configs/sd-mini/inference.yaml", 64,

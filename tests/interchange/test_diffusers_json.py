@@ -11,7 +11,6 @@ from ldm.errors import InputError
 from ldm.interchange import diffusers_json, diffusers_model
 from ldm.interchange.base_files import base_weights
 from ldm.interchange.inspection import describe
-from ldm.models import bases
 from ldm.util import load_model_from_config
 from tests import interchange_models
 
@@ -101,14 +100,6 @@ def test_what_no_parameter_describes(says, config, part, key, value):
     for read in (base_weights, lambda path, config: diffusers_json.adapted(path, config.model.params, path)):
         with pytest.raises(InputError, match=rf"folder says {key} .* in {part}.*: this program has no such model"):
             read(folder, config)
-
-
-def test_a_folder_of_stable_diffusion_2_is_named(written, monkeypatch):
-    """Its text encoder has other names and one layer less than that of its checkpoint."""
-    v2 = next(base for base in bases.BASES if base.name == "sd-v2")
-    monkeypatch.setattr(diffusers_model, "base_of", lambda weights: v2)
-    with pytest.raises(InputError, match="a diffusers folder of Stable Diffusion 2.x, .* use the model's checkpoint"):
-        base_weights(written)
 
 
 def test_another_kind_of_schedule(says, config):

@@ -1,0 +1,201 @@
+"""Diffusers' folders of Stable Diffusion 2.x, inpainting models and SDXL; the installed diffusers is the other side."""
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ldm.config import load_config, plain
+from ldm.errors import InputError
+from ldm.interchange import diffusers_json, diffusers_model
+from ldm.interchange.base_files import base_weights
+from ldm.models import bases
+from ldm.models.building import build_model, untuned
+from tests.conftest import ROOT
+from tests.helpers import assert_close_to
+from tests.small_bases import TEXT, narrow
+
+torch.set_num_threads(1)
+PROMPT = "a photo of a cat, in 1990"  # without entities and odd letters, which transformers 5 does not clean
+FILES = {
+    "sd2": "sd2-inject-dreambooth/attn2o-ffni.yaml",
+    "inpainting": "sd-inpaint-dreambooth/attn2o-ffni.yaml",
+    "sdxl": "sdxl-inject-dreambooth/attn2o-ffni.yaml",
+}
+PIPELINES = {
+    "sd2": "StableDiffusionPipeline",
+    "inpainting": "StableDiffusionInpaintPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+}
+
+
+def config_of(base, folder):
+    """The config of a tiny base without adapters; both text encoders of SDXL are of its kinds."""
+    config = untuned(load_config(narrow(FILES[base], folder)))
+    params = config.model.params
+    params.pop("train_level", None)
+    if base == "sdxl":
+        clip = folder / "clip"
+        clip.mkdir()
+        sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        markers = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
+        own = {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "projection_dim": 16}
+        (clip / "config.json").write_text(json.dumps({**sizes, **markers, **own}))
+        entries = params.conditioner_config.params.emb_models
+        entries[0].target = "sgm.modules.encoders.modules.FrozenCLIPEmbedder"
+        entries[0].params = {"version": str(clip), "layer": "hidden", "layer_idx": 1}
+        entries[1].params.arch = {**TEXT, "layers": 3, "embed_dim": 12}
+        params.network_config.params.adm_in_channels = 12 + 6 * 8
+    if base == "sd2":
+        params.cond_stage_config.params.arch = {**TEXT, "layers": 3}
+    return config
+
+
+class Case:
+    """A tiny base with random weights, none of them zero, its folder, and diffusers' pipeline of that folder."""
+
+    def __init__(self, base, folder):
+        import diffusers
+
+        self.base, self.config = base, config_of(base, folder)
+        params = self.config.model.params
+        (params.get("network_config") or params.unet_config).params.pop("adapter_config", None)
+        self.model = build_model(self.config, None, random_seed=0).eval().requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            for name, parameter in self.model.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.data += 0.1 * torch.randn_like(parameter)
+                if "in_proj_weight" in name or "attn1.to_q" in name:
+                    parameter.data *= 2
+        self.folder = folder / "diffusers"
+        diffusers_model.write_folder(self.folder, self.model.state_dict(), params)
+        self.pipeline = getattr(diffusers, PIPELINES[base]).from_pretrained(self.folder)
+
+
+@pytest.fixture(scope="module", params=FILES)
+def case(request, tmp_path_factory):
+    pytest.importorskip("diffusers", reason="diffusers is not installed: pip install .[test]")
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def text_of_theirs(case):
+    """The context, and SDXL's pooled vector, that diffusers computes for the prompt."""
+    pipeline = case.pipeline
+    if case.base == "sdxl":
+        context, _, pooled, _ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+        return context, pooled
+    return pipeline.encode_prompt(PROMPT, "cpu", 1, False)[0], None
+
+
+def text_of_ours(case):
+    if case.base != "sdxl":
+        return case.model.get_learned_conditioning([PROMPT]), None
+    cond = case.model.conditions([PROMPT], (32, 32))[0]
+    return cond["crossattn"], cond["vector"][:, :12]
+
+
+@torch.no_grad()
+def test_text_encoders(case):
+    (theirs, pooled), (ours, own) = text_of_theirs(case), text_of_ours(case)
+    assert_close_to(theirs, ours, 1e-4)
+    if pooled is not None:
+        assert_close_to(pooled, own, 1e-4)
+
+
+@torch.no_grad()
+def test_the_unet(case):
+    unet, generator = case.model.model.diffusion_model, torch.Generator().manual_seed(2)
+    x = torch.randn(2, unet.in_channels, 8, 12, generator=generator)
+    t, context = torch.tensor([3, 900]), torch.randn(2, 7, unet.context_dim, generator=generator)
+    if case.base != "sdxl":
+        assert_close_to(case.pipeline.unet(x, t, context).sample, unet(x, t, context), 1e-4)
+        return
+    pooled = torch.randn(2, 12, generator=generator)
+    sizes = torch.tensor([[64, 48, 3, 5, 32, 40], [32, 32, 0, 0, 9, 8]])
+    entries = case.model.conditioner.embedders[2:]
+    vector = torch.cat([pooled, *(entry(pair) for entry, pair in zip(entries, sizes.chunk(3, 1), strict=True))], 1)
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    theirs = case.pipeline.unet(x, t, context, added_cond_kwargs=added).sample
+    assert_close_to(theirs, unet(x, t, context, vector), 1e-4)
+
+
+@torch.no_grad()
+def test_the_autoencoder_and_the_schedule(case):
+    vae, own = case.pipeline.vae, case.model.first_stage_model
+    x, z = torch.rand(1, 3, 32, 32) * 2 - 1, torch.randn(1, 4, 8, 8)
+    assert_close_to(vae.encode(x).latent_dist.mode(), own.encode(x).mode(), 1e-4)
+    assert_close_to(vae.decode(z).sample, own.decode(z), 1e-4)
+    assert vae.config.scaling_factor == case.model.scale_factor
+    assert_close_to(case.pipeline.scheduler.alphas_cumprod, case.model.alphas_cumprod, 1e-5)
+
+
+def test_there_and_back(case, tmp_path):
+    """From our folder, and from one that diffusers wrote; what a model does not compute is absent from a folder."""
+    case.pipeline.save_pretrained(tmp_path / "theirs")
+    prefixes = tuple(part.prefix for part in diffusers_model.base_of_layout(case.model.state_dict()).parts.values())
+    state = {n: v for n, v in case.model.state_dict().items() if n.startswith(prefixes) and not bases.is_ignored(n)}
+    unused = ("resblocks.2.", "text_projection") if case.base == "sd2" else ("logit_scale",)
+    for folder in (case.folder, tmp_path / "theirs"):
+        back = base_weights(folder, plain(case.config))
+        assert {n for n in back if not bases.is_ignored(n)} == state.keys()
+        assert all(torch.equal(back[n], state[n]) for n in state if not any(word in n for word in unused)), folder
+        again = build_model(case.config, folder, read=lambda path: base_weights(path, case.config)).eval()
+        assert_close_to(text_of_ours(case)[0], text_of_ours(Again(case, again))[0], 1e-6)
+    assert diffusers_json.differences(case.folder, case.config.model.params) == []
+
+
+class Again:
+    def __init__(self, case, model):
+        self.base, self.model = case.base, model
+
+
+def test_what_the_json_says_of_sdxl_counts(case):
+    """A v-prediction SDXL in diffusers' layout: `--base auto` sets the config, another config is refused."""
+    if case.base != "sdxl":
+        return
+    file = case.folder / "scheduler" / "scheduler_config.json"
+    before = file.read_text()
+    file.write_text(json.dumps({**json.loads(before), "prediction_type": "v_prediction"}))
+    try:
+        with pytest.raises(InputError, match="says prediction_type 'v_prediction' in scheduler"):
+            base_weights(case.folder, case.config)
+        changed = case.config.copy()
+        for key, value in diffusers_json.adapted(case.folder, changed.model.params, "x").items():
+            OmegaConf.update(changed.model.params, key, value)
+        assert build_model(changed, None).parameterization == "v"
+        assert base_weights(case.folder, changed)
+    finally:
+        file.write_text(before)
+
+
+@pytest.mark.parametrize("name", [row.name for row in bases.BASES if row.pipeline])
+def test_names_and_shapes_at_full_size(name):
+    """On the meta device: each part has the names and shapes of diffusers' class for its JSON."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install .[test]")
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from ldm.interchange import layers
+
+    base = next(row for row in bases.BASES if row.name == name)
+    config = load_config(ROOT / base.config)
+    state = layers.skeleton(plain(config)).state_dict()
+    configs = diffusers_model.configurations(config.model.params, base)
+    number = {n: configs[p.folder]["num_hidden_layers"] for n, p in diffusers_model.text_parts(base).items()}
+    parts = diffusers_model.to_diffusers(state, "x", base, number)
+    text = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
+    for part, place in base.parts.items():
+        with torch.device("meta"):
+            if place.cls in text:
+                theirs = text[place.cls](CLIPTextConfig(**configs[place.folder])).state_dict()
+            else:
+                theirs = getattr(diffusers, place.cls).from_config(configs[place.folder]).state_dict()
+        found, wanted = (
+            {n.removeprefix("text_model."): list(v.shape) for n, v in side.items() if "position_ids" not in n}
+            for side in (parts[part], theirs)
+        )
+        assert found == wanted
+    assert not set(state) - set(diffusers_model.from_diffusers(parts, "x", base)) - {
+        n for n in state if bases.is_ignored(n)
+    }
