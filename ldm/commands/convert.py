@@ -7,6 +7,7 @@
 
 What the input is, is seen by looking at it. It can become:
   a LoRA, or a folder of ours that holds one      cloneofsimo, cloneofsimo-pt, diffusers, kohya
+  LoHa, LoKr, DoRA, OFT, ..., or such a folder    lycoris (for web UIs), peft-kinds
   a Custom Diffusion delta, or such a folder      delta, delta-diffusers, delta-attn-procs
   what has learnt words                           words (for diffusers), words-ldm (for LDM and web UIs)
   a model                                         checkpoint, diffusers-model
@@ -33,6 +34,7 @@ def add_arguments(p: Parser) -> None:
                    help="of the layers of a cloneofsimo file: of the input where its shapes do not tell it (default: "
                    "what fits first), of the output (default diffusers)")  # fmt: skip
     p.add_argument("--modifier_token", help="names of a delta's new words, joined by + (default <new1>+<new2>...)")
+    p.add_argument("--base", metavar="MODEL", help="the base, to write tuned weights as differences from it")
     add_files(p, DEFAULT.config)
     published = p.add_argument_group("the published interface for deltas; the output lies beside the delta")
     published.add_argument("--mode", choices=MODES,
@@ -58,13 +60,15 @@ def run(options: argparse.Namespace) -> None:
 def convert(source: str, output: Path, options: argparse.Namespace) -> str:
     """Read by what the input is, write what is wanted; a line about it. Raises `InputError` where that cannot be."""
     from ldm.interchange import Context, by_name, open_file, recognise
+    from ldm.interchange.command import read_model
     from ldm.interchange.contents import CONTENTS
     from ldm.interchange.custom_diffusion import split_words
 
     row, to = recognise(file := open_file(source)), by_name(options.to)
     form = CONTENTS[to.form]
     context = Context(
-        config=options.config, order=options.order, words=split_words(options.modifier_token), source=source
+        config=options.config, order=options.order, words=split_words(options.modifier_token), source=source,
+        base=read_model(options.base) if options.base else None,
     )
     if form.name not in row.holds:
         raise InputError(f"{source} {form.absent or f'is {row.title}: it cannot become {to.name}'}")

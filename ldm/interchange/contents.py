@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ldm.errors import InputError
 from ldm.interchange import apply, custom_diffusion, facts, own
+from ldm.interchange import kinds as others
 from ldm.interchange import lora as loras
 from ldm.interchange.custom_diffusion import Delta
+from ldm.interchange.kinds import Kinds
 from ldm.interchange.lora import Lora
 from ldm.modules.encoders.tokens import Vectors, readers, teach
 from ldm.tuning import files
@@ -70,6 +72,14 @@ def _load_lora(model: nn.Module, lora: Lora, how: Loading) -> None:
     apply.add(model, changes, how.scale)
 
 
+def _load_kinds(model: nn.Module, kinds: Kinds, how: Loading) -> None:
+    names = [f"{layer}.{name}" for layer in kinds.layers for name in ("weight", "bias")]
+    weights = {**apply.parameters(model), **model.tuning.remember(names)}
+    changes = others.changes(kinds, weights, how.source, how.scale)
+    add_tokens(model, kinds.tokens, how.words)
+    apply.add(model, changes)
+
+
 def _load_delta(model: nn.Module, delta: Delta, how: Loading) -> None:
     changes = custom_diffusion.changes(delta, model.tuning.remember(delta.weights), how.source)
     add_tokens(model, delta.tokens, how.words)
@@ -90,6 +100,12 @@ def _fold_lora(
     return apply.merged(weights, loras.changes(lora, weights, source), strength)
 
 
+def _fold_kinds(
+    kinds: Kinds, weights: Mapping[str, Tensor], model: Callable[[], nn.Module], strength: float, source: str
+) -> dict[str, Tensor]:
+    return apply.merged(weights, others.changes(kinds, weights, source, strength))
+
+
 def _fold_adapters(
     folder: Path, weights: Mapping[str, Tensor], model: Callable[[], nn.Module], strength: float, source: str
 ) -> dict[str, Tensor]:
@@ -102,6 +118,11 @@ CONTENTS = {
         Form(
             "lora", _load_lora, facts.of_lora, lambda lora: f"{len(lora.layers)} layers, ranks {lora.ranks()}",
             _fold_lora, renames_words=True,
+        ),
+        Form(
+            "kinds", _load_kinds, facts.of_kinds,
+            lambda kinds: f"{len(kinds.layers)} layers, {', '.join(kinds.names())}",
+            _fold_kinds, absent="holds no changes of layers", renames_words=True,
         ),
         Form(
             "delta", _load_delta, facts.of_delta,

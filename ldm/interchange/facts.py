@@ -11,6 +11,7 @@ from torch import Tensor
 from ldm.checkpoints import fingerprint
 from ldm.interchange import own
 from ldm.interchange.custom_diffusion import Delta, LowRank
+from ldm.interchange.kinds import Kinds, rank_of
 from ldm.interchange.lora import Factors, Lora, norm
 from ldm.interchange.names import UNET
 from ldm.models.bases import recognise
@@ -38,6 +39,19 @@ def _norms(norms: Mapping[str, float]) -> dict[str, Any]:
     largest = max(norms, key=lambda name: norms[name])
     total = sum(norm**2 for norm in norms.values()) ** 0.5
     return {"norm of the change": round(total, 6), "largest": f"{largest} ({norms[largest]:.4g})"}
+
+
+def of_kinds(kinds: Kinds) -> dict[str, Any]:
+    """Layers, kinds, ranks, scales, words."""
+    ranks = {rank_of(part.kind, part.tensors) for part in kinds.layers.values()} - {None}
+    return {
+        "layers": len(kinds.layers),
+        "kinds": kinds.names(),
+        "ranks": sorted(ranks),
+        "scales": sorted({round(part.scale, 6) for part in kinds.layers.values()}),
+        "parameters": sum(value.numel() for part in kinds.layers.values() for value in part.tensors.values()),
+        **of_words(kinds.tokens),
+    }
 
 
 def of_words(words: Mapping[str, Vectors]) -> dict[str, Any]:

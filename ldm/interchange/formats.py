@@ -43,6 +43,7 @@ class Context:
     words: Sequence[str] = ()  # names for words that have none in the file
     source: str = "the input"  # for messages
     finite: bool = True  # whether to refuse weights of a whole model that are not finite
+    base: Mapping[str, Any] | None = None  # the base model's weights, for formats that hold differences from it
 
     @cached_property
     def model(self) -> nn.Module | None:
@@ -134,6 +135,14 @@ FORMATS = [
         ("lora", "words"),
     ),
     Format("cloneofsimo-pt", "a LoRA of cloneofsimo's lora, .pt list", f"{HERE}.cloneofsimo.LIST", ("lora", "words")),
+    Format(
+        "peft-kinds", "a PEFT folder of LoHa, LoKr, DoRA, OFT, BOFT or (IA)3", f"{HERE}.peft_folder.PEFT",
+        ("kinds", "lora"),
+    ),
+    Format(
+        "lycoris", "a file of LyCORIS or kohya's OFT: LoHa, LoKr, DoRA, OFT, GLoRA, (IA)3, norms, differences",
+        f"{HERE}.lycoris.LYCORIS", ("kinds", "lora"),
+    ),
     Format("diffusers", "a LoRA with the keys of diffusers or PEFT", f"{HERE}.lora_keys.DIFFUSERS", ("lora",)),
     Format("kohya", "a LoRA with the keys of kohya, which web UIs read", f"{HERE}.lora_keys.KOHYA", ("lora",)),
     Format("delta", "a Custom Diffusion delta, LDM layout", f"{HERE}.custom_diffusion.LDM", ("delta", "words")),
@@ -150,8 +159,9 @@ FORMATS = [
     Format("words-ldm", "learnt words in LDM's layout, read as words", f"{HERE}.embeddings.LDM", ("words",)),
     Format("diffusers-model", "a whole model as a diffusers folder", f"{HERE}.diffusers_model.FOLDER", ("model",)),
     Format(
-        "adapter", "a folder that training wrote here: position adapters and/or other families", f"{HERE}.own.FOLDER",
-        ("adapters", "lora", "delta", "words"), not_written="only training writes it",
+        "adapter", "a folder that training wrote here: position adapters and/or other families",
+        f"{HERE}.own_folder.FOLDER", ("adapters", "lora", "kinds", "delta", "words"),
+        not_written="only training writes it",
     ),
 ]  # fmt: skip
 

@@ -15,6 +15,7 @@ from ldm.models.building import untuned_model
 from ldm.modules.adapters import tapped_blocks
 
 LAYER_TYPES = (nn.Linear, nn.Conv2d)
+NORM_TYPES = (nn.GroupNorm, nn.LayerNorm)
 # Our classes with another name in diffusers. Published files use diffusers' names.
 COUNTERPART = {
     "CrossAttention": "Attention",
@@ -49,7 +50,12 @@ def parts(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     return found
 
 
-def layers_of(model: nn.Module, part: str, classes: Collection[str] | None = None) -> dict[str, torch.Size]:
+def layers_of(
+    model: nn.Module,
+    part: str,
+    classes: Collection[str] | None = None,
+    kinds: tuple[type, ...] = LAYER_TYPES,
+) -> dict[str, torch.Size]:
     """Full names of a part's layers (those inside some classes, or all) with their weights' shapes, in LDM's order."""
     if part not in (known := parts(model)):
         return {}
@@ -58,7 +64,7 @@ def layers_of(model: nn.Module, part: str, classes: Collection[str] | None = Non
     # transformers 5 has no level `text_model`; these are the names of released checkpoints
     return {
         prefix + name.removeprefix("text_model."): layer.weight.shape
-        for name, layer in find_layers(root, classes).items()
+        for name, layer in find_layers(root, classes, kinds).items()
     }
 
 
@@ -71,9 +77,9 @@ def skeleton(config: Mapping[str, Any]) -> nn.Module:
 # --- dialects
 
 
-def dialects(model: nn.Module) -> dict[str, dict[str, str]]:
+def dialects(model: nn.Module, kinds: tuple[type, ...] = LAYER_TYPES) -> dict[str, dict[str, str]]:
     """LDM layer name -> name, for diffusers (`unet.…`, `text_encoder.…`) and kohya (`lora_unet_…`, `lora_te_…`)."""
-    unet, text = list(layers_of(model, "unet")), list(layers_of(model, "text_encoder"))
+    unet, text = (list(layers_of(model, part, kinds=kinds)) for part in ("unet", "text_encoder"))
     table = unet_table(layout_of(unet))
     theirs = {name: translate(name.removeprefix(UNET), table) for name in unet}
     diffusers = {name: f"unet.{other}" for name, other in theirs.items() if other}

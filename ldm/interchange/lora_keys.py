@@ -17,7 +17,7 @@ from ldm.checkpoints import refuse_not_finite, save_safetensors, weights_in
 from ldm.errors import InputError, short
 from ldm.interchange import peft_config
 from ldm.interchange.formats import Codec, Context, Opened, open_file
-from ldm.interchange.layers import dialects
+from ldm.interchange.layers import LAYER_TYPES, dialects
 from ldm.interchange.lora import Factors, Lora, fitted, folded, rank_of, weighted_sum
 from ldm.interchange.names import UNET
 from ldm.patterns import Patterns
@@ -75,7 +75,7 @@ def read_factors(path: str | Path | Opened, initial: bool = False) -> dict[str, 
             found.setdefault(parts[0], {})[parts[1]] = value
     unknown += [layer for layer, roles in found.items() if not {"up", "down"} <= roles.keys()]
     if unknown:
-        raise _unknown(path, unknown)
+        raise unknown_keys(path, unknown)
     factors = {}
     try:
         configs, patterns = peft_config.configurations(file), Patterns(f"{path}: PEFT's configuration is damaged")
@@ -106,7 +106,8 @@ def _checked(layer: str, roles: Mapping[str, Tensor], path: Path) -> Factors:
     return Factors(down, up, peft_config.finite_alpha(number, layer, path) / rank)
 
 
-def _unknown(path: str | Path, keys: list[str]) -> InputError:
+def unknown_keys(path: str | Path, keys: list[str]) -> InputError:
+    """The error for keys that no known file has."""
     return InputError(f"{path}: {len(keys)} unknown keys, e.g. {', '.join(keys[:3])}; wrong base model or format?")
 
 
@@ -128,9 +129,9 @@ def _since_start(factors: dict[str, Factors], file: Opened, configs: Mapping[str
 def read(path: str | Path | Opened, model: nn.Module) -> Lora:
     """Read a LoRA of any of these spellings. Raises `InputError` for unknown keys and another base model."""
     file = open_file(path)
-    source, found, known = str(file.given), read_factors(file), _lookup(model)
+    source, found, known = str(file.given), read_factors(file), lookup(model)
     if unknown := [layer for layer in found if plain_name(layer) not in known]:
-        raise _unknown(source, unknown)
+        raise unknown_keys(source, unknown)
     shapes = model.state_dict()
     named = {known[plain_name(layer)]: factors for layer, factors in found.items()}
     return Lora({name: fitted(one, shapes[f"{name}.weight"].shape, name, source) for name, one in named.items()})
@@ -142,9 +143,9 @@ def plain_name(layer: str) -> str:
     return re.sub(r"\.to_out$", ".to_out.0", layer)
 
 
-def _lookup(model: nn.Module) -> dict[str, str]:
+def lookup(model: nn.Module, kinds: tuple[type, ...] = LAYER_TYPES) -> dict[str, str]:
     """Every name that LoRA files use for a layer -> LDM's name."""
-    names = dialects(model)
+    names = dialects(model, kinds)
     unet = [name for name in names["diffusers"] if name.startswith(UNET)]
     table = {"lora_unet_" + name.removeprefix(UNET).replace(".", "_"): name for name in unet}
     for ours, theirs in names["diffusers"].items():

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from ldm.errors import InputError
 from ldm.interchange.custom_diffusion import NEW_TOKENS, SAVED, Delta
-from ldm.interchange.formats import Codec, Opened
 from ldm.interchange.lora import Factors, Lora, weighted_sum
-from ldm.interchange.peft_config import PLAIN_STARTS
+from ldm.interchange.peft_config import is_plain
 from ldm.modules.encoders.tokens import Vectors
-from ldm.modules.folders import names_adapter, read_config, read_folder
+from ldm.modules.folders import read_config, read_folder
 from ldm.tuning import choose, table
 from ldm.tuning.lora import LoRA
 from ldm.tuning.textual_inversion import TextualInversion
@@ -48,21 +47,20 @@ def lora(path: str | Path) -> Lora:
 
     Raises `InputError` for kinds that are not low-rank sums, for other content, and if there is no LoRA.
     """
-    _without_adapters(path, "no LoRA file can hold")
+    refuse_adapters(path, "no LoRA file can hold")
     layers: dict[str, Factors] = {}
     for target, params, tensors in families(path):
-        if _inversion(target, params, tensors):
+        if inversion(target, params, tensors):
             continue
         if target != LORA:
             raise InputError(f"{path} tunes more than LoRA and words ({target}): no LoRA file can hold it; {WHOLE}")
         family = LoRA(**params)
         if family.kind not in ("lora", "rslora"):
-            raise InputError(f"{path}: {family.kind} is no low-rank sum, which is all that LoRA files can hold")
-        if (start := family.options.get("init_lora_weights")) not in PLAIN_STARTS:
             raise InputError(
-                f"{path} was trained with init_lora_weights {start!r}, so its factors belong to a changed base, which "
-                f"no LoRA file can name; {WHOLE}"
+                f"{path}: {family.kind} is no low-rank sum, which is all that plain LoRA can hold: "
+                "--to lycoris or peft-kinds"
             )
+        refuse_changed_base(family, path)
         for name, factors in _factors(family, tensors).items():
             if name in layers:  # the changes of two families on one layer add up
                 factors = weighted_sum([Lora({name: one}) for one in (layers[name], factors)], [1, 1]).layers[name]
@@ -71,6 +69,15 @@ def lora(path: str | Path) -> Lora:
     if not layers and not found.tokens:
         raise InputError(f"{path} holds no LoRA")
     return found
+
+
+def refuse_changed_base(family: LoRA, path: str | Path) -> None:
+    """Raises `InputError` for a LoRA whose training began by changing the base."""
+    if not is_plain(start := family.options.get("init_lora_weights")):
+        raise InputError(
+            f"{path} was trained with init_lora_weights {start!r}, so its factors belong to a changed base, which "
+            f"no LoRA file can name; {WHOLE}"
+        )
 
 
 def _factors(family: LoRA, tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
@@ -98,13 +105,14 @@ def folded(path: str | Path, model: nn.Module, strength: float = 1.0) -> dict[st
     from ldm.tuning import files
     from ldm.tuning.lora import merge
 
-    _without_adapters(path, "cannot be folded into weights")
+    refuse_adapters(path, "cannot be folded into weights")
     files.load(model, path, strength)
     merge(model)
     return {name: value for name, value in model.state_dict().items() if NEW_TOKENS not in name}
 
 
-def _without_adapters(path: str | Path, why: str) -> None:
+def refuse_adapters(path: str | Path, why: str) -> None:
+    """Raises `InputError` for a folder with position adapters."""
     if routes := (read_config(path) or {"adapters": ["unnamed ones"]})["adapters"]:
         raise InputError(
             f"{path} holds {len(routes)} position adapters, which {why}: sample.py takes the folder itself"
@@ -115,7 +123,7 @@ def words(path: str | Path) -> dict[str, Vectors]:
     """The words of a folder with their vectors [v, d], or with the vectors for each text encoder of its base."""
     found: dict[str, Vectors] = {}
     for entry in families(path):
-        if family := _inversion(*entry):
+        if family := inversion(*entry):
             number = sum(how["vectors"] for how in family.words.values())
             rows = [_rows(part, number, path) for part in _by_encoder(entry[2])]
             for word, how in family.words.items():
@@ -140,7 +148,7 @@ def _rows(tensors: Mapping[str, Tensor], number: int, path: str | Path) -> Itera
     return iter(tensors.values())
 
 
-def _inversion(target: str, params: dict[str, Any], tensors: Mapping[str, Tensor]) -> TextualInversion | None:
+def inversion(target: str, params: dict[str, Any], tensors: Mapping[str, Tensor]) -> TextualInversion | None:
     """The family of an entry if it learns words, e.g. Custom Diffusion's; else None, and the family is not built."""
     if not all(NEW_TOKENS in name for name in tensors):
         return None
@@ -153,10 +161,10 @@ def delta(path: str | Path) -> Delta:
 
     Raises `InputError` for other content, and if there is no tuned cross-attention.
     """
-    _without_adapters(path, "no delta can hold")
+    refuse_adapters(path, "no delta can hold")
     tuned: dict[str, Tensor] = {}
     for entry in families(path):
-        if not _inversion(*entry):
+        if not inversion(*entry):
             tuned |= entry[2]
     if foreign := [name for name in tuned if not CROSS_ATTENTION.search(name)]:
         raise InputError(
@@ -165,24 +173,3 @@ def delta(path: str | Path) -> Delta:
     if not tuned:
         raise InputError(f"{path} tunes no cross-attention ({', '.join(SAVED)})")
     return Delta(tuned, words(path))
-
-
-# --- the row
-
-
-def is_folder(file: Opened) -> bool:
-    """Whether a folder is one of these, or has position adapters of the published code."""
-    folder = file.path
-    published = folder.is_dir() and any(names_adapter(f"{inner.stem}.") for inner in folder.glob("*.pt"))
-    return published or (folder / "adapter_config.json").is_file()
-
-
-FOLDER = Codec(
-    is_folder,
-    {
-        "adapters": lambda file, _: file.path,
-        "lora": lambda file, _: lora(file.path),
-        "delta": lambda file, _: delta(file.path),
-        "words": lambda file, _: words(file.path),
-    },
-)

@@ -66,6 +66,21 @@ def finite_alpha(alpha: Any, layer: str, source: str | Path) -> float:
     return float(alpha)
 
 
+def refuse_changed_start(config: Mapping[str, Any], opened: Opened) -> None:
+    """Raises `InputError` for factors that belong to a changed base and are no plain LoRA, such as DoRA with PiSSA."""
+    start = config.get("init_lora_weights")
+    if not is_plain(start):
+        raise InputError(
+            f"{opened.given} was trained with init_lora_weights {short(start)}, so it belongs to a changed base, which "
+            "only plain LoRA can be taken out of; let PEFT merge it into the model and load that"
+        )
+
+
+def is_plain(start: Any) -> bool:
+    """Whether this value of `init_lora_weights` leaves the base as it is."""
+    return any(start is plain or (isinstance(plain, str) and start == plain) for plain in PLAIN_STARTS)
+
+
 def start_of(config: Mapping[str, Any], opened: Opened) -> Path | None:
     """The folder with the initial factors of a LoRA whose training began with another base; None for a plain LoRA.
 
@@ -74,7 +89,7 @@ def start_of(config: Mapping[str, Any], opened: Opened) -> Path | None:
     `InputError` where the initial factors are absent.
     """
     start = config.get("init_lora_weights")
-    if any(start is plain or (isinstance(plain, str) and start == plain) for plain in PLAIN_STARTS):
+    if is_plain(start):
         return None
     kind = next((kind for kind in CHANGED_STARTS if str(start).lower().startswith(kind)), None)
     if kind is None:
