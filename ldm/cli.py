@@ -172,7 +172,8 @@ def in_order(values: Sequence[str], named: Mapping[str, str | None], usage: str)
 
 def add_files(parser: argparse.ArgumentParser, config: str) -> None:
     """The common options of commands on files: `--config`, `--force` and `--allow_family`."""
-    parser.add_argument("--config", default=config, help=f"config of the base model (default {config})")
+    parser.add_argument("--config", help="config of the base model (default: that of the run or base that an input is "
+                        f"of, else {config})")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="overwrite what exists")
     add_allow_family(parser)
 

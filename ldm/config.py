@@ -243,6 +243,12 @@ PACKAGE = Path(__file__).resolve().parent
 SHIPPED = PACKAGE / "_data" if (PACKAGE / "_data").is_dir() else PACKAGE.parent
 
 
+def named_config(path: str | Path) -> Any:
+    """The config that an option names: that of a run by `stored_config`, another one by `load_config`."""
+    path = find_file(path)
+    return stored_config(path) if path.name == "project.yaml" else load_config(path)
+
+
 def find_file(path: str | Path) -> Path:
     """A relative path from the working directory or, if that does not exist, from the package's data (`SHIPPED`)."""
     path = Path(path).expanduser()

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     from ldm.config import instantiate_from_config
     from ldm.devices import best_device
     from ldm.interchange import Context, by_name, custom_diffusion, identify
-    from ldm.interchange.command import params_of, read_model, to_be_written
+    from ldm.interchange.command import config_for, params_of, read_model, to_be_written
     from ldm.interchange.compose import compose
     from ldm.models.building import load_weights, skip_init
 
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     weights = read_model(options.ckpt)
     text = {n.removeprefix(CONDITIONER): v for n, v in weights.items() if n.startswith(CONDITIONER)}
     with skip_init():
-        encoder = instantiate_from_config(params_of(options.config).cond_stage_config)
+        encoder = instantiate_from_config(params_of(config_for(options.config, options.ckpt)).cond_stage_config)
     load_weights(encoder, text, options.ckpt)
     encoder.to(best_device(options.device))
     joint = compose(encoder, weights, deltas, categories, regularization, prompts)

@@ -60,23 +60,22 @@ def run(options: argparse.Namespace) -> None:
 def convert(source: str, output: Path, options: argparse.Namespace) -> str:
     """Read by what the input is, write what is wanted; a line about it. Raises `InputError` where that cannot be."""
     from ldm.interchange import Context, by_name, open_file, recognise
-    from ldm.interchange.command import read_model
+    from ldm.interchange.command import config_for, read_model
     from ldm.interchange.contents import CONTENTS
     from ldm.interchange.custom_diffusion import split_words
 
     row, to = recognise(file := open_file(source)), by_name(options.to)
     form = CONTENTS[to.form]
-    context = Context(
-        config=options.config, order=options.order, words=split_words(options.modifier_token), source=source,
-        base=read_model(options.base) if options.base else None,
-    )
+    config, words = config_for(options.config, file), split_words(options.modifier_token)
+    base = read_model(options.base) if options.base else None
+    context = Context(config=config, order=options.order, words=words, source=source, base=base)
     if form.name not in row.holds:
         raise InputError(f"{source} {form.absent or f'is {row.title}: it cannot become {to.name}'}")
     value = row.read(form.name, file, context)
     if not value:
         raise InputError(f"{source} {form.absent}")
-    words = getattr(value, "tokens", {})
-    lost = words if "words" not in to.holds else {}
+    held = getattr(value, "tokens", {})
+    lost = held if "words" not in to.holds else {}
     if lost and not value.layers:
         raise InputError(f"{source} holds words and no LoRA; write them with --to words")
     files = to.write(output, value, context)

@@ -37,7 +37,7 @@ def add_arguments(p: Parser) -> None:
 def run(options: argparse.Namespace) -> None:
     from ldm.devices import best_device
     from ldm.interchange import cloneofsimo, layers
-    from ldm.interchange.command import read_model, skeleton, to_be_written, write_lora
+    from ldm.interchange.command import config_for, read_model, skeleton, to_be_written, write_lora
     from ldm.interchange.lora import Lora, distilled
 
     paths = in_order(options.models, {name: getattr(options, name) for name in MODELS}, " ".join(MODELS))
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
         )
     output, device = to_be_written(options.save_path, options.force, options.format), best_device(options.device)
     tuned, base = (read_model(path) for path in paths)
-    model = skeleton(options.config)
+    model = skeleton(config_for(options.config, *paths))
     names = [
         name
         for part, classes in (("unet", cloneofsimo.CLASSES["unet"][1]), ("text_encoder", ["CLIPAttention"]))

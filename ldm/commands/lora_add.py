@@ -103,7 +103,7 @@ def numbered(one: str, two: str, output: Path, options: argparse.Namespace) -> s
 def weighted(one: str, two: str, output: Path, options: argparse.Namespace) -> str:
     """The honest sum, between any formats."""
     from ldm.interchange import by_name, cloneofsimo, open_file, read_lora, recognise
-    from ldm.interchange.command import skeleton, to_be_written, write_lora
+    from ldm.interchange.command import config_for, skeleton, to_be_written, write_lora
     from ldm.interchange.lora import weighted_sum
 
     files = [open_file(path) for path in (one, two)]
@@ -116,7 +116,7 @@ def weighted(one: str, two: str, output: Path, options: argparse.Namespace) -> s
         merged = weighted_sum([cloneofsimo.numbered(content) for content in contents], weights, options.rank)
         cloneofsimo.write_safetensors(output, cloneofsimo.renumbered(merged, contents))
     else:
-        model = skeleton(options.config)
+        model = skeleton(config_for(options.config, *files))
         merged = weighted_sum([read_lora(file, model) for file in files], weights, options.rank)
         write_lora(output, merged, model, kind)
     words = ", ".join(merged.tokens)
@@ -129,19 +129,19 @@ def into_model(model_path: str, lora_path: str, output: Path, options: argparse.
     """A LoRA's change in a model's own weights, for good."""
     from ldm.checkpoints import write_all
     from ldm.interchange import Context, by_name, embeddings, open_file, recognise, words_in
-    from ldm.interchange.command import filled_model, read_model, to_be_written
+    from ldm.interchange.command import config_for, filled_model, read_model, to_be_written
     from ldm.interchange.contents import CONTENTS
 
     to_be_written(output, options.force)
-    weights = read_model(model_path, options.config)
-    row = recognise(file := open_file(lora_path))
-    form, context = CONTENTS[row.form], Context(config=options.config, source=model_path)
+    row, config = recognise(file := open_file(lora_path)), config_for(options.config, lora_path, model_path)
+    weights = read_model(model_path, config)
+    form, context = CONTENTS[row.form], Context(config=config, source=model_path)
     if form.folded is None:
         raise InputError(f"{lora_path} is {row.title}; expected a LoRA")
     tokens = words_in(file)
     value = row.read(form.name, file, context)
     merged = form.folded(
-        value, weights, lambda: filled_model(options.config, weights, model_path), options.alpha_1, lora_path
+        value, weights, lambda: filled_model(config, weights, model_path), options.alpha_1, lora_path
     )
     beside = output.with_name(f"{output.stem}.words.safetensors")
     if tokens:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints import refuse_not_finite
 from ldm.errors import InputError
 from ldm.interchange import lora as loras
 from ldm.interchange.lora import Lora
@@ -31,6 +32,7 @@ def add(model: nn.Module, changes: Mapping[str, Tensor], strength: float = 1.0) 
     own = parameters(model)
     if lost := [name for name in changes if name not in own]:
         raise InputError(f"this model has no weights {', '.join(lost[:3])} ({len(lost)} such)")
+    _refuse_overflow(changes)
     originals = {}
     for name, change in changes.items():
         parameter = own[name]
@@ -38,6 +40,11 @@ def add(model: nn.Module, changes: Mapping[str, Tensor], strength: float = 1.0) 
         summed = parameter.data.float() + strength * change.to(parameter.device, torch.float32)
         parameter.data = summed.to(parameter.dtype)
     return originals
+
+
+def _refuse_overflow(changes: Mapping[str, Tensor]) -> None:
+    """Raises `InputError` for changes that are not finite, as of factors whose product is too large."""
+    refuse_not_finite(changes, "the change of the weights", "the numbers in the file are too large")
 
 
 def restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
@@ -59,6 +66,7 @@ def added(model: nn.Module, changes: Mapping[str, Tensor], strength: float = 1.0
 
 def merged(weights: Mapping[str, Tensor], changes: Mapping[str, Tensor], strength: float = 1.0) -> dict[str, Tensor]:
     """The same for a checkpoint's weights by name: a copy with the changes in it."""
+    _refuse_overflow(changes)
     result = dict(weights)
     for name, change in changes.items():
         result[name] = (weights[name].float() + strength * change).to(weights[name].dtype)

@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm.checkpoints import read_weights, refuse_not_finite
-from ldm.config import find_file, load_config
+from ldm.config import named_config
 from ldm.errors import InputError
-from ldm.interchange import layers
+from ldm.interchange import layers, own
 from ldm.interchange.base_files import folder_of
-from ldm.interchange.formats import FORMATS, Context, by_name, open_file
+from ldm.interchange.formats import FORMATS, Context, Format, Opened, by_name, open_file
 from ldm.interchange.lora import Lora
 from ldm.models import building
+from ldm.models.bases import DEFAULT, base_of
 
 
 def to_be_written(path: str | Path, force: bool, kind: str = "") -> Path:
@@ -27,14 +28,37 @@ def to_be_written(path: str | Path, force: bool, kind: str = "") -> Path:
     return path
 
 
+def config_for(given: str | None, *paths: str | Path | Opened) -> str:
+    """The config of the model that files belong to: the given one, that of the run of a file, that of its base.
+
+    Only a whole model tells its base; without all of these it is Stable Diffusion v1.
+    """
+    if given:
+        return given
+    for path in paths:
+        if run := own.run_of(path.given if isinstance(path, Opened) else Path(path)):
+            return str(run / own.CONFIG)
+    for path in paths:
+        file, row = _whole_model(path)
+        if row and (base := base_of(row.read("model", file, Context(finite=False)))):
+            return base.config
+    return DEFAULT.config
+
+
+def _whole_model(path: str | Path | Opened) -> tuple[Opened, Format | None]:
+    """A file or folder, or the name of one on the hub, and its format if that is one of whole models."""
+    file = path if isinstance(path, Opened) else open_file(folder_of(path) or path)
+    return file, next((row for row in FORMATS if row.form == "model" and row.codec.recognises(file)), None)
+
+
 def params_of(config: str | Path) -> Any:
     """`model.params` of a config."""
-    return load_config(find_file(config)).model.params
+    return named_config(config).model.params
 
 
 def skeleton(config: str | Path) -> nn.Module:
     """The model of a config on the meta device, without values."""
-    return layers.skeleton(load_config(find_file(config)))
+    return layers.skeleton(named_config(config))
 
 
 def read_model(path: str | Path, config: str | Path | None = None) -> dict[str, Tensor]:
@@ -44,10 +68,9 @@ def read_model(path: str | Path, config: str | Path | None = None) -> dict[str, 
 
     Raises `InputError` for files that cannot be read and for values that are not finite.
     """
-    file = open_file(folder_of(path) or path)
-    for row in FORMATS:
-        if row.form == "model" and row.codec.recognises(file):
-            return row.read("model", file, Context(config=config))
+    file, row = _whole_model(path)
+    if row:
+        return row.read("model", file, Context(config=config))
     weights = read_weights(path)  # its content is checked where it is used
     refuse_not_finite(weights, str(path))
     return weights
@@ -55,7 +78,7 @@ def read_model(path: str | Path, config: str | Path | None = None) -> dict[str, 
 
 def filled_model(config: str | Path, weights: Mapping[str, Tensor], source: str) -> nn.Module:
     """The model of a config with the given weights."""
-    return building.filled_model(load_config(find_file(config)), weights, source).eval()
+    return building.filled_model(building.untuned(named_config(config)), weights, source).eval()
 
 
 def write_lora(path: Path, lora: Lora, model: nn.Module, kind: str, order: str | None = None) -> None:

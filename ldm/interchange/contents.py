@@ -130,7 +130,10 @@ CONTENTS = {
             renames_words=True,
         ),
         Form("words", _load_words, facts.of_words, ", ".join, absent="holds no learnt words"),
-        Form("model", None, facts.of_model, lambda weights: f"{len(weights)} tensors"),
+        Form(
+            "model", None, facts.of_model, lambda weights: f"{len(weights)} tensors",
+            absent="is no whole model; ldm lora-add MODEL LORA OUT --mode upl-ckpt-v2 puts it into one",
+        ),
         Form("adapters", _load_adapters, facts.of_folder, str, _fold_adapters),
     )
 }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoints import fingerprint
+from ldm.checkpoints import fingerprint, is_finite
 from ldm.interchange import own
 from ldm.interchange.custom_diffusion import Delta, LowRank
 from ldm.interchange.kinds import Kinds, rank_of
@@ -82,8 +82,9 @@ def of_delta(delta: Delta) -> dict[str, Any]:
 def of_model(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Tensors, parameters, and the fingerprint that folders of adapters store for their base."""
     unet = {name.removeprefix(UNET): value for name, value in weights.items() if name.startswith(UNET)}
-    found = recognise(weights)
+    found, bad = recognise(weights), [name for name, value in weights.items() if not is_finite(value)]
     return {
+        **({"not finite": f"{len(bad)} tensors, e.g. {bad[0]}: a damaged file"} if bad else {}),
         **({"base": found.what} if found else {}),
         "tensors": len(weights),
         "parameters": sum(value.numel() for value in weights.values()),

@@ -69,9 +69,9 @@ class Context:
 
     @cached_property
     def _config(self) -> Any:
-        from ldm.config import find_file, load_config
+        from ldm.config import named_config
 
-        return load_config(find_file(self.config))
+        return named_config(self.config)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ldm.errors import InputError
 from ldm.interchange.names import TEXT, UNET, layout_of, translate, unet_table
 from ldm.models.building import untuned_model
 from ldm.modules.adapters import tapped_blocks
@@ -91,6 +92,17 @@ def dialects(model: nn.Module, kinds: tuple[type, ...] = LAYER_TYPES) -> dict[st
     return {"diffusers": diffusers, "kohya": kohya}
 
 
+def names_in(model: nn.Module, names: Iterable[str], dialect: str) -> dict[str, str]:
+    """LDM's names of some layers -> those of a dialect. Raises `InputError` for layers that the model has not."""
+    table = dialects(model)[dialect]
+    if lost := [name for name in names if name not in table]:
+        raise InputError(
+            f"this config's model has no layer {lost[0]} ({len(lost)} such): name the config of the base that the LoRA "
+            "was made for with --config"
+        )
+    return {name: table[name] for name in names}
+
+
 # --- orders. Sorts are stable, so LDM's own order decides between equal keys.
 
 SECTIONS = ["conv_in", "time_embedding", "down_blocks", "up_blocks", "mid_block", "conv_norm_out", "conv_out"]
@@ -130,5 +142,5 @@ def in_order(model: nn.Module, part: str, classes: Collection[str], order: str) 
         return dict(sorted(found.items(), key=lambda item: (keys[item[0]][0], TEXT_LAYERS.index(keys[item[0]][1]))))
     if (key := ORDERS[order]) is None:
         return found
-    theirs = dialects(model)["diffusers"]
-    return dict(sorted(found.items(), key=lambda item: key(theirs[item[0]])))
+    names = dialects(model)["diffusers"]
+    return dict(sorted(found.items(), key=lambda item: key(names[item[0]])))

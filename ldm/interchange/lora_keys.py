@@ -17,7 +17,7 @@ from ldm.checkpoints import refuse_not_finite, save_safetensors, weights_in
 from ldm.errors import InputError, short
 from ldm.interchange import peft_config
 from ldm.interchange.formats import Codec, Context, Opened, open_file
-from ldm.interchange.layers import LAYER_TYPES, dialects
+from ldm.interchange.layers import LAYER_TYPES, dialects, names_in
 from ldm.interchange.lora import Factors, Lora, fitted, folded, rank_of, weighted_sum
 from ldm.interchange.names import UNET
 from ldm.patterns import Patterns
@@ -158,7 +158,7 @@ def lookup(model: nn.Module, kinds: tuple[type, ...] = LAYER_TYPES) -> dict[str,
 
 def write_diffusers(path: str | Path, lora: Lora, model: nn.Module) -> None:
     """Write a file for diffusers' `load_lora_weights`. `up` includes the scale, because the format has no alpha."""
-    names = dialects(model)["diffusers"]
+    names = names_in(model, lora.layers, "diffusers")
     tensors = {}
     for name, factors in lora.layers.items():
         down, up, _ = folded(factors)
@@ -168,7 +168,7 @@ def write_diffusers(path: str | Path, lora: Lora, model: nn.Module) -> None:
 
 def write_kohya(path: str | Path, lora: Lora, model: nn.Module) -> None:
     """Write a file for web UIs: the factors unchanged, and alpha = scale * rank."""
-    names = dialects(model)["kohya"]
+    names = names_in(model, lora.layers, "kohya")
     tensors = {}
     for name, factors in lora.layers.items():
         stem, alpha = names[name], torch.tensor(float(factors.scale * factors.rank))

@@ -173,3 +173,19 @@ def delta(path: str | Path) -> Delta:
     if not tuned:
         raise InputError(f"{path} tunes no cross-attention ({', '.join(SAVED)})")
     return Delta(tuned, words(path))
+
+
+# --- folders of runs
+
+CONFIG = Path("configs") / "project.yaml"
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run that a path is or lies in, as `<run>/checkpoints/<name>`."""
+    return next((folder for folder in (path, path.parent.parent) if (folder / CONFIG).is_file()), None)
+
+
+def latest(folder: Path) -> Path:
+    """The latest `<step>-adapters` of a run; the folder itself if it is none, or has saved nothing."""
+    saved = {int(p.name.partition("-")[0]): p for p in (Path(folder) / "checkpoints").glob("[0-9]*-adapters")}
+    return saved[max(saved)] if saved and (Path(folder) / CONFIG).is_file() else Path(folder)

@@ -23,4 +23,5 @@ FOLDER = Codec(
         "delta": lambda file, _: own.delta(file.path),
         "words": lambda file, _: own.words(file.path),
     },
+    file_in=own.latest,
 )

@@ -236,6 +236,11 @@ def _has_unet(weights: Shapes) -> bool:
 
 FOREIGN = [
     Foreign(
+        "a hypernetwork of web UIs",
+        lambda w: any(isinstance(width, int) and isinstance(w[width], (list, tuple)) for width in w),
+        "it transforms the context before keys and values, which no family here does; use a LoRA",
+    ),
+    Foreign(
         "a checkpoint of SDXL's refiner, or another model with its conditioner",
         lambda w: (_any(w, r"conditioner\.embedders\.") or LABELS in w) and _shape(w, CONTEXT) != (1280, 2048),
         USE_SDXL,

@@ -9,6 +9,7 @@ from ldm.checkpoints import read_metadata, read_object, save_safetensors
 from ldm.commands import Program, sample
 from ldm.errors import InputError
 from ldm.interchange import assign_tokens, cloneofsimo, custom_diffusion, embeddings, identify, load_any, lora_keys, own
+from ldm.interchange.inspection import describe
 from ldm.interchange.lora import Lora, delta
 from ldm.interchange.names import UNET
 from ldm.tuning import choose, files
@@ -228,6 +229,24 @@ def test_what_is_not_finite_is_refused_by_name_in_every_format(made, model, tmp_
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_product_that_is_not_finite_is_refused(model, tmp_path):
+    """Each number of the file is finite, and the change of the weight is not."""
+    layers = random_lora(model, ["attn2"]).layers
+    huge = Lora({name: one._replace(down=one.down * 1e30, up=one.up * 1e30) for name, one in layers.items()})
+    lora_keys.write_kohya(tmp_path / "huge", huge, model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"the change of the weights: .* not finite, e.g. .*attn2.* are too large"):
+        load_any(model, tmp_path / "huge")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_inspect_tells_of_what_is_not_finite(made, model, tmp_path):
+    state = model.state_dict() | {f"{UNET}out.2.bias": torch.tensor([1.0, float("inf"), 0.0, 0.0])}
+    save_safetensors(tmp_path / "bad", state)
+    assert describe(tmp_path / "bad")["not finite"] == f"1 tensors, e.g. {UNET}out.2.bias: a damaged file"
+    assert "not finite" not in describe(made / "checkpoint")
+
+
 def test_refusals(made, model, tmp_path, capsys):
     with pytest.raises(InputError, match="not something to add"):
         load_any(model, made / "checkpoint")
@@ -241,6 +260,10 @@ def test_refusals(made, model, tmp_path, capsys):
     torch.save({"a.b": torch.zeros(1)}, tmp_path / "x.pt")
     with pytest.raises(InputError, match="of no known kind"):
         identify(tmp_path / "x.pt")
+    layer = {"linear.0.weight": torch.zeros(8, 4), "linear.0.bias": torch.zeros(8)}  # as the web UI of A1111 has it
+    torch.save({768: (layer, layer), 320: (layer, layer), "step": 10, "name": "x"}, tmp_path / "hyper.pt")
+    with pytest.raises(InputError, match="hyper.pt is a hypernetwork of web UIs: .* use a LoRA"):
+        load_any(model, tmp_path / "hyper.pt")
     with pytest.raises(InputError, match="neither model_index.json"):
         identify(made)
     load_any(model, made / "words")

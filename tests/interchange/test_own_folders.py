@@ -1,11 +1,16 @@
 """What training here writes, on its way into the files of other programs: all of it arrives, or the command refuses."""
 
+import shutil
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from ldm.checkpoints import read_weights
 from ldm.config import instantiate_from_config, load_config
 from ldm.errors import InputError
 from ldm.interchange import custom_diffusion, embeddings
+from ldm.interchange.formats import open_file
 from ldm.tuning import files
 from tests.conftest import ROOT
 from tests.interchange_models import run
@@ -79,3 +84,36 @@ def test_vectors_of_words_of_another_shape_are_refused(tmp_path, shape):
     write_folder(tmp_path / "other", told, held.adapters, {name: torch.zeros(shape) for name in held.tuned})
     with pytest.raises(InputError, match="other is damaged: its 1 tensors are not the 1 vectors of its words"):
         run("inspect_adapter", tmp_path / "other")
+
+
+def test_the_config_of_the_run_serves(tmp_path):
+    """Without --config, of the saved folder and of the run itself, whose latest step it is then."""
+    pytest.importorskip("peft", reason="peft, which trains LoRA here, is not installed")
+    folder = tmp_path / "run"
+    saved = written(folder / "checkpoints/10-adapters", LORA)
+    shutil.copytree(saved, folder / "checkpoints/2-adapters")
+    (folder / "configs").mkdir()
+    OmegaConf.save(load_config(MINI / "lora-attention.yaml"), stored := folder / "configs/project.yaml")
+    assert open_file(folder).path == saved
+    for source, to in ((saved, "kohya"), (folder, "kohya"), (folder, "diffusers")):
+        run("convert", source, tmp_path / f"{source.name}-{to}", "--to", to)
+    one, two = (read_weights(tmp_path / name) for name in ("10-adapters-kohya", "run-kohya"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    # a run from elsewhere chooses no code
+    stored.write_text(stored.read_text().replace("ldm.models.diffusion.ddpm.LatentDiffusion", "os.system"))
+    with pytest.raises(InputError, match="asks for os.system"):
+        run("convert", folder, tmp_path / "x", "--to", "kohya")
+    shutil.rmtree(folder / "configs")
+    for to in ("kohya", "diffusers"):
+        with pytest.raises(InputError, match="config's model has no layer .* name the config of the base .* --config"):
+            run("convert", saved, tmp_path / "x", "--to", to)
+    run("convert", saved, tmp_path / "x", "--to", "kohya", "--config", MINI / "inference.yaml")
+    with pytest.raises(InputError, match="10-adapters is no whole model; ldm lora-add"):
+        run("convert", saved, tmp_path / "y", "--to", "checkpoint")
+
+
+def test_a_whole_model_tells_its_base(tmp_path):
+    run("convert", ROOT / "models/sd-mini/model.safetensors", tmp_path / "folder", "--to", "diffusers-model")
+    run("convert", tmp_path / "folder", tmp_path / "back.safetensors", "--to", "checkpoint")
+    one, two = read_weights(ROOT / "models/sd-mini/model.safetensors"), read_weights(tmp_path / "back.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
