@@ -101,7 +101,7 @@ def test_the_config_of_the_run_serves(tmp_path):
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     # a run from elsewhere chooses no code
     stored.write_text(stored.read_text().replace("ldm.models.diffusion.ddpm.LatentDiffusion", "os.system"))
-    with pytest.raises(InputError, match="asks for os.system"):
+    with pytest.raises(InputError, match="asks for 'os.system'"):
         run("convert", folder, tmp_path / "x", "--to", "kohya")
     shutil.rmtree(folder / "configs")
     for to in ("kohya", "diffusers"):
