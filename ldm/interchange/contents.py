@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm.errors import InputError
-from ldm.interchange import apply, custom_diffusion, facts, own
+from ldm.interchange import apply, custom_diffusion, facts, own, packed
 from ldm.interchange import kinds as others
 from ldm.interchange import lora as loras
 from ldm.interchange.custom_diffusion import Delta
@@ -73,7 +73,8 @@ def _load_lora(model: nn.Module, lora: Lora, how: Loading) -> None:
 
 
 def _load_kinds(model: nn.Module, kinds: Kinds, how: Loading) -> None:
-    names = [f"{layer}.{name}" for layer in kinds.layers for name in ("weight", "bias")]
+    names = [packed.holder(f"{layer}.{name}") for layer in kinds.layers for name in ("weight", "bias")]
+    names += [f"{layer}.{name}" for layer in kinds.layers for name in ("weight", "bias")]
     weights = {**apply.parameters(model), **model.tuning.remember(names)}
     changes = others.changes(kinds, weights, how.source, how.scale)
     add_tokens(model, kinds.tokens, how.words)

@@ -143,6 +143,7 @@ FORMATS = [
         "lycoris", "a file of LyCORIS or kohya's OFT: LoHa, LoKr, DoRA, OFT, GLoRA, (IA)3, norms, differences",
         f"{HERE}.lycoris.LYCORIS", ("kinds", "lora"),
     ),
+    Format("comfyui", "a LoRA with the keys of ComfyUI", f"{HERE}.lora_keys.COMFYUI", ("lora",)),
     Format("diffusers", "a LoRA with the keys of diffusers or PEFT", f"{HERE}.lora_keys.DIFFUSERS", ("lora",)),
     Format("kohya", "a LoRA with the keys of kohya, which web UIs read", f"{HERE}.lora_keys.KOHYA", ("lora",)),
     Format("delta", "a Custom Diffusion delta, LDM layout", f"{HERE}.custom_diffusion.LDM", ("delta", "words")),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import InputError, short
-from ldm.interchange import rotations
+from ldm.interchange import packed, rotations
 from ldm.interchange.lora import Factors, Lora, first_of
 from ldm.interchange.parts import Part
 
@@ -232,19 +232,20 @@ def changes(kinds: Kinds, weights: Mapping[str, Tensor], source: str, strength: 
     """The changes by parameter name. Raises `InputError` if they do not fit the model, or have no such strength."""
     refuse_strength(kinds, strength, source)
     found: dict[str, Tensor] = {}
+    layers = packed.split(weights)
     for layer, part in kinds.layers.items():
-        weight = _weight(weights, f"{layer}.weight", source)
+        weight = _weight(layers, f"{layer}.weight", source)
         if any(name not in BIASES for name in part.tensors):
             found[f"{layer}.weight"] = _fitted(part, layer, weight, strength, source)
-        if part.options.get("with_bias") and (bias := weights.get(f"{layer}.bias")) is not None:
+        if part.options.get("with_bias") and (bias := layers.get(f"{layer}.bias")) is not None:
             found[f"{layer}.bias"] = strength * part["weight"].flatten() * bias.float()
         for name in BIASES:
             if name in part.tensors:
-                bias = _weight(weights, f"{layer}.bias", source)
+                bias = _weight(layers, f"{layer}.bias", source)
                 if part[name].numel() != bias.numel():
                     raise _foreign(layer, source, part[name].shape, bias.shape)
                 found[f"{layer}.bias"] = strength * part[name].reshape(bias.shape)
-    return found
+    return packed.joined(found, weights)
 
 
 def refuse_strength(kinds: Kinds, strength: float, source: str) -> None:

@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 from ldm.errors import InputError
-from ldm.interchange.names import TEXT, UNET, layout_of, translate, unet_table
+from ldm.interchange import packed
+from ldm.interchange.names import UNET, layout_of, translate, unet_table
+from ldm.interchange.text_encoders import BLOCKS, PACKED, layer_name
 from ldm.models.building import untuned_model
 from ldm.modules.adapters import tapped_blocks
+from ldm.modules.encoders.open_clip import OpenCLIPText, TextTower
 
+TEXT_PARTS = ("text_encoder", "text_encoder_2")
 LAYER_TYPES = (nn.Linear, nn.Conv2d)
 NORM_TYPES = (nn.GroupNorm, nn.LayerNorm)
 # Our classes with another name in diffusers. Published files use diffusers' names.
@@ -22,6 +26,8 @@ COUNTERPART = {
     "CrossAttention": "Attention",
     "ResBlock": "ResnetBlock2D",
     "SpatialTransformer": "Transformer2DModel",
+    "Attention": "CLIPAttention",
+    "MLP": "CLIPMLP",
 }
 
 
@@ -44,11 +50,24 @@ def find_layers(
 
 
 def parts(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
-    """The two parts of a `LatentDiffusion` in such files, with the prefix of their names."""
+    """The parts of a model in such files, with the prefix of their names: the UNet and one or two text encoders."""
     found = {"unet": (UNET, model.model.diffusion_model)}
-    if isinstance(text := getattr(model.cond_stage_model, "transformer", None), nn.Module):
-        found["text_encoder"] = (TEXT + "text_model.", text)
+    for part, (name, encoder) in zip(TEXT_PARTS, _text_encoders(model).items(), strict=False):
+        if isinstance(encoder, OpenCLIPText):
+            found[part] = (f"{name}.model.", encoder.model)
+        else:
+            found[part] = (f"{name}.transformer.text_model.", encoder.transformer)
     return found
+
+
+def _text_encoders(model: nn.Module) -> dict[str, nn.Module]:
+    """The text encoders of a model that have layers, by their names."""
+    known = getattr(model, "text_encoders", dict)()
+    return {
+        name: one
+        for name, one in known.items()
+        if isinstance(one, OpenCLIPText) or isinstance(getattr(one, "transformer", None), nn.Module)
+    }
 
 
 def layers_of(
@@ -57,16 +76,34 @@ def layers_of(
     classes: Collection[str] | None = None,
     kinds: tuple[type, ...] = LAYER_TYPES,
 ) -> dict[str, torch.Size]:
-    """Full names of a part's layers (those inside some classes, or all) with their weights' shapes, in LDM's order."""
+    """Full names of a part's layers (those inside some classes, or all) with their weights' shapes, in LDM's order.
+
+    OpenCLIP's q, k and v, which are rows of one matrix, are layers of their own, see `packed`. Layers that the model
+    does not compute are left out.
+    """
     if part not in (known := parts(model)):
         return {}
     prefix, root = known[part]
     classes = {type(root).__name__} if classes is None else classes
+    unused, found = _unused(model, prefix), {}
     # transformers 5 has no level `text_model`; these are the names of released checkpoints
-    return {
-        prefix + name.removeprefix("text_model."): layer.weight.shape
-        for name, layer in find_layers(root, classes, kinds).items()
-    }
+    for name, layer in find_layers(root, classes, kinds).items():
+        name = prefix + name.removeprefix("text_model.")
+        if name.startswith(unused):
+            continue
+        if isinstance(root, TextTower) and name.endswith(".attn.out_proj"):
+            found |= {name.replace("out_proj", one): layer.weight.shape for one in PACKED}
+        found[name] = layer.weight.shape
+    return found
+
+
+def _unused(model: nn.Module, prefix: str) -> str:
+    """The prefix of the layers that the text encoder of a prefix does not compute; `?` for none."""
+    encoder = _text_encoders(model).get(prefix.removesuffix(".model."))
+    skips = isinstance(encoder, OpenCLIPText) and encoder.layer == "penultimate"
+    if not skips or getattr(encoder, "always_return_pooled", False):
+        return "?"
+    return f"{prefix}{BLOCKS}{encoder.arch['layers'] - 1}."
 
 
 def skeleton(config: Mapping[str, Any]) -> nn.Module:
@@ -79,28 +116,57 @@ def skeleton(config: Mapping[str, Any]) -> nn.Module:
 
 
 def dialects(model: nn.Module, kinds: tuple[type, ...] = LAYER_TYPES) -> dict[str, dict[str, str]]:
-    """LDM layer name -> name, for diffusers (`unet.…`, `text_encoder.…`) and kohya (`lora_unet_…`, `lora_te_…`)."""
-    unet, text = (list(layers_of(model, part, kinds=kinds)) for part in ("unet", "text_encoder"))
+    """LDM layer name -> name in other programs.
+
+    diffusers (`unet.…`, `text_encoder.…`), kohya (`lora_unet_…`, `lora_te_…`; of SDXL `lora_te1_…`, `lora_te2_…` and
+    LDM's names of the UNet), ComfyUI (`diffusion_model.…`, `text_encoders.clip_l.…`).
+    """
+    unet = list(layers_of(model, "unet", kinds=kinds))
     table = unet_table(layout_of(unet))
-    theirs = {name: translate(name.removeprefix(UNET), table) for name in unet}
-    diffusers = {name: f"unet.{other}" for name, other in theirs.items() if other}
-    diffusers |= {name: "text_encoder." + name.removeprefix(TEXT) for name in text}
-    kohya = {
-        name: other.replace("unet.", "lora_unet_", 1).replace("text_encoder.", "lora_te_", 1).replace(".", "_")
-        for name, other in diffusers.items()
+    theirs = {name: other for name in unet if (other := translate(name.removeprefix(UNET), table))}
+    text = {
+        part: {name: _in_transformers(name.removeprefix(prefix), root)
+               for name in layers_of(model, part, kinds=kinds)}
+        for part, (prefix, root) in parts(model).items()
+        if part != "unet"
+    }  # fmt: skip
+    is_xl = len(text) == 2
+    stems = {"text_encoder": "te1" if is_xl else "te", "text_encoder_2": "te2"}
+    width = {part: "clip_g" if part == "text_encoder_2" else "clip_l" for part in text}
+    if not is_xl and text and isinstance(parts(model)["text_encoder"][1], TextTower):
+        width["text_encoder"] = "clip_h"  # of Stable Diffusion 2.x
+    found = {
+        "diffusers": {name: f"unet.{other}" for name, other in theirs.items()},
+        "kohya": {n: _joined("lora_unet", n.removeprefix(UNET) if is_xl else other) for n, other in theirs.items()},
+        "comfyui": {name: f"diffusion_model.{name.removeprefix(UNET)}" for name in theirs},
     }
-    return {"diffusers": diffusers, "kohya": kohya}
+    for part, names in text.items():
+        found["diffusers"] |= {name: f"{part}.{other}" for name, other in names.items()}
+        found["kohya"] |= {name: _joined(f"lora_{stems[part]}", other) for name, other in names.items()}
+        found["comfyui"] |= {n: f"text_encoders.{width[part]}.transformer.{other}" for n, other in names.items()}
+    return found
+
+
+def _in_transformers(name: str, root: nn.Module) -> str:
+    return layer_name(name) if isinstance(root, TextTower) else f"text_model.{name}"
+
+
+def _joined(stem: str, name: str) -> str:
+    return f"{stem}_{name.replace('.', '_')}"
 
 
 def names_in(model: nn.Module, names: Iterable[str], dialect: str) -> dict[str, str]:
-    """LDM's names of some layers -> those of a dialect. Raises `InputError` for layers that the model has not."""
-    table = dialects(model)[dialect]
-    if lost := [name for name in names if name not in table]:
+    """LDM's names of some layers -> those of a dialect, without layers that the model does not compute.
+
+    Raises `InputError` for layers that the model has not.
+    """
+    table, own = dialects(model)[dialect], packed.split(model.state_dict())
+    if lost := [name for name in names if name not in table and f"{name}.weight" not in own]:
         raise InputError(
             f"this config's model has no layer {lost[0]} ({len(lost)} such): name the config of the base that the LoRA "
             "was made for with --config"
         )
-    return {name: table[name] for name in names}
+    return {name: table[name] for name in names if name in table}
 
 
 # --- orders. Sorts are stable, so LDM's own order decides between equal keys.
@@ -137,8 +203,9 @@ ORDERS: dict[str, Callable[[str], tuple] | None] = {
 def in_order(model: nn.Module, part: str, classes: Collection[str], order: str) -> dict[str, torch.Size]:
     """A part's layers as a nameless file of the given order lists them: names and shapes."""
     found = layers_of(model, part, classes)
-    if part == "text_encoder":
-        keys = {name: (int(name.split(".layers.")[1].split(".")[0]), name.split(".")[-1]) for name in found}
+    if part in TEXT_PARTS:
+        theirs = dialects(model)["diffusers"]
+        keys = {n: (int(theirs[n].split(".layers.")[1].split(".")[0]), theirs[n].split(".")[-1]) for n in found}
         return dict(sorted(found.items(), key=lambda item: (keys[item[0]][0], TEXT_LAYERS.index(keys[item[0]][1]))))
     if (key := ORDERS[order]) is None:
         return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import InputError
+from ldm.interchange import packed
 
 
 class Factors(NamedTuple):
@@ -162,12 +163,14 @@ def clamped(factors: Factors, quantile: float, signed: bool = False) -> Factors:
 
 def changes(lora: Lora, weights: Mapping[str, Tensor], source: str = "the LoRA") -> dict[str, Tensor]:
     """The changes of a LoRA by parameter name. Raises `InputError` if it does not fit the model."""
-    lost = [name for name in lora.layers if f"{name}.weight" not in weights]
+    layers = packed.split(weights)
+    lost = [name for name in lora.layers if f"{name}.weight" not in layers]
     if lost:
         raise InputError(
             f"{source}: this model has no layers {', '.join(lost[:3])} ({len(lost)} such); wrong base model?"
         )
-    return {
-        f"{name}.weight": delta(fitted(factors, weights[f"{name}.weight"].shape, name, source))
+    found = {
+        f"{name}.weight": delta(fitted(factors, layers[f"{name}.weight"].shape, name, source))
         for name, factors in lora.layers.items()
     }
+    return packed.joined(found, weights)

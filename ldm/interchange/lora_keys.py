@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import refuse_not_finite, save_safetensors, weights_in
 from ldm.errors import InputError, short
-from ldm.interchange import peft_config
+from ldm.interchange import packed, peft_config
 from ldm.interchange.formats import Codec, Context, Opened, open_file
 from ldm.interchange.layers import LAYER_TYPES, dialects, names_in
 from ldm.interchange.lora import Factors, Lora, fitted, folded, rank_of, weighted_sum
@@ -46,7 +46,13 @@ def is_keyed(content: Any) -> bool:
 
 def is_kohya(content: Any) -> bool:
     """Whether they are in kohya's spelling."""
-    return is_keyed(content) and any(str(key).startswith(("lora_unet_", "lora_te_")) for key in content)
+    stems = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")  # SDXL has two text encoders
+    return is_keyed(content) and any(str(key).startswith(stems) for key in content)
+
+
+def is_comfyui(content: Any) -> bool:
+    """Whether they are in ComfyUI's own spelling, LDM's names of the UNet."""
+    return is_keyed(content) and any(str(key).startswith(("diffusion_model.", "text_encoders.")) for key in content)
 
 
 def file_of(path: str | Path) -> Path:
@@ -132,7 +138,7 @@ def read(path: str | Path | Opened, model: nn.Module) -> Lora:
     source, found, known = str(file.given), read_factors(file), lookup(model)
     if unknown := [layer for layer in found if plain_name(layer) not in known]:
         raise unknown_keys(source, unknown)
-    shapes = model.state_dict()
+    shapes = packed.split(model.state_dict())
     named = {known[plain_name(layer)]: factors for layer, factors in found.items()}
     return Lora({name: fitted(one, shapes[f"{name}.weight"].shape, name, source) for name, one in named.items()})
 
@@ -158,26 +164,25 @@ def lookup(model: nn.Module, kinds: tuple[type, ...] = LAYER_TYPES) -> dict[str,
 
 def write_diffusers(path: str | Path, lora: Lora, model: nn.Module) -> None:
     """Write a file for diffusers' `load_lora_weights`. `up` includes the scale, because the format has no alpha."""
-    names = names_in(model, lora.layers, "diffusers")
     tensors = {}
-    for name, factors in lora.layers.items():
-        down, up, _ = folded(factors)
-        tensors |= {f"{names[name]}.lora_A.weight": down, f"{names[name]}.lora_B.weight": up}
+    for layer, name in names_in(model, lora.layers, "diffusers").items():
+        down, up, _ = folded(lora.layers[layer])
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     save_safetensors(path, tensors, {"format": "pt"})
 
 
-def write_kohya(path: str | Path, lora: Lora, model: nn.Module) -> None:
-    """Write a file for web UIs: the factors unchanged, and alpha = scale * rank."""
-    names = names_in(model, lora.layers, "kohya")
+def write_kohya(path: str | Path, lora: Lora, model: nn.Module, dialect: str = "kohya") -> None:
+    """Write a file for web UIs: the factors unchanged, and alpha = scale * rank. ComfyUI's has other names."""
     tensors = {}
-    for name, factors in lora.layers.items():
-        stem, alpha = names[name], torch.tensor(float(factors.scale * factors.rank))
+    for layer, stem in names_in(model, lora.layers, dialect).items():
+        factors = lora.layers[layer]
         tensors |= {
             f"{stem}.lora_down.weight": factors.down,
             f"{stem}.lora_up.weight": factors.up,
-            f"{stem}.alpha": alpha,
+            f"{stem}.alpha": torch.tensor(float(factors.scale * factors.rank)),
         }
-    save_safetensors(path, tensors, {"ss_network_module": "networks.lora", "format": "pt"})
+    known = {"ss_network_module": "networks.lora"} if dialect == "kohya" else {}
+    save_safetensors(path, tensors, {**known, "format": "pt"})
 
 
 # --- the rows
@@ -187,6 +192,11 @@ def _lora(file: Opened, context: Context) -> Lora:
     return Lora(read_factors(file)) if context.model is None else read(file, context.model)
 
 
+COMFYUI = Codec(
+    lambda file: is_keyed(file.content) and is_comfyui(file.content),
+    {"lora": _lora},
+    lambda path, lora, context: write_kohya(path, lora, context.model, "comfyui"),
+)
 DIFFUSERS = Codec(
     lambda file: is_keyed(file.content) and not is_kohya(file.content),
     {"lora": _lora},

@@ -78,8 +78,8 @@ class Embedder:
     @property
     def skipped(self) -> int:
         """How many last layers are not computed. diffusers leaves them out of a folder, as for Stable Diffusion 2.x."""
-        is_first_kind = not self.target.endswith("FrozenOpenCLIPEmbedder2") or self.params.get("legacy", True)
-        return int(self.is_open_clip and is_first_kind and self.params.get("layer", "last") == "penultimate")
+        skips = self.params.get("layer", "last") == "penultimate" and not self.params.get("always_return_pooled")
+        return int(self.is_open_clip and skips)
 
     def tokenizer(self) -> AbstractContextManager[Path | None]:
         """A context with a folder that has vocab.json and merges.txt; None if this machine has none."""
@@ -187,6 +187,15 @@ def _in_block(outer: str, inner: str, value: Tensor) -> dict[str, Tensor]:
     if module not in theirs:
         raise InputError(f"{inner} is no weight of a block of OpenCLIP's text encoder")
     return {f"{outer}.{theirs[module]}.{kind}": value}
+
+
+def layer_name(name: str) -> str:
+    """A layer of OpenCLIP's tower, of which q, k and v are layers of their own, with transformers' name."""
+    if not name.startswith(BLOCKS):
+        return f"text_model.{name.replace('ln_final', 'final_layer_norm')}"
+    number, _, inner = name.removeprefix(BLOCKS).partition(".")
+    theirs = {ours: theirs for theirs, ours in IN_BLOCK.items()}
+    return f"{THEIR_BLOCKS}{number}.{theirs.get(inner, inner.replace('attn.', 'self_attn.'))}"
 
 
 def from_transformers(weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

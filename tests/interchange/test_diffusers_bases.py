@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from ldm.config import load_config, plain
 from ldm.errors import InputError
-from ldm.interchange import diffusers_json, diffusers_model
+from ldm.interchange import apply, cloneofsimo, diffusers_json, diffusers_model, identify, layers, load_any, lora_keys
 from ldm.interchange.base_files import base_weights
+from ldm.interchange.lora import Factors, Lora, delta
 from ldm.models import bases
 from ldm.models.building import build_model, untuned
 from tests.conftest import ROOT
@@ -78,6 +80,33 @@ class Case:
 def case(request, tmp_path_factory):
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install .[test]")
     return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@torch.no_grad()
+def predictions(case):
+    """(theirs, ours): what the UNets predict for fixed latents and the prompt as each side encodes it."""
+    unet, generator = case.model.model.diffusion_model, torch.Generator().manual_seed(4)
+    x, t = torch.randn(1, unet.in_channels, 8, 8, generator=generator), torch.tensor([321])
+    (theirs, pooled), (ours, own) = text_of_theirs(case), text_of_ours(case)
+    if case.base != "sdxl":
+        return case.pipeline.unet(x, t, theirs).sample, unet(x, t, ours)
+    sizes = torch.tensor([[32, 32, 0, 0, 32, 32]])
+    vector = case.model.conditions([PROMPT], (32, 32))[0]["vector"]
+    assert torch.equal(vector[:, :12], own)
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    return case.pipeline.unet(x, t, theirs, added_cond_kwargs=added).sample, unet(x, t, ours, vector)
+
+
+def random_lora(model, rank=3, scale=0.7):
+    """A LoRA of noticeable size: attention, feed-forward and convolutions of the UNet, all layers of text encoders."""
+    generator, found = torch.Generator().manual_seed(5), {}
+    for part in layers.parts(model):
+        for name, shape in layers.layers_of(model, part).items():
+            if part != "unet" or any(word in name for word in ("attn", "ff.net.0", "proj_in", "in_layers")):
+                ones = (1,) * (len(shape) - 2)
+                down = torch.randn(rank, *shape[1:], generator=generator) * shape[1:].numel() ** -0.5
+                found[name] = Factors(down, 0.5 * torch.randn(shape[0], rank, *ones, generator=generator), scale)
+    return Lora(found)
 
 
 def text_of_theirs(case):
@@ -151,10 +180,9 @@ class Again:
         self.base, self.model = case.base, model
 
 
+@pytest.mark.parametrize("case", ["sdxl"], indirect=True, scope="module")
 def test_what_the_json_says_of_sdxl_counts(case):
     """A v-prediction SDXL in diffusers' layout: `--base auto` sets the config, another config is refused."""
-    if case.base != "sdxl":
-        return
     file = case.folder / "scheduler" / "scheduler_config.json"
     before = file.read_text()
     file.write_text(json.dumps({**json.loads(before), "prediction_type": "v_prediction"}))
@@ -175,8 +203,6 @@ def test_names_and_shapes_at_full_size(name):
     """On the meta device: each part has the names and shapes of diffusers' class for its JSON."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install .[test]")
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from ldm.interchange import layers
 
     base = next(row for row in bases.BASES if row.name == name)
     config = load_config(ROOT / base.config)
@@ -199,3 +225,111 @@ def test_names_and_shapes_at_full_size(name):
     assert not set(state) - set(diffusers_model.from_diffusers(parts, "x", base)) - {
         n for n in state if bases.is_ignored(n)
     }
+
+
+WRITERS = {
+    "diffusers": lora_keys.write_diffusers, "kohya": lora_keys.write_kohya,
+    "comfyui": lambda path, lora, model: lora_keys.write_kohya(path, lora, model, "comfyui"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_lora_goes_there_and_back(case, tmp_path, kind):
+    lora, file = random_lora(case.model), tmp_path / "lora.safetensors"
+    WRITERS[kind](file, lora, case.model)
+    assert identify(file) == kind
+    back = lora_keys.read(file, case.model)
+    assert back.layers.keys() == lora.layers.keys()
+    assert all(torch.allclose(delta(back.layers[n]), delta(lora.layers[n]), atol=1e-6) for n in lora.layers)
+    keys = {name.split(".lora_")[0] for name in load_file(file) if not name.endswith(".alpha")}
+    assert NAMES[case.base][kind] <= keys
+
+
+NAMES = {
+    "sd2": {
+        "diffusers": {"text_encoder.text_model.encoder.layers.1.self_attn.k_proj"},
+        "kohya": {"lora_te_text_model_encoder_layers_1_self_attn_k_proj",
+                  "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"},
+        "comfyui": {"text_encoders.clip_h.transformer.text_model.encoder.layers.1.mlp.fc1"},
+    },
+    "inpainting": {"diffusers": set(), "kohya": set(), "comfyui": set()},
+    "sdxl": {
+        "diffusers": {"text_encoder_2.text_model.encoder.layers.2.self_attn.k_proj",
+                      "text_encoder.text_model.encoder.layers.1.mlp.fc2",
+                      "unet.mid_block.attentions.0.transformer_blocks.1.attn2.to_k"},
+        "kohya": {"lora_te1_text_model_encoder_layers_1_mlp_fc2", "lora_te2_text_model_encoder_layers_2_mlp_fc2",
+                  "lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
+                  "lora_unet_middle_block_1_transformer_blocks_1_attn2_to_k"},
+        "comfyui": {"text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj",
+                    "text_encoders.clip_g.transformer.text_model.encoder.layers.0.self_attn.q_proj",
+                    "diffusion_model.middle_block.1.transformer_blocks.1.attn2.to_k"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "kohya"])
+def test_diffusers_acts_with_our_lora_as_we_do(case, tmp_path, kind):
+    pytest.importorskip("peft", reason="peft, which diffusers loads LoRAs with, is not installed: pip install .[test]")
+    lora, file = random_lora(case.model), tmp_path / "lora.safetensors"
+    WRITERS[kind](file, lora, case.model)
+    before, own = predictions(case)
+    assert_close_to(before, own, 1e-4)
+    case.pipeline.load_lora_weights(file)
+    try:
+        with apply.added(case.model, apply.lora_changes(lora, case.model)):
+            theirs, ours = predictions(case)
+            (text, pooled), (own_text, own_pooled) = text_of_theirs(case), text_of_ours(case)
+    finally:
+        case.pipeline.unload_lora_weights()
+    assert (ours - before).norm() > 0.1 * before.norm()
+    assert_close_to(text, own_text, 1e-4)
+    if pooled is not None:
+        assert_close_to(pooled, own_pooled, 1e-4)
+    assert_close_to(theirs - before, ours - before, 1e-3)
+
+
+def test_a_lora_that_diffusers_wrote(case, tmp_path):
+    """PEFT's layers in each part, written by diffusers: its own spelling, with the scale in the metadata."""
+    pytest.importorskip("peft", reason="peft, which diffusers loads LoRAs with, is not installed: pip install .[test]")
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipeline = type(case.pipeline).from_pretrained(case.folder)
+    before, told, weights = predictions(case)[1], {}, {}
+    for part in ("unet", "text_encoder", "text_encoder_2")[: 3 if case.base == "sdxl" else 2]:
+        layers_ = ["to_q", "to_v"] if part == "unet" else ["q_proj", "fc1"]
+        config = LoraConfig(r=4, lora_alpha=2, target_modules=layers_, init_lora_weights=False)
+        getattr(pipeline, part).add_adapter(config)
+        own = get_peft_model_state_dict(getattr(pipeline, part))
+        weights[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(own)
+        told[f"{part}_lora_adapter_metadata"] = {"r": 4, "lora_alpha": 2}
+    type(pipeline).save_lora_weights(tmp_path, **weights, **told)
+    theirs, case.pipeline = case.pipeline, pipeline
+    try:
+        expected = predictions(case)[0]
+    finally:
+        case.pipeline = theirs
+    load_any(case.model, tmp_path / "pytorch_lora_weights.safetensors")
+    try:
+        assert (expected - before).norm() > 0.05 * before.norm()
+        assert_close_to(predictions(case)[1], expected, 1e-4)
+    finally:
+        apply.restore(case.model, dict(case.model.tuning.released))
+
+
+@pytest.mark.parametrize("case", ["sd2"], indirect=True, scope="module")
+def test_nameless_files_of_stable_diffusion_2(case, tmp_path):
+    """cloneofsimo's, whose own example is this base: layers of both parts in the order of diffusers' modules."""
+    whole = random_lora(case.model).layers
+    lora = Lora({n: f for n, f in whole.items() if any(word in n for word in (".attn1.", ".attn2.", ".attn."))})
+    file = tmp_path / "x.safetensors"
+    cloneofsimo.write_safetensors(file, cloneofsimo.from_lora(lora, case.model))
+    searched = [f"text_encoder.{n}" for n in layers.find_layers(case.pipeline.text_encoder, ["CLIPAttention"])]
+    names = layers.dialects(case.model)["diffusers"]
+    ordered = layers.in_order(case.model, "text_encoder", ["CLIPAttention"], "diffusers")
+    plain_names = [name.replace("text_model.", "") for name in searched]
+    assert [names[n].replace("text_model.", "") for n in ordered] == plain_names
+    back = cloneofsimo.to_lora(cloneofsimo.read_safetensors(file), case.model, "x")
+    assert all(delta(one).abs().max() == 0 for name, one in back.layers.items() if name not in lora.layers)
+    for name, one in lora.layers.items():
+        assert_close_to(delta(back.layers[name]), delta(one), 2e-3)
