@@ -24,7 +24,7 @@ VERBS = {
     "pictures": ("sample", "txt2img", "img2img", "inpaint", "sample-diffusion", "before-after", "evaluate",
                  "guidance", "demo"),
     "files of adapters, LoRAs, deltas, words and models": (
-        "inspect", "convert", "merge", "lora-add", "distill", "deltas", "compress", "compose",
+        "inspect", "convert", "merge", "resize", "lora-add", "distill", "mix", "deltas", "compress", "compose",
     ),
 }  # fmt: skip
 # The others do without Lightning.

@@ -1,8 +1,10 @@
 """Make a LoRA from the difference of two models, e.g. a fully fine-tuned one and its base.
 
     ldm distill tuned.ckpt base.ckpt --rank 4 --clamp_quantile 0.99 --save_path svd_distill.safetensors
+    ldm distill tuned.ckpt base.ckpt --rank 64 --sv_fro 0.95 --layers all --format kohya --save_path tuned.safetensors
 
-Attention, feed-forward gates and residual blocks of the UNet, attention of the text encoder.
+Attention, feed-forward gates and residual blocks of the UNet, attention of the text encoder; --layers all takes every
+linear layer and convolution that differs. The weights are mapped into memory and compared layer by layer.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 from ldm.cli import Parser, add_files, in_order, underscores
+from ldm.commands.resize import add_cut, cut_of
 from ldm.errors import InputError
 from ldm.interchange.formats import written
 from ldm.models.bases import DEFAULT
@@ -22,9 +25,11 @@ def add_arguments(p: Parser) -> None:
     p.add_argument("models", nargs="*", metavar="TARGET_MODEL BASE_MODEL", help="checkpoints or diffusers folders")
     for name in MODELS:
         p.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    p.add_argument("--rank", type=int, default=4, help="(default 4)")
-    p.add_argument("--clamp_quantile", type=float, default=0.99,
-                   help="quantile of absolute values at which entries are cut (default 0.99; 1: none)")  # fmt: skip
+    add_cut(p)
+    p.set_defaults(rank=4)
+    p.add_argument("--layers", choices=("published", "all"), default="published", help="(default published)")
+    p.add_argument("--clamp_quantile", type=float,
+                   help="quantile of absolute values at which entries are cut (default 0.99; 1, none, of all layers)")
     p.add_argument("--signed_quantile", action="store_true",
                    help="the published rule: that of the signed values, which depends on the SVD's signs")  # fmt: skip
     p.add_argument("--device", help="cuda, mps or cpu; by default the best there is")
@@ -35,38 +40,67 @@ def add_arguments(p: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ldm.devices import best_device
-    from ldm.interchange import cloneofsimo, layers
-    from ldm.interchange.command import config_for, read_model, skeleton, to_be_written, write_lora
-    from ldm.interchange.lora import Lora, distilled
-
-    paths = in_order(options.models, {name: getattr(options, name) for name in MODELS}, " ".join(MODELS))
-    if options.rank < 1 or not 0 < options.clamp_quantile <= 1:
-        raise InputError(
-            f"expected --rank >= 1 and 0 < --clamp_quantile <= 1, got {options.rank}, {options.clamp_quantile}"
-        )
-    output, device = to_be_written(options.save_path, options.force, options.format), best_device(options.device)
-    tuned, base = (read_model(path) for path in paths)
-    model = skeleton(config_for(options.config, *paths))
-    names = [
-        name
-        for part, classes in (("unet", cloneofsimo.CLASSES["unet"][1]), ("text_encoder", ["CLIPAttention"]))
-        for name in layers.layers_of(model, part, classes)
-    ]
     from tqdm import tqdm
 
-    found = {}
-    for name in tqdm(names, desc="layers"):
-        if not (f"{name}.weight" in tuned and f"{name}.weight" in base):
-            raise InputError(f"{name}.weight is not in both models; are they of the family that --config names?")
-        pair = tuned[f"{name}.weight"], base[f"{name}.weight"]
-        if pair[0].shape != pair[1].shape:
-            raise InputError(
-                f"{name} has shape {list(pair[0].shape)} and {list(pair[1].shape)}: not one model's tuning"
-            )
-        factors = distilled(
-            *(one.to(device) for one in pair), options.rank, options.clamp_quantile, options.signed_quantile
-        )
+    from ldm.devices import best_device
+    from ldm.interchange.command import config_for, read_model, skeleton, to_be_written, write_lora
+    from ldm.interchange.lora import Lora
+
+    paths = in_order(options.models, {name: getattr(options, name) for name in MODELS}, " ".join(MODELS))
+    whole = options.layers == "all"
+    quantile = (1.0 if whole else 0.99) if options.clamp_quantile is None else options.clamp_quantile
+    cut = cut_of(options)
+    if not 0 < quantile <= 1:
+        raise InputError(f"expected 0 < --clamp_quantile <= 1, got {quantile}")
+    output, device = to_be_written(options.save_path, options.force, options.format), best_device(options.device)
+    tuned, base = (read_model(path) for path in paths)
+    model, found = skeleton(config_for(options.config, *paths)), {}
+    for name in tqdm(names_of(model, whole), desc="layers"):
+        pair = pair_of(name, tuned, base)
+        if whole and pair[0].equal(pair[1]):
+            continue
+        factors = extracted(*(one.to(device) for one in pair), cut, quantile, options.signed_quantile)
         found[name] = factors._replace(down=factors.down.cpu(), up=factors.up.cpu())
-    write_lora(output, Lora(found), model, options.format)
-    print(f"{output}  {len(found)} layers, rank {options.rank}")
+    if not found:
+        raise InputError(f"{paths[0]} and {paths[1]} have the same layers: there is nothing to extract")
+    lora = Lora(found)
+    write_lora(output, lora, model, options.format)
+    print(f"{output}  {len(found)} layers, {told(lora.ranks())}")
+
+
+def names_of(model, whole: bool) -> list[str]:
+    """The layers to compare."""
+    from ldm.interchange import cloneofsimo, layers
+
+    published = {"unet": cloneofsimo.CLASSES["unet"][1], "text_encoder": ["CLIPAttention"]}
+    return [
+        name for part, classes in published.items()
+        for name in layers.layers_of(model, part, None if whole else classes)
+    ]  # fmt: skip
+
+
+def pair_of(name: str, tuned, base):
+    """The weights of a layer in both models. Raises `InputError` if they lack it or its shapes differ."""
+    if not (f"{name}.weight" in tuned and f"{name}.weight" in base):
+        raise InputError(f"{name}.weight is not in both models; are they of the family that --config names?")
+    pair = tuned[f"{name}.weight"], base[f"{name}.weight"]
+    if pair[0].shape != pair[1].shape:
+        raise InputError(f"{name} has shape {list(pair[0].shape)} and {list(pair[1].shape)}: not one model's tuning")
+    return pair
+
+
+def extracted(tuned, base, cut, quantile: float, signed: bool):
+    """The factors of a difference, cut at a quantile of their entries."""
+    from ldm.interchange import lora, resize
+
+    if signed:  # the published rule, with the signs that a whole SVD chooses
+        return lora.distilled(tuned, base, cut.rank, quantile, signed)
+    difference = tuned.float() - base.float()
+    parts = resize.of_change(difference)
+    factors = resize.cut(parts, cut.of(parts.s, difference[0, 0].numel()), difference.shape)
+    return factors if quantile == 1 else lora.clamped(factors, quantile)
+
+
+def told(ranks: list[int]) -> str:
+    """One rank, or the lowest and the highest."""
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"

@@ -81,6 +81,15 @@ def filled_model(config: str | Path, weights: Mapping[str, Tensor], source: str)
     return building.filled_model(building.untuned(named_config(config)), weights, source).eval()
 
 
+def told_words(kind: str, lora: Lora) -> str:
+    """The end of a line about an output: the words in it, or those that its format cannot hold."""
+    words = ", ".join(lora.tokens)
+    if not words:
+        return ""
+    return f", words {words}" if "words" in by_name(kind).holds else (
+        f"; the words {words} are not in it: convert each file --to words")  # fmt: skip
+
+
 def write_lora(path: Path, lora: Lora, model: nn.Module, kind: str, order: str | None = None) -> None:
     """Write a LoRA in one of the formats."""
     by_name(kind).write(path, lora, Context(model, order=order))
