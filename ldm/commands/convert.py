@@ -75,7 +75,7 @@ def convert(source: str, output: Path, options: argparse.Namespace) -> str:
     if not value:
         raise InputError(f"{source} {form.absent}")
     held = getattr(value, "tokens", {})
-    lost = held if "words" not in to.holds else {}
+    lost = held if not to.keeps_words else {}
     if lost and not value.layers:
         raise InputError(f"{source} holds words and no LoRA; write them with --to words")
     files = to.write(output, value, context)

@@ -120,7 +120,7 @@ def weighted(one: str, two: str, output: Path, options: argparse.Namespace) -> s
         merged = weighted_sum([read_lora(file, model) for file in files], weights, options.rank)
         write_lora(output, merged, model, kind)
     words = ", ".join(merged.tokens)
-    if words and "words" not in by_name(kind).holds:
+    if words and not by_name(kind).keeps_words:
         return f"{output}  ranks {merged.ranks()}; the words {words} are not in it: convert each file --to words"
     return f"{output}  ranks {merged.ranks()}, words {words or 'none'}"
 

@@ -106,6 +106,7 @@ class Format:
     target: str
     holds: tuple[str, ...]
     not_written: str = ""  # why no command writes it
+    only_read: tuple[str, ...] = ()  # forms of `holds` that are not written beside the first one
 
     @property
     def codec(self) -> Codec:
@@ -116,6 +117,11 @@ class Format:
     def form(self) -> str:
         """The form that is put into a model."""
         return self.holds[0]
+
+    @property
+    def keeps_words(self) -> bool:
+        """Whether a written file has the words of what is written."""
+        return "words" in self.holds and "words" not in self.only_read
 
     def read(self, form: str, file: Opened, context: Context | None = None) -> Any:
         """Read one of the forms from a file of this format. Raises `InputError`."""
@@ -141,11 +147,20 @@ FORMATS = [
     ),
     Format(
         "lycoris", "a file of LyCORIS or kohya's OFT: LoHa, LoKr, DoRA, OFT, GLoRA, (IA)3, norms, differences",
-        f"{HERE}.lycoris.LYCORIS", ("kinds", "lora"),
+        f"{HERE}.lycoris.LYCORIS", ("kinds", "lora", "words"), only_read=("words",),
     ),
-    Format("comfyui", "a LoRA with the keys of ComfyUI", f"{HERE}.lora_keys.COMFYUI", ("lora",)),
-    Format("diffusers", "a LoRA with the keys of diffusers or PEFT", f"{HERE}.lora_keys.DIFFUSERS", ("lora",)),
-    Format("kohya", "a LoRA with the keys of kohya, which web UIs read", f"{HERE}.lora_keys.KOHYA", ("lora",)),
+    Format(
+        "comfyui", "a LoRA with the keys of ComfyUI", f"{HERE}.lora_keys.COMFYUI_FILE", ("lora", "words"),
+        only_read=("words",),
+    ),
+    Format(
+        "diffusers", "a LoRA with the keys of diffusers or PEFT", f"{HERE}.lora_keys.DIFFUSERS", ("lora", "words"),
+        only_read=("words",),
+    ),
+    Format(
+        "kohya", "a LoRA with the keys of kohya, which web UIs read", f"{HERE}.lora_keys.KOHYA_FILE",
+        ("lora", "words"), only_read=("words",),
+    ),
     Format("delta", "a Custom Diffusion delta, LDM layout", f"{HERE}.custom_diffusion.LDM", ("delta", "words")),
     Format(
         "delta-diffusers", "a Custom Diffusion delta, diffusers layout", f"{HERE}.custom_diffusion.DIFFUSERS",

@@ -15,13 +15,19 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import refuse_not_finite, save_safetensors, weights_in
 from ldm.errors import InputError, short
-from ldm.interchange import packed, peft_config
+from ldm.interchange import bundled, packed, peft_config
 from ldm.interchange.formats import Codec, Context, Opened, open_file
 from ldm.interchange.layers import LAYER_TYPES, dialects, names_in
 from ldm.interchange.lora import Factors, Lora, fitted, folded, rank_of, weighted_sum
 from ldm.interchange.names import UNET
+from ldm.modules.encoders.tokens import Vectors
 from ldm.patterns import Patterns
 
+# Starts of keys in kohya's spelling; LyCORIS's wrapper has one of its own, also for plain LoRA.
+KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_")
+COMFYUI = ("diffusion_model.", "text_encoders.")
+# The file within a folder of diffusers' scripts, which may lie there alone.
+WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 # Ends of keys: of PEFT and recent diffusers, of kohya, of earlier diffusers' text encoder, layers and processors.
 ROLES = {
     "down": [".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight"],
@@ -39,25 +45,32 @@ def split(key: str) -> tuple[str, str] | None:
     return next(((key.removesuffix(end), role) for end, role in ENDS if key.endswith(end)), None)
 
 
+def keys_of(content: Any) -> list[str]:
+    """The names of a file's tensors, with or without a `state_dict` level."""
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    return list(map(str, content)) if isinstance(content, Mapping) else []
+
+
 def is_keyed(content: Any) -> bool:
     """Whether the names of a file's tensors are those of a LoRA that names its layers."""
-    return isinstance(content, Mapping) and any((found := split(str(key))) and found[1] != "alpha" for key in content)
+    return any((found := split(key)) and found[1] != "alpha" for key in keys_of(content))
 
 
 def is_kohya(content: Any) -> bool:
     """Whether they are in kohya's spelling."""
-    stems = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")  # SDXL has two text encoders
-    return is_keyed(content) and any(str(key).startswith(stems) for key in content)
+    return is_keyed(content) and any(key.startswith(KOHYA) for key in keys_of(content))
 
 
 def is_comfyui(content: Any) -> bool:
     """Whether they are in ComfyUI's own spelling, LDM's names of the UNet."""
-    return is_keyed(content) and any(str(key).startswith(("diffusion_model.", "text_encoders.")) for key in content)
+    return is_keyed(content) and any(key.startswith(COMFYUI) for key in keys_of(content))
 
 
 def file_of(path: str | Path) -> Path:
-    """The file with the weights: in a folder of PEFT, the file inside; else the path itself."""
-    return next((file for name in peft_config.WEIGHTS if (file := Path(path) / name).is_file()), Path(path))
+    """The file with the weights: in a folder of PEFT or diffusers, the file inside; else the path itself."""
+    files = [Path(path) / name for name in (*peft_config.WEIGHTS, *WEIGHTS)]
+    return next((file for file in files if file.is_file()), Path(path))
 
 
 def read_factors(path: str | Path | Opened, initial: bool = False) -> dict[str, Factors]:
@@ -74,6 +87,7 @@ def read_factors(path: str | Path | Opened, initial: bool = False) -> dict[str, 
     unknown = []
     weights = weights_in(file.content, path)
     refuse_not_finite(weights, str(path))
+    weights, _ = bundled.taken_out(weights, str(path))
     for key, value in weights.items():
         if (parts := split(key)) is None:
             unknown.append(key)
@@ -139,27 +153,67 @@ def read(path: str | Path | Opened, model: nn.Module) -> Lora:
     if unknown := [layer for layer in found if plain_name(layer) not in known]:
         raise unknown_keys(source, unknown)
     shapes = packed.split(model.state_dict())
-    named = {known[plain_name(layer)]: factors for layer, factors in found.items()}
-    return Lora({name: fitted(one, shapes[f"{name}.weight"].shape, name, source) for name, one in named.items()})
+    named: dict[str, Factors] = {}
+    for layer, factors in found.items():
+        name = known[plain_name(layer)]
+        if name in named:
+            raise InputError(f"{source} changes {name} twice, under two spellings, e.g. {short(layer)}")
+        named[name] = fitted(factors, shapes[f"{name}.weight"].shape, name, source)
+    return Lora(named, words(file))
+
+
+def words(file: Opened) -> dict[str, Vectors]:
+    """The words in a LoRA file, see `bundled`."""
+    return bundled.taken_out(weights_in(file.content, file.path), str(file.given))[1]
 
 
 def plain_name(layer: str) -> str:
     """A layer's current name in diffusers: without PEFT's wrapping and attention processors, with a missing `.0`."""
     layer = layer.removeprefix("base_model.model.").replace(".processor.", ".")
+    if ".self_attn.to_" in layer:  # a text encoder of early versions
+        return re.sub(r"\.to_([qkv]|out)$", r".\1_proj", layer)
     return re.sub(r"\.to_out$", ".to_out.0", layer)
 
 
 def lookup(model: nn.Module, kinds: tuple[type, ...] = LAYER_TYPES) -> dict[str, str]:
     """Every name that LoRA files use for a layer -> LDM's name."""
-    names = dialects(model, kinds)
-    unet = [name for name in names["diffusers"] if name.startswith(UNET)]
-    table = {"lora_unet_" + name.removeprefix(UNET).replace(".", "_"): name for name in unet}
+    names, table = dialects(model, kinds), {}
     for ours, theirs in names["diffusers"].items():
-        for name in (theirs, theirs.replace("text_model.", "", 1)):
-            table |= {name: ours, name.removeprefix("unet.").removeprefix("text_encoder."): ours}
+        part, _, inner = theirs.partition(".")
+        spelt = _of_unet(ours.removeprefix(UNET), inner) if part == "unet" else _of_text(part, inner)
+        table |= dict.fromkeys(spelt, ours)
     for dialect in names.values():
         table |= {theirs: ours for ours, theirs in dialect.items()}
     return table
+
+
+def _of_unet(ours: str, theirs: str) -> list[str]:
+    """The spellings of a layer of the UNet by LDM's and diffusers' names within it; `diffusion_model.` is ComfyUI's."""
+    dotted = [f"{start}{name}" for name in (ours, theirs) for start in ("unet.", "", "diffusion_model.")]
+    flat = [name.replace(".", "_") for name in (ours, theirs)]
+    return dotted + [f"{start}{name}" for name in flat for start in ("lora_unet_", "lycoris_unet_", "lycoris_")]
+
+
+# The beginnings of a text encoder's layers with dots and with underscores; only the first one may go without.
+TEXT_STARTS = {
+    "text_encoder": (
+        ("text_encoder.", "", "text_encoders.clip_l.transformer.", "text_encoders.clip_l.", "clip_l.transformer."),
+        ("lora_te_", "lora_te1_", "lycoris_te_", "lycoris_te1_", "lycoris_"),
+    ),
+    "text_encoder_2": (
+        ("text_encoder_2.", "text_encoders.clip_g.transformer.", "text_encoders.clip_g.", "clip_g.transformer."),
+        ("lora_te2_", "lycoris_te2_"),
+    ),
+}
+
+
+def _of_text(part: str, name: str) -> list[str]:
+    """The spellings of a layer of a text encoder; transformers 5 has no level `text_model`."""
+    dotted, flat = TEXT_STARTS[part]
+    names = [name, name.replace("text_model.", "", 1)]
+    return [f"{start}{one}" for one in names for start in dotted] + [
+        f"{start}{one.replace('.', '_')}" for one in names for start in flat
+    ]
 
 
 def write_diffusers(path: str | Path, lora: Lora, model: nn.Module) -> None:
@@ -189,22 +243,23 @@ def write_kohya(path: str | Path, lora: Lora, model: nn.Module, dialect: str = "
 
 
 def _lora(file: Opened, context: Context) -> Lora:
-    return Lora(read_factors(file)) if context.model is None else read(file, context.model)
+    return Lora(read_factors(file), words(file)) if context.model is None else read(file, context.model)
 
 
-COMFYUI = Codec(
-    lambda file: is_keyed(file.content) and is_comfyui(file.content),
-    {"lora": _lora},
+READS = {"lora": _lora, "words": lambda file, _: words(file)}
+COMFYUI_FILE = Codec(
+    lambda file: is_comfyui(file.content),
+    READS,
     lambda path, lora, context: write_kohya(path, lora, context.model, "comfyui"),
 )
 DIFFUSERS = Codec(
     lambda file: is_keyed(file.content) and not is_kohya(file.content),
-    {"lora": _lora},
+    READS,
     lambda path, lora, context: write_diffusers(path, lora, context.model),
     file_in=file_of,
 )
-KOHYA = Codec(
+KOHYA_FILE = Codec(
     lambda file: is_kohya(file.content),
-    {"lora": _lora},
+    READS,
     lambda path, lora, context: write_kohya(path, lora, context.model),
 )

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import refuse_not_finite, save_safetensors, weights_in
 from ldm.errors import InputError
+from ldm.interchange import bundled, lora_keys, peft_config
 from ldm.interchange import kinds as neutral
-from ldm.interchange import lora_keys, peft_config
 from ldm.interchange.formats import Codec, Context, Opened
 from ldm.interchange.kinds import DORA, DOWN, FIXED, KINDS, UP, Kinds, Part
 from ldm.interchange.layers import LAYER_TYPES, NORM_TYPES, dialects
 from ldm.interchange.lora import Lora
+from ldm.modules.encoders.tokens import Vectors
 from ldm.patterns import Patterns
 
 # A learnt factor of an early version; LyCORIS multiplies it into another tensor now.
@@ -65,6 +66,7 @@ def read(file: Opened, names: Mapping[str, str] | None = None) -> Kinds:
     source = str(file.given)
     weights = weights_in(file.content, source)
     refuse_not_finite(weights, source)
+    weights, words = bundled.taken_out(weights, source)
     grouped: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, value in weights.items():
@@ -78,7 +80,8 @@ def read(file: Opened, names: Mapping[str, str] | None = None) -> Kinds:
         raise lora_keys.unknown_keys(source, unknown)
     trained = _Trained(file)
     parts = {layer: _part(layer, tensors, source, trained) for layer, tensors in grouped.items()}
-    return Kinds({plain[layer] if names is None else names[plain[layer]]: part for layer, part in parts.items()})
+    named = {plain[layer] if names is None else names[plain[layer]]: part for layer, part in parts.items()}
+    return Kinds(named, words)
 
 
 def _spelled(layer: str) -> str:
@@ -196,4 +199,8 @@ def _lora(file: Opened, context: Context) -> Lora:
     return neutral.as_lora(_kinds(file, context), str(file.given))
 
 
-LYCORIS = Codec(lambda file: is_lycoris(file.content), {"kinds": _kinds, "lora": _lora}, write)
+def _words(file: Opened, _context: Context) -> Mapping[str, Vectors]:
+    return lora_keys.words(file)
+
+
+LYCORIS = Codec(lambda file: is_lycoris(file.content), {"kinds": _kinds, "lora": _lora, "words": _words}, write)

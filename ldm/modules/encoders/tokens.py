@@ -30,8 +30,12 @@ class FileWord(str):
     @classmethod
     def of(cls, path: str | Path) -> FileWord:
         """The word of a file."""
-        stem = Path(path).stem
-        return cls(stem if is_bracketed(stem) else f"<{stem}>")
+        return cls.of_name(Path(path).stem)
+
+    @classmethod
+    def of_name(cls, name: str) -> FileWord:
+        """The word of a name that is spelt without brackets."""
+        return cls(name if is_bracketed(name) else f"<{name}>")
 
 
 def is_bracketed(word: str) -> bool:
