@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ldm.cli import Parser, add_allow_family, add_compile, seed_number, text
 from ldm.errors import InputError
 from ldm.files import read_text
-from ldm.models.bases import BASES, DEFAULT, base_of, recognise
+from ldm.models.bases import BASES, DEFAULT
 
 log = logging.getLogger(__name__)
 
@@ -285,15 +285,9 @@ def config_of(ckpt: str | None) -> str:
     """The config of the base that a checkpoint is of, by the names and shapes of its weights."""
     if ckpt is None:
         return DEFAULT.config
-    from ldm.interchange.base_files import base_weights
+    from ldm.interchange.base_files import known_base
 
-    weights = base_weights(ckpt)
-    base = base_of(weights)
-    if base is None:
-        what = recognise(weights)
-        unknown = "is of no base that is known: name its config by --config"
-        named = f"is {what.what}: {what.instead}" if what else unknown
-        raise InputError(f"{ckpt} {named}")
+    base = known_base(ckpt)
     print(f"{ckpt} is {base.what}: {base.config}{'; ' + base.note if base.note else ''}")
     return base.config
 

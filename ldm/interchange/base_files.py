@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.checkpoints import read_weights
 from ldm.errors import InputError
 from ldm.interchange import diffusers_json, diffusers_model
+from ldm.models.bases import Base, base_of, recognise
 
 # What a folder must hold to be read; a repository on the hub holds other copies of its weights, too.
 PARTS = ("model_index.json", "unet/*", "vae/*", "text_encoder/*", "text_encoder_2/*")
@@ -32,6 +33,17 @@ def base_weights(path: str | Path, config: Any = None) -> dict[str, Tensor]:
     if params is not None:
         diffusers_json.check(found, params, path)
     return diffusers_model.read_folder(found, params)
+
+
+def known_base(path: str | Path) -> Base:
+    """The base that a checkpoint or folder is of. Raises `InputError` for another file, named if it is known."""
+    weights = base_weights(path)
+    if (base := base_of(weights)) is not None:
+        return base
+    what = recognise(weights)
+    raise InputError(
+        f"{path} is {what.what}: {what.instead}" if what else f"{path} is of no base that is known: name its config"
+    )
 
 
 def reader(config: Any) -> Callable[[str | Path], dict[str, Tensor]]:

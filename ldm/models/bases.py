@@ -68,6 +68,7 @@ class Base:
     marks: names and shapes of weights that identify a checkpoint, with our names
     pipeline: its class in diffusers; None if its folders are not supported
     others: further entries of the folder's `model_index.json`
+    trained_by: the config of a training, for `--base auto`
     text_model: the released text encoder, for configs that name none
     ema: the prefix of averages in its checkpoints
     ignored: a pattern of names in released files that the model may lack
@@ -82,6 +83,7 @@ class Base:
     parts: Mapping[str, Part]
     pipeline: str | None = None
     others: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    trained_by: str = ""
     text_model: str = "openai/clip-vit-large-patch14"
     ema: str = EMA
     ignored: str = LDM_IGNORED
@@ -175,16 +177,20 @@ BASES = [
     Base(
         "sd-v1", "Stable Diffusion v1", "configs/stable-diffusion/v1-inference.yaml", 512,
         {FIRST_LAYER: (320, 4, 3, 3), CONTEXT: (1280, 768)}, SD_PARTS, "StableDiffusionPipeline", SD_OTHERS,
+        trained_by="configs/sd-inject-dreambooth/attn2o-ffni.yaml",
     ),
     Base(
         "sd-v1-inpainting", "Stable Diffusion v1 inpainting",
         "configs/stable-diffusion/v1-inpainting-inference.yaml", 512,
         {FIRST_LAYER: (320, 9, 3, 3), CONTEXT: (1280, 768)}, SD_PARTS, INPAINT, SD_OTHERS,
+        trained_by="configs/sd-inpaint-dreambooth/attn2o-ffni.yaml",
     ),
     Base(
         "sd-v2", "Stable Diffusion 2.x", "configs/stable-diffusion/v2-inference.yaml", 512,
         {FIRST_LAYER: (320, 4, 3, 3), CONTEXT: (1280, 1024)}, OPEN_CLIP_PARTS, "StableDiffusionPipeline", SD_OTHERS,
-        note="if it is the model of 768 pixels, use --config configs/stable-diffusion/v2-inference-v.yaml",
+        note="if it is the model of 768 pixels, use --config configs/stable-diffusion/v2-inference-v.yaml, and for "
+        "training configs/stable-diffusion/v2-768.yaml as the second --base",
+        trained_by="configs/sd2-inject-dreambooth/attn2o-ffni.yaml",
     ),
     Base(
         "sd-v2-inpainting", "Stable Diffusion 2.x inpainting",
@@ -195,10 +201,12 @@ BASES = [
         "sdxl", "SDXL", "configs/sdxl/sd_xl_base.yaml", 1024,
         {FIRST_LAYER: (320, 4, 3, 3), CONTEXT: (1280, 2048), LABELS: (1280, 2816)}, SDXL_PARTS,
         "StableDiffusionXLPipeline", SDXL_OTHERS,
+        trained_by="configs/sdxl-inject-dreambooth/attn2o-ffni.yaml",
     ),
     Base(
         "sd-mini", "SD-mini", "configs/sd-mini/inference.yaml", 64,
         {FIRST_LAYER: (32, 4, 3, 3), CONTEXT: (128, 128)}, SD_PARTS, "StableDiffusionPipeline", SD_OTHERS,
+        trained_by="configs/sd-mini/attn2o-ffni.yaml",
     ),
     _published("txt2img-1p4B-eval", "LDM text-to-image, 1.4B", {FIRST_LAYER: (320, 4, 3, 3), CONTEXT: (1280, 1280)}),
     _published("cin256-v2", "LDM ImageNet 256 x 256, VQ-f4", {FIRST_LAYER: (192, 3, 3, 3), CONTEXT: (960, 512)}),

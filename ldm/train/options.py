@@ -23,7 +23,8 @@ def add_training(p: Parser, several: bool = False) -> None:
     p.rest = sort_rest
     run = p.add_argument_group("run")
     run.add_argument(
-        "-b", "--base", nargs="*", action="extend", default=[], metavar="YAML", help="configs; later ones win"
+        "-b", "--base", nargs="*", action="extend", default=[], metavar="YAML",
+        help="configs, later ones win; auto: the first one for the kind of --actual_resume",
     )
     run.add_argument(
         "-t", "--train", type=boolean, nargs="?", const=True, default=False, help="train (else only report)"

@@ -27,12 +27,15 @@ from ldm.config import (
 )
 from ldm.data.folder import read_concept
 from ldm.errors import InputError
+from ldm.interchange.base_files import known_base
 from ldm.train import short_options
 from ldm.train.optimizers import spell_out
 from ldm.train.run_folder import resumed_folder
 from ldm.writing import printable
 
 log = logging.getLogger(__name__)
+
+AUTO = "auto"
 
 
 def read_configs(
@@ -118,7 +121,21 @@ def opened(
     folder, checkpoint = resumed_folder(options.resume) if options.resume else (None, None)
     steps = (trainer_options or {}).get("max_steps")
     length = [] if steps is None else [f"lightning.trainer.max_steps={steps}"]
+    options.base = [automatic(options.actual_resume) if path == AUTO else path for path in options.base]
     return read_configs(options.base, [*overrides, *length], folder, options), folder, checkpoint
+
+
+def automatic(ckpt: str | None) -> str:
+    """The config for training on a checkpoint, by what it is: `--base auto`. Raises `InputError`."""
+    if not ckpt:
+        raise InputError("--base auto needs --actual_resume, the checkpoint whose kind decides")
+    base = known_base(ckpt)
+    if not base.trained_by:
+        raise InputError(f"{ckpt} is {base.what}: no config trains it, see docs/bases.md")
+    log.info("%s is %s: --base %s", ckpt, base.what, base.trained_by)
+    if base.note:
+        log.warning("%s: %s", ckpt, base.note)
+    return base.trained_by
 
 
 def with_trainer(config: DictConfig, gpus: str | None, options: dict[str, Any]) -> DictConfig:

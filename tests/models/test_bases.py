@@ -18,6 +18,8 @@ from ldm.interchange.layers import skeleton
 from ldm.models import bases
 from ldm.models.bases import BASES, FOREIGN, UNET
 from ldm.models.building import build_model, filled_model
+from ldm.train.options import dreambooth_parser, parse
+from ldm.train.run_config import automatic, opened
 from tests import interchange_models
 from tests.conftest import ROOT
 from tests.interchange.test_lora_keys import random_lora
@@ -85,6 +87,31 @@ def test_the_config_of_a_checkpoint_is_found(golden, monkeypatch, capsys, name, 
     assert config_of("x.ckpt") == f"configs/{config}.yaml"
     assert f"x.ckpt is a checkpoint of {bases.base_of(manifest(golden, name)).title}" in capsys.readouterr().out
     assert config_of(None) == bases.DEFAULT.config
+
+
+TRAINED = {"sd_v1": "sd", "sd_v2": "sd2", "sdxl_base": "sdxl", "sd_v2_inpainting": None}
+
+
+@pytest.mark.parametrize(("name", "folder"), TRAINED.items())
+def test_base_auto_picks_the_config_of_a_training(golden, monkeypatch, name, folder):
+    weights = manifest(golden, name)
+    monkeypatch.setattr("ldm.interchange.base_files.base_weights", lambda _path: weights)
+    if folder is None:
+        with pytest.raises(InputError, match="is a checkpoint of Stable Diffusion 2.x inpainting: no config trains it"):
+            automatic("x.ckpt")
+        return
+    chosen = automatic("x.ckpt")
+    assert chosen == f"configs/{folder}-inject-dreambooth/attn2o-ffni.yaml"
+    assert bases.base_of(state_of(chosen)[1]) is bases.base_of(weights)
+
+
+def test_base_auto_needs_a_checkpoint():
+    options, trainer, overrides = parse(dreambooth_parser(""), ["--base", "auto", "-t"])
+    with pytest.raises(InputError, match="--base auto needs --actual_resume"):
+        opened(options, overrides, trainer)
+    options.actual_resume = str(ROOT / "models/sd-mini/model.safetensors")
+    config, _, _ = opened(options, overrides, trainer)
+    assert options.base == ["configs/sd-mini/attn2o-ffni.yaml"] and config.model.base_learning_rate
 
 
 def test_what_is_of_no_base_is_refused_by_the_automatic_choice(monkeypatch):
