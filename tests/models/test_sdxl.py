@@ -254,6 +254,17 @@ def test_drawing_pictures(engine):
     assert_close_to(again[0], pictures[0], 1e-4)
 
 
+@pytest.mark.parametrize("spacing", ["karras", "trailing"])
+@pytest.mark.parametrize("sampler", ["euler", "euler_a", "heun", "dpmpp_2m"])
+def test_samplers_and_spacings(engine, sampler, spacing):
+    """Each draws the same picture for a prompt alone and beside others; SDXL's own spacing is the trailing one."""
+    settings = Settings(sampler, steps=3, scale=2.0, spacing=spacing)
+    alone, batch = (generate(engine, ["a cat"] * n, range(1, n + 1), settings) for n in (1, 2))
+    assert_close_to(batch[0], alone[0], 1e-4)
+    uniform = generate(engine, ["a cat"], [1], Settings(sampler, steps=3, scale=2.0))
+    assert torch.allclose(uniform, alone, atol=2e-2) == (spacing == "trailing")
+
+
 def test_the_published_sampler_of_a_config(engine):
     """Ours over the noise at time steps, theirs over D(x, sigma): the same latents."""
     sampler = of_sgm("sampling.HeunEDMSampler", num_steps=4, discretization_config=DISCRETIZATION,

@@ -13,6 +13,7 @@ from ldm.data.masked import MaskedPictures, random_mask
 from ldm.errors import InputError
 from ldm.interchange import embeddings, own
 from ldm.models.building import build_model, untuned
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.tokens import load_words, readers, teach
 from ldm.tuning import files
 from tests import runs
@@ -143,3 +144,31 @@ def test_words_of_two_text_encoders_go_into_files_and_come_back(tmp_path):
     save_safetensors(tmp_path / "half.safetensors", {"clip_l": vectors[0]})
     with pytest.raises(InputError, match="clip_l and clip_g with equally many vectors"):
         load_words(model, tmp_path / "half.safetensors", "--embedding_path")
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "euler_a"])
+def test_a_nine_channel_model_paints_where_the_mask_is_white(tmp_path, monkeypatch, sampler):
+    """`ldm sample --init-img --mask`: the UNet sees the mask and the latents of the rest, and the rest stays."""
+    config = narrow(f"{FOLDERS['inpaint']}/attn2o-ffni.yaml", tmp_path)
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    pixels[:, :24, 0], pixels[:, 24:, 2] = 230, 230
+    Image.fromarray(pixels).save(tmp_path / "flag.png")
+    Image.fromarray((pixels[..., 0] > 0).astype(np.uint8) * 255).save(tmp_path / "mask.png")
+    seen, forward = [], UNetModel.forward
+
+    def watched(unet, x, *more, **named):
+        seen.append(x)
+        return forward(unet, x, *more, **named)
+
+    monkeypatch.setattr(UNetModel, "forward", watched)
+    begin = ["--init-img", tmp_path / "flag.png", "--mask", tmp_path / "mask.png", "--prompt", "a cat"]
+    settings = ["--ddim_steps", 3, "--sampler", sampler, "--n_iter", 1, "--skip_grid"]
+    [file] = runs.sample(tmp_path / "out", *begin, *settings, config=config)
+    found = runs.pixels(file) / 255
+    flag = torch.from_numpy(pixels).float() / 255
+    assert (found[:, 26:] - flag[:, 26:]).abs().max() < 1 / 254
+    assert (found[:, :22] - flag[:, :22]).abs().mean() > 0.02
+    assert len(seen) >= 3 and all(x.shape[1] == 9 for x in seen)
+    white = seen[0][0, 4]
+    assert white[:, : white.shape[1] // 2].all() and not white[:, white.shape[1] // 2 :].any()
+    assert all(torch.equal(x[:1, 4:], seen[0][:1, 4:]) for x in seen) and seen[0][0, 5:].any()
