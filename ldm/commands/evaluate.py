@@ -4,6 +4,7 @@
     ldm evaluate some_lora.safetensors --config configs/stable-diffusion/v1-inference.yaml --ckpt model.ckpt
         --data_root photos/a --class_word dog --out scores.csv
     ldm evaluate outputs/txt2img-samples/samples --data_root photos/a --against photos/dogs
+    ldm evaluate delta.ckpt --ckpt model.ckpt --concepts_list concepts.json --out scores.csv
 
 What the columns mean: docs/evaluation.md.
 """
@@ -15,6 +16,7 @@ import math
 from pathlib import Path
 
 from ldm.cli import Parser, add_allow_family, count, seed_number, text
+from ldm.errors import InputError
 from ldm.evaluate.prompts import LISTS
 from ldm.evaluate.protocol import PROTOCOLS
 
@@ -31,6 +33,8 @@ def add_arguments(p: Parser) -> None:
                    help=".json: everything; .csv: a row per checkpoint; .npy: similar.npy; repeatable")  # fmt: skip
     what = p.add_argument_group("what it is compared with; a run says it itself")
     what.add_argument("--data_root", metavar="DIR", help="photographs of the subject")
+    what.add_argument("--concepts_list", metavar="JSON",
+                      help="several concepts, as in training, each with its own prompts: a row for each")  # fmt: skip
     what.add_argument("--class_word", type=text, help="what the subject is")
     what.add_argument("--identifier", type=text, help="its rare token (default: the run's, or sks)")
     what.add_argument("--class_template", type=text, help="caption of class pictures (default: the run's)")
@@ -99,8 +103,15 @@ def run(options: argparse.Namespace) -> None:
         options.checkpoints, options.config, options.ckpt, options.adapter_scale, options.against, options.pictures,
         options.device, verbose=True,
     )  # fmt: skip
+    cache, asked = FeatureCache(None if options.cache == "off" else options.cache), [question]
+    if options.concepts_list:
+        if options.data_root or options.class_word or options.identifier:
+            raise InputError("--concepts_list names the concepts; leave --data_root, --class_word, --identifier out")
+        from ldm.evaluate.concepts import questions
+
+        asked = questions(question, options.concepts_list)
     scores = []
-    for found in runs.answers(question, FeatureCache(None if options.cache == "off" else options.cache)):
+    for found in (found for one in asked for found in runs.answers(one, cache)):
         scores.append(found)
         print(report(found), flush=True)
         for file in options.out:

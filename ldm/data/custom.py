@@ -181,8 +181,10 @@ class Concepts(Dataset):
         return [caption for concept in self.concepts for caption in concept.examples()]
 
 
-def read_concepts(path: str | Path) -> list[dict[str, str]]:
+def read_concepts(path: str | Path, more: Sequence[str] = ()) -> list[dict[str, str]]:
     """The concepts of a `concepts_list` file: JSON, a list of mappings with our keys (`CONCEPT`) or those of diffusers.
+
+    `more`: other keys that entries may have.
 
     Raises `InputError` for an unreadable file, unknown or missing keys, and folders that do not exist.
     """
@@ -191,7 +193,7 @@ def read_concepts(path: str | Path) -> list[dict[str, str]]:
         raise InputError(f"--concepts_list {path}: expected a JSON list of mappings with {', '.join(CONCEPT)}")
     concepts = []
     for number, entry in enumerate(entries, 1):
-        if unknown := entry.keys() - {*CONCEPT, *DIFFUSERS}:
+        if unknown := entry.keys() - {*CONCEPT, *DIFFUSERS, *more}:
             raise InputError(
                 f"--concepts_list {path}: concept {number} has the unknown key {', '.join(sorted(unknown))}"
             )

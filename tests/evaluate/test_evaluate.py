@@ -250,3 +250,41 @@ def test_bad_input_is_one_line(tmp_path):
     refused("holds 1 trainings; name one of them", run)
     (run / "checkpoints" / "5-adapters").mkdir(parents=True)
     refused("expected last, all, or some of the steps 5", run, "--checkpoints", "7")
+
+
+@pytest.mark.slow
+def test_each_concept_has_its_photographs_words_and_prompts(run, tmp_path):
+    """Custom Diffusion's evaluation: a row for each concept of a list."""
+    for number, name in enumerate(("dogs", "cats")):
+        pictures(tmp_path / name, 2, seed=number)
+    (tmp_path / "cats.txt").write_text("a {} in the snow\na red {}\n")
+    concepts = [
+        {"datapath": str(tmp_path / "dogs"), "caption": "<new1> dog", "reg_caption": "dog", "prompts": ["a {} at sea"]},
+        {"instance_data_dir": str(tmp_path / "cats"), "instance_prompt": "photo of a <new2> cat",
+         "class_prompt": "cat", "prompts": str(tmp_path / "cats.txt")},
+    ]  # fmt: skip
+    (tmp_path / "concepts.json").write_text(json.dumps(concepts))
+    evaluate(run, *QUICK, "--concepts_list", tmp_path / "concepts.json", "--out", tmp_path / "scores.json")
+    dog, cat = json.loads((tmp_path / "scores.json").read_text())
+    assert [one["class_word"] for one in (dog, cat)] == ["dog", "cat"]
+    assert {one["prompt"] for one in dog["pictures"]} == {"a <new1> dog at sea"}
+    assert {one["prompt"] for one in cat["pictures"]} == {"a <new2> cat in the snow", "a red <new2> cat"}
+    assert {"clip_i", "clip_t"} <= dog["scores"].keys() and dog["scores"]["clip_i"] != cat["scores"]["clip_i"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reg_caption": None}, "concept 1: its class must be named"),
+        ({"reg_caption": "cat"}, "concept 1: its class must be named .* got '<new1> dog' and 'cat'"),
+        ({"prompts": "absent.txt"}, "--prompts absent.txt is no file"),
+        ({"prompts": ["a dog"]}, "expected a template per line with {} once"),
+    ],
+)
+def test_concepts_that_cannot_be_scored(tmp_path, change, message):
+    entry = {"datapath": str(tmp_path), "caption": "<new1> dog", "reg_caption": "dog", **change}
+    (tmp_path / "concepts.json").write_text(json.dumps([entry]))
+    with pytest.raises(InputError, match=message):
+        evaluate(tmp_path, "--concepts_list", tmp_path / "concepts.json")
+    with pytest.raises(InputError, match="leave --data_root"):
+        evaluate(tmp_path, "--concepts_list", tmp_path / "concepts.json", "--class_word", "dog")
