@@ -9,11 +9,23 @@ from safetensors.torch import load_file
 
 from ldm.config import load_config, plain
 from ldm.errors import InputError
-from ldm.interchange import apply, cloneofsimo, diffusers_json, diffusers_model, identify, layers, load_any, lora_keys
+from ldm.interchange import (
+    apply,
+    cloneofsimo,
+    diffusers_json,
+    diffusers_model,
+    embeddings,
+    identify,
+    layers,
+    load_any,
+    lora_keys,
+    names,
+)
 from ldm.interchange.base_files import base_weights
 from ldm.interchange.lora import Factors, Lora, delta
 from ldm.models import bases
 from ldm.models.building import build_model, untuned
+from ldm.modules.encoders.tokens import load_words
 from tests.conftest import ROOT
 from tests.helpers import assert_close_to
 from tests.small_bases import TEXT, narrow
@@ -325,11 +337,41 @@ def test_nameless_files_of_stable_diffusion_2(case, tmp_path):
     file = tmp_path / "x.safetensors"
     cloneofsimo.write_safetensors(file, cloneofsimo.from_lora(lora, case.model))
     searched = [f"text_encoder.{n}" for n in layers.find_layers(case.pipeline.text_encoder, ["CLIPAttention"])]
-    names = layers.dialects(case.model)["diffusers"]
+    theirs = layers.dialects(case.model)["diffusers"]
     ordered = layers.in_order(case.model, "text_encoder", ["CLIPAttention"], "diffusers")
     plain_names = [name.replace("text_model.", "") for name in searched]
-    assert [names[n].replace("text_model.", "") for n in ordered] == plain_names
+    assert [theirs[n].replace("text_model.", "") for n in ordered] == plain_names
     back = cloneofsimo.to_lora(cloneofsimo.read_safetensors(file), case.model, "x")
     assert all(delta(one).abs().max() == 0 for name, one in back.layers.items() if name not in lora.layers)
     for name, one in lora.layers.items():
         assert_close_to(delta(back.layers[name]), delta(one), 2e-3)
+
+
+@pytest.mark.parametrize("case", ["sdxl"], indirect=True, scope="module")
+@torch.no_grad()
+def test_a_word_of_sdxl_means_the_same_in_diffusers(case, tmp_path):
+    """`clip_l` and `clip_g` of one file, as scripts load them into the two text encoders."""
+    generator, file = torch.Generator().manual_seed(6), tmp_path / "toy.safetensors"
+    embeddings.write_diffusers(file, {"<toy>": tuple(torch.randn(2, 16, generator=generator) for _ in range(2))})
+    held, pipeline = load_file(file), type(case.pipeline).from_pretrained(case.folder)
+    for name, end in (("clip_l", ""), ("clip_g", "_2")):
+        parts = {part: getattr(pipeline, f"{part}{end}") for part in ("text_encoder", "tokenizer")}
+        pipeline.load_textual_inversion({"<toy>": held[name]}, token="<toy>", **parts)
+    model = build_model(case.config, None).eval()
+    model.load_state_dict(case.model.state_dict())
+    assert load_words(model, file, "--embedding_path") == ["<toy>"]
+    theirs, _, pooled, _ = pipeline.encode_prompt("a photo of <toy> here", do_classifier_free_guidance=False)
+    ours = model.conditions(["a photo of <toy> here"], (32, 32))[0]
+    assert_close_to(theirs, ours["crossattn"], 1e-4)
+    assert_close_to(pooled, ours["vector"][:, :12], 1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd_v1", "sd_v2", "sdxl_base"])
+def test_the_layout_follows_from_the_names_of_attention_alone(golden, name):
+    """Files of deltas hold no others. SDXL has no attention at its finest level."""
+    keys = json.loads((golden / f"manifests/{name}_manifest.json").read_text())["keys"]
+    unet = [key.removeprefix(names.UNET) for key in keys if key.startswith(names.UNET)]
+    layout, attention = names.layout_of(unet), [key for key in unet if ".attn2." in key]
+    assert names.layout_of_attention(attention) == layout
+    theirs = names.translate_all(attention, names.unet_table(layout), name).values()
+    assert names.layout_of_diffusers_attention(theirs) == layout
