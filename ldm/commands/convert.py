@@ -6,7 +6,7 @@
     ldm convert --mode compvis-to-diffuser --ckpt models/sd-v1-4.ckpt --delta_ckpt delta.ckpt
 
 What the input is, is seen by looking at it. It can become:
-  a LoRA, or a folder of ours that holds one      cloneofsimo, cloneofsimo-pt, comfyui, diffusers, kohya
+  a LoRA, or a folder of ours that holds one      cloneofsimo, cloneofsimo-pt, comfyui, diffusers, kohya, peft
   LoHa, LoKr, DoRA, OFT, ..., or such a folder    lycoris (for web UIs), peft-kinds
   a Custom Diffusion delta, or such a folder      delta, delta-diffusers, delta-attn-procs
   what has learnt words                           words (for diffusers), words-ldm (for LDM and web UIs)

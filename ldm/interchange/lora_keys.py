@@ -95,7 +95,7 @@ def read_factors(path: str | Path | Opened, initial: bool = False) -> dict[str, 
             found.setdefault(parts[0], {})[parts[1]] = value
     unknown += [layer for layer, roles in found.items() if not {"up", "down"} <= roles.keys()]
     if unknown:
-        raise unknown_keys(path, unknown)
+        raise _beside_lora(file, unknown)
     factors = {}
     try:
         configs, patterns = peft_config.configurations(file), Patterns(f"{path}: PEFT's configuration is damaged")
@@ -124,6 +124,16 @@ def _checked(layer: str, roles: Mapping[str, Tensor], path: Path) -> Factors:
         return Factors(down, up)
     number = alpha.item() if alpha.numel() == 1 else alpha.shape
     return Factors(down, up, peft_config.finite_alpha(number, layer, path) / rank)
+
+
+def _beside_lora(file: Opened, keys: list[str]) -> InputError:
+    """The error for what PEFT may train beside the factors, and for other unknown keys."""
+    advice = "no LoRA here has that: merge it into its base with PEFT"
+    if biases := [key for key in keys if key.endswith((".lora_B.bias", ".lora_up.bias"))]:
+        return InputError(f"{file.path} was trained with lora_bias ({biases[0]}), and {advice}")
+    if saved := [key for key in keys if peft_config.saves(file, key)]:
+        return InputError(f"{file.path} holds whole weights of PEFT's modules_to_save ({saved[0]}), and {advice}")
+    return unknown_keys(file.path, keys)
 
 
 def unknown_keys(path: str | Path, keys: list[str]) -> InputError:
@@ -226,10 +236,14 @@ def write_diffusers(path: str | Path, lora: Lora, model: nn.Module) -> None:
 
 
 def write_kohya(path: str | Path, lora: Lora, model: nn.Module, dialect: str = "kohya") -> None:
-    """Write a file for web UIs: the factors unchanged, and alpha = scale * rank. ComfyUI's has other names."""
-    tensors = {}
+    """Write a file for web UIs: the factors unchanged, and alpha = scale * rank. ComfyUI's has other names.
+
+    If the layers have several alphas, they are folded into the factors and every alpha is the rank, because diffusers
+    takes one alpha for all layers.
+    """
+    tensors, several = {}, len({one.scale * one.rank for one in lora.layers.values()}) > 1
     for layer, stem in names_in(model, lora.layers, dialect).items():
-        factors = lora.layers[layer]
+        factors = folded(lora.layers[layer]) if several else lora.layers[layer]
         tensors |= {
             f"{stem}.lora_down.weight": factors.down,
             f"{stem}.lora_up.weight": factors.up,

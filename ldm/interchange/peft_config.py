@@ -105,3 +105,11 @@ def start_of(config: Mapping[str, Any], opened: Opened) -> Path | None:
             "path_initial_model_for_weight_conversion"
         )
     return found
+
+
+def saves(opened: Opened, key: str) -> bool:
+    """Whether a key is of a module that PEFT trained whole (`modules_to_save`)."""
+    if ".modules_to_save." in key:
+        return True
+    names = [name for config in configurations(opened).values() for name in config.get("modules_to_save") or ()]
+    return any(f".{name}." in f".{key}" for name in names if isinstance(name, str))

@@ -337,3 +337,7 @@ def _lora(file: Opened, context: Context) -> Lora:
 
 
 PEFT = Codec(is_peft, {"kinds": _kinds, "lora": _lora}, write, file_in=lora_keys.file_of)
+PLAIN = Codec(  # read as `diffusers`
+    lambda file: False, {"lora": lora_keys.READS["lora"]},
+    lambda path, lora, context: write(path, neutral.of_lora(lora), context),
+)  # fmt: skip

@@ -122,6 +122,6 @@ def test_a_file_is_opened_once(config, tmp_path, monkeypatch):
 
 def test_what_is_not_written():
     assert "adapter" not in formats.written() and set(formats.written("lora")) == {
-        "cloneofsimo", "cloneofsimo-pt", "comfyui", "diffusers", "kohya",
+        "cloneofsimo", "cloneofsimo-pt", "comfyui", "diffusers", "kohya", "peft",
     }  # fmt: skip
     assert by_name("adapter").not_written

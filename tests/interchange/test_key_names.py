@@ -1,15 +1,20 @@
 """The names that LoRA files in circulation have for layers, and learnt words among their tensors."""
 
+import copy
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ldm.commands import Program
 from ldm.errors import InputError
-from ldm.interchange import cloneofsimo, identify, load_any, lora_keys, read_lora, words_in
-from ldm.interchange.lora import Lora
+from ldm.interchange import cloneofsimo, diffusers_model, identify, load_any, lora_keys, read_lora, words_in
+from ldm.interchange.formats import Context, by_name
+from ldm.interchange.layers import names_in
+from ldm.interchange.lora import Lora, delta
 from ldm.interchange.names import TEXT, UNET
 from tests import interchange_models
+from tests.helpers import assert_close_to
 from tests.interchange.test_lora_keys import random_lora, same
 
 torch.set_num_threads(1)
@@ -162,3 +167,44 @@ def test_bundled_words_of_two_encoders_and_damaged_ones(lora, tmp_path, key, tol
     else:
         [vectors] = words_in(tmp_path / "x").values()
         assert [part.shape[-1] for part in vectors] == [4, 8]
+
+
+def test_mixed_alphas_are_folded_for_diffusers(model, tmp_path):
+    """diffusers takes one alpha for all layers of a kohya file; alpha = rank is right for each of them."""
+    one, two = random_lora(model, [OURS], rank=2, scale=0.5), random_lora(model, [TEXTS], rank=5, scale=0.25)
+    mixed = Lora({**one.layers, **two.layers})
+    lora_keys.write_kohya(tmp_path / "x", mixed, model)
+    found = load_file(tmp_path / "x")
+    ranks = {key.removesuffix(".lora_down.weight"): len(v) for key, v in found.items() if "lora_down" in key}
+    assert all(found[f"{stem}.alpha"].item() == rank for stem, rank in ranks.items())
+    same(mixed, read_lora(tmp_path / "x", model))
+
+
+@torch.no_grad()
+def test_peft_reads_our_folder(config, model, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install .[test]")
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install .[test]")
+    lora = random_lora(model, ["attn2.to_k", "ff.net.0"])
+    lora.layers |= random_lora(model, ["attn1.to_q"], rank=2, scale=2.0).layers
+    by_name("peft").write(tmp_path / "lora", lora, Context(model))
+    assert identify(tmp_path / "lora") == "diffusers"
+    same(lora, read_lora(tmp_path / "lora", model))
+    unet = diffusers.UNet2DConditionModel.from_config(diffusers_model.configurations(config.model.params)["unet"])
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    after = peft.PeftModel.from_pretrained(unet, tmp_path / "lora").merge_and_unload().state_dict()
+    names = names_in(model, lora.layers, "diffusers")
+    for layer, factors in lora.layers.items():
+        name = names[layer].removeprefix("unet.") + ".weight"
+        assert_close_to(after[name] - before[name], delta(factors), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"), [({"lora_bias": True}, "lora_bias"), ({"modules_to_save": ["k_proj"]}, "modules_to_save")]
+)
+def test_what_peft_trains_beside_the_factors(model, tmp_path, settings, told):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install .[test]")
+    text = copy.deepcopy(model.cond_stage_model.transformer)
+    wrapped = peft.get_peft_model(text, peft.LoraConfig(r=2, target_modules=["q_proj"], **settings))
+    wrapped.save_pretrained(str(tmp_path / "lora"))
+    with pytest.raises(InputError, match=told):
+        read_lora(tmp_path / "lora", model)
