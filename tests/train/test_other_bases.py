@@ -172,3 +172,5 @@ def test_a_nine_channel_model_paints_where_the_mask_is_white(tmp_path, monkeypat
     white = seen[0][0, 4]
     assert white[:, : white.shape[1] // 2].all() and not white[:, white.shape[1] // 2 :].any()
     assert all(torch.equal(x[:1, 4:], seen[0][:1, 4:]) for x in seen) and seen[0][0, 5:].any()
+    [again] = runs.sample(tmp_path / "again", *begin, *settings, config=config)
+    assert torch.equal(runs.pixels(again), runs.pixels(file)), "a seed gives the same picture"

@@ -13,6 +13,7 @@ from ldm.checkpoints import read_weights
 from ldm.errors import InputError
 from ldm.models.building import load_base
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
 FIRST_CONVOLUTION_EMA = "model_ema.diffusion_modelinput_blocks00weight"
@@ -65,14 +66,22 @@ class LatentInpaintDiffusion(LatentDiffusion):
         channels = [self.channels_of(batch, key, latents.shape[2:]) for key in self.concat_keys]
         return latents, {"c_concat": [torch.cat(channels, dim=1)], "c_crossattn": [text]}
 
-    def channels_of(self, batch: Mapping[str, Any], key: str, size: torch.Size) -> Tensor:
-        """An entry of the batch as additional channels [b, c, h, w] of the latents."""
+    def channels_of(
+        self, batch: Mapping[str, Any], key: str, size: Sequence[int], random: bool = True
+    ) -> Tensor:
+        """An entry of the batch as additional channels [b, c, h, w] of the latents.
+
+        A picture is a sample of the autoencoder's posterior, or its mode unless `random`.
+        """
         if key not in batch:
             raise InputError(f"the batch has no {key!r}, which this inpainting model is conditioned on")
         value = self.get_input(batch, key)
         if key != self.masked_image_key:
             return F.interpolate(value, size=tuple(size))
-        return self.get_first_stage_encoding(self.encode_first_stage(value)).detach()
+        posterior = self.encode_first_stage(value)
+        if not random and isinstance(posterior, DiagonalGaussianDistribution):
+            posterior = posterior.mode()
+        return self.get_first_stage_encoding(posterior).detach()
 
     def masks_of(self, batches: Sequence[Mapping[str, Any]], drawn: Sequence[tuple]) -> list[Tensor | None]:
         """The batch's `mask` is a condition; only `loss_mask` weighs the loss."""
@@ -96,7 +105,8 @@ def painting_condition(model: LatentDiffusion, text: Any, picture: Tensor, mask:
         raise InputError(f"this model is conditioned on {', '.join(sorted(unknown))}, which a picture and a mask lack")
     batch = {key: value.permute(0, 2, 3, 1) for key, value in held.items()}
     size = tuple(side // model.first_stage_model.downsampling_factor for side in picture.shape[2:])
-    channels = torch.cat([model.channels_of(batch, key, size) for key in model.concat_keys], dim=1)
+    # the mode: a seed gives the same picture in any batch
+    channels = torch.cat([model.channels_of(batch, key, size, random=False) for key in model.concat_keys], dim=1)
     return {"c_concat": [channels], "c_crossattn": [text]}
 
 
