@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoints import atomic_write, read_weights, save_json, save_safetensors
+from ldm.checkpoints import atomic_write, save_json, save_safetensors
 from ldm.config import plain
 from ldm.errors import InputError, short
 from ldm.files import read_json
@@ -21,6 +21,7 @@ from ldm.interchange import layers
 from ldm.interchange.diffusers_json import BETAS, PREDICTIONS, check, heads, of_folder, schedule
 from ldm.interchange.diffusers_weights import from_diffusers, refuse_parts, text_parts, to_diffusers
 from ldm.interchange.formats import Codec, Context, Opened
+from ldm.interchange.part_files import read_part
 from ldm.interchange.text_encoders import Embedder, embedders, refuse_other_states, save_tokenizer
 from ldm.models.bases import BASES, DEFAULT, FIRST_LAYER, Base, Part, base_of, explained, is_ignored
 
@@ -237,7 +238,7 @@ def read_folder(path: str | Path, params: Mapping[str, Any] | None = None) -> di
     rows = [base for base in BASES if base.pipeline and base.pipeline == pipeline]
     base = _row(rows, path, params) if rows else DEFAULT
     try:
-        parts = {name: _read_part(path / part.folder, part) for name, part in base.parts.items()}
+        parts = {name: read_part(path / part.folder, part) for name, part in base.parts.items()}
         return from_diffusers(parts, str(path), base)
     except InputError as error:
         if rows or not pipeline:
@@ -291,15 +292,6 @@ def base_of_layout(weights: Mapping[str, Tensor]) -> Base:
 def is_folder(path: str | Path) -> bool:
     """Whether a path is a diffusers model folder."""
     return (Path(path) / "model_index.json").is_file()
-
-
-def _read_part(folder: Path, part: Part) -> dict[str, Tensor]:
-    stems = [part.file, part.older]
-    files = [folder / f"{s}{v}.{e}" for v in ("", ".fp16") for s, e in zip(stems, ("safetensors", "bin"), strict=True)]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
-        raise InputError(f"{folder} holds none of {', '.join(f.name for f in files)}; is the download complete?")
-    return read_weights(found)
 
 
 # --- the row
