@@ -221,7 +221,7 @@ DEFAULT = BASES[0]
 
 # --- other files
 
-NO_TRANSFORMER = "this program has UNets alone; use a Stable Diffusion v1 checkpoint"
+NO_TRANSFORMER = "this program has UNets alone; use a checkpoint of Stable Diffusion v1, 2.x or SDXL"
 USE_SDXL = "use a checkpoint of SDXL's base, or the config of this model if you have one"
 LORA_KEY = re.compile(r"(^lora_(unet|te\d?)_)|\.lora_([AB]|down|up)\b|_lora\.(down|up)\.|\.lora_linear_layer\.")
 
