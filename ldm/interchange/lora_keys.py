@@ -238,12 +238,16 @@ def write_diffusers(path: str | Path, lora: Lora, model: nn.Module) -> None:
 def write_kohya(path: str | Path, lora: Lora, model: nn.Module, dialect: str = "kohya") -> None:
     """Write a file for web UIs: the factors unchanged, and alpha = scale * rank. ComfyUI's has other names.
 
-    If the layers have several alphas, they are folded into the factors and every alpha is the rank, because diffusers
-    takes one alpha for all layers.
+    If the layers have several alphas, all get the largest rank as alpha, and `up` has the rest of the scale, because
+    diffusers reads mixed alphas wrongly.
     """
     tensors, several = {}, len({one.scale * one.rank for one in lora.layers.values()}) > 1
+    alpha = max((one.rank for one in lora.layers.values()), default=1)
     for layer, stem in names_in(model, lora.layers, dialect).items():
-        factors = folded(lora.layers[layer]) if several else lora.layers[layer]
+        factors = lora.layers[layer]
+        if several:
+            scale = alpha / factors.rank
+            factors = Factors(factors.down, factors.up * (factors.scale / scale), scale)
         tensors |= {
             f"{stem}.lora_down.weight": factors.down,
             f"{stem}.lora_up.weight": factors.up,

@@ -101,6 +101,18 @@ def test_diffusers_loads_ours(model, lora, pipeline, tmp_path, write):
     assert_close_to(theirs - before, ours - before, 1e-4)
 
 
+def test_diffusers_loads_ours_of_mixed_ranks_and_scales(model, pipeline, tmp_path):
+    """It reads mixed alphas of kohya's files wrongly, so ours have one."""
+    kinds = (("attn1", 2, 0.5), ("attn2", 5, 0.25), ("self_attn", 3, 1.5))
+    mixed = Lora({n: f for word, r, scale in kinds for n, f in random_lora(model, [word], r, scale).layers.items()})
+    lora_keys.write_kohya(tmp_path / "lora.safetensors", mixed, model)
+    before = their_output(pipeline)
+    pipeline.load_lora_weights(tmp_path / "lora.safetensors")
+    with apply.added(model, apply.lora_changes(mixed, model)):
+        ours = interchange_models.unet_output(model)
+    assert_close_to(their_output(pipeline) - before, ours - before, 1e-4)
+
+
 def test_we_load_theirs(model, pipeline, tmp_path):
     from peft import LoraConfig
 
