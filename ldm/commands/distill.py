@@ -96,7 +96,8 @@ def extracted(tuned, base, cut, quantile: float, signed: bool):
     if signed:  # the published rule, with the signs that a whole SVD chooses
         return lora.distilled(tuned, base, cut.rank, quantile, signed)
     difference = tuned.float() - base.float()
-    parts = resize.of_change(difference)
+    most = max(cut.rank, cut.conv_rank or 0)
+    parts = resize.leading(difference, most)
     factors = resize.cut(parts, cut.of(parts.s, difference[0, 0].numel()), difference.shape)
     return factors if quantile == 1 else lora.clamped(factors, quantile)
 

@@ -24,6 +24,7 @@ from ldm.interchange.parts import Part
 
 UP, DOWN, MID = "lora_up.weight", "lora_down.weight", "lora_mid.weight"
 DORA = "dora_scale"
+LARGEST = 2**28  # numbers in the factors of one layer
 BIASES = ("diff_b", "b_norm")  # differences of a layer's bias
 
 
@@ -101,8 +102,8 @@ def _rescaled(part: Part, weight: Tensor) -> Tensor:
 
     `options["with_bias"]`: the bias is multiplied as well, as in PEFT.
     """
-    factor = part["weight"].flatten()
     on_input = bool(part.tensors["on_input"])
+    factor = part.vector("weight", weight.shape[1 if on_input else 0])
     return weight * factor.reshape(*((1, -1) if on_input else (-1, 1)), *[1] * (weight.dim() - 2))
 
 
@@ -116,11 +117,47 @@ def _norm(part: Part, _weight: Tensor) -> Tensor:
     return part["w_norm"]
 
 
+# --- how many numbers the products in a change have: a small file must not ask for a large one
+
+
+def _sizes_of_lora(part: Part, _weight: Tensor) -> list[int]:
+    core = part.tensors[MID][0, 0].numel() if MID in part.tensors else 1
+    return [len(part.tensors[UP]) * part.tensors[DOWN][0].numel() * core]
+
+
+def _sizes_of_hadamard(part: Part, _weight: Tensor) -> list[int]:
+    return [_size(part, f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}") for i in (1, 2)]
+
+
+def _sizes_of_kronecker(part: Part, _weight: Tensor) -> list[int]:
+    return [math.prod(
+        part.tensors[f"lokr_w{i}"].numel() if f"lokr_w{i}" in part.tensors
+        else _size(part, f"lokr_w{i}_a", f"lokr_w{i}_b", f"lokr_t{i}") for i in (1, 2)
+    )]  # fmt: skip
+
+
+def _size(part: Part, a: str, b: str, core: str) -> int:
+    """Of `_matrix`."""
+    if core in part.tensors:
+        return part.tensors[a].shape[1] * part.tensors[b].shape[1] * part.tensors[core][0, 0].numel()
+    return len(part.tensors[a]) * part.tensors[b][0].numel()
+
+
+def _sizes_of_generalized(part: Part, weight: Tensor) -> list[int]:
+    a1, a2, b1, b2 = (part.tensors[f"{name}.weight"] for name in ("a1", "a2", "b1", "b2"))
+    if _is_early(part, weight):
+        a1, a2, b1, b2 = a2, a1, b2, b1
+    core = part.tensors["bm.weight"][0, 0].numel() if "bm.weight" in part.tensors else 1
+    rows, places = len(weight), weight[0, 0].numel()
+    return [len(b1) * b2[0].numel() * core, rows * a2.shape[1] * places, len(a1) * rows * places]
+
+
 @dataclass(frozen=True)
 class Kind:
     """A row: the tensors that tell it, those that it needs and may have, and its change.
 
     Each tensor of `marks` alone tells the kind. `needs` has alternatives joined by `|`, each a list joined by `+`.
+    `sizes`: of the products, each of which must be that of the weight.
     `rank`: the tensor and axis that the rank is read from. `staged`: the change takes the strength itself, because it
     is not proportional to it.
     """
@@ -131,6 +168,7 @@ class Kind:
     may: tuple[str, ...] = ()
     change: Callable[..., Tensor] = _whole
     rank: tuple[tuple[str, int], ...] = ()
+    sizes: Callable[[Part, Tensor], list[int]] = lambda part, weight: []
     staged: bool = False
 
     def lacks(self, names: Iterable[str]) -> str | None:
@@ -148,14 +186,15 @@ class Kind:
 KINDS = {
     "loha": Kind(
         "LoHa", ("hada_w1_a",), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2", DORA),
-        _hadamard, (("hada_w1_b", 0),),
+        _hadamard, (("hada_w1_b", 0),), _sizes_of_hadamard,
     ),
     "lokr": Kind(
         "LoKr", ("lokr_w1", "lokr_w1_a"), ("lokr_w1|lokr_w1_a+lokr_w1_b", "lokr_w2|lokr_w2_a+lokr_w2_b"),
-        ("lokr_t1", "lokr_t2", DORA), _kronecker, (("lokr_w2_b", 0), ("lokr_w1_b", 0)),
+        ("lokr_t1", "lokr_t2", DORA), _kronecker, (("lokr_w2_b", 0), ("lokr_w1_b", 0)), _sizes_of_kronecker,
     ),
     "glora": Kind(
         "GLoRA", ("a1.weight",), ("a1.weight", "a2.weight", "b1.weight", "b2.weight"), ("bm.weight",), _generalized,
+        sizes=_sizes_of_generalized,
     ),
     "ia3": Kind("(IA)3", ("on_input",), ("weight", "on_input"), change=_rescaled),
     "oft": Kind("OFT", (), ("oft_blocks",), ("rescale",), rotations.of_outputs),
@@ -164,7 +203,7 @@ KINDS = {
     "oft-peft": Kind("OFT of PEFT", ("oft_R",), ("oft_R",), change=rotations.of_inputs),
     "boft-peft": Kind("BOFT of PEFT", ("boft_R",), ("boft_R", "boft_s"), change=rotations.butterfly_of_inputs),
     "norm": Kind("norms", ("w_norm",), ("w_norm",), ("b_norm",), _norm),
-    "lora": Kind("LoRA", (UP, DOWN), (UP, DOWN), (MID, DORA), _lora, ((DOWN, 0),)),
+    "lora": Kind("LoRA", (UP, DOWN), (UP, DOWN), (MID, DORA), _lora, ((DOWN, 0),), _sizes_of_lora),
     "full": Kind("whole differences", ("diff", "diff_b"), ("diff|diff_b",), ("diff_b",)),
 }  # fmt: skip
 FIXED = ("oft-peft", "boft-peft")  # of no client does a strength other than 1 mean anything
@@ -222,6 +261,8 @@ def decomposed(weight: Tensor, magnitude: Tensor) -> Tensor:
     magnitude: [out], [out, 1, ...], or [1, in, ...].
     """
     axis = 0 if magnitude.shape[0] == weight.shape[0] else 1
+    if magnitude.numel() != weight.shape[axis]:
+        raise ValueError(f"dora_scale has {magnitude.numel()} numbers; expected {weight.shape[axis]}")
     norms = weight.transpose(0, axis).flatten(1).norm(dim=1) + torch.finfo(weight.dtype).eps
     shape = [1] * weight.dim()
     shape[axis] = -1
@@ -264,6 +305,8 @@ def _weight(weights: Mapping[str, Tensor], name: str, source: str) -> Tensor:
 
 def _fitted(part: Part, layer: str, weight: Tensor, strength: float, source: str) -> Tensor:
     try:
+        if any(size != weight.numel() for size in KINDS[part.kind].sizes(part, weight)):
+            raise ValueError("a product has another size than the weight")
         return change(part, weight, strength)
     except InputError as error:
         raise InputError(f"{source}: {layer}: {error}") from None
@@ -304,8 +347,12 @@ def as_lora(kinds: Kinds, source: str) -> Lora:
 
 
 def _exact(part: Part) -> Factors | None:
+    """The factors of a part; None if there are none, or not of a rank below the layer's own."""
     if part.kind == "lora":
         return _low_rank(part)
+    rank, sides = _rank_as_lora(part)
+    if not 0 < rank <= min(sides) or rank * sum(sides) > LARGEST:
+        return None
     if part.kind == "loha" and "hada_t1" not in part.tensors:
         # row o of (A1 B1) * (A2 B2) is the sum over i, j of A1[o, i] A2[o, j] times B1[i] * B2[j]
         (a1, a2), (b1, b2) = ([part[f"hada_w{i}_{role}"].flatten(1) for i in (1, 2)] for role in "ab")
@@ -318,6 +365,24 @@ def _exact(part: Part) -> Factors | None:
             torch.kron(torch.eye(w1.shape[1]), part["lokr_w2_b"].flatten(1)), torch.kron(w1, part["lokr_w2_a"])
         )
     return None
+
+
+def _rank_as_lora(part: Part) -> tuple[int, tuple[int, int]]:
+    """The rank of a LoHa or LoKr as plain LoRA, and the sides [out, in * places] of its change; rank 0: none."""
+    if part.kind == "loha":
+        rank, sides = (
+            len(part.tensors["hada_w1_b"]),
+            (len(part.tensors["hada_w1_a"]), part.tensors["hada_w1_b"].shape[1]),
+        )
+        return rank * len(part.tensors["hada_w2_b"]), sides
+    if part.kind != "lokr" or "lokr_w2_b" not in part.tensors:
+        return 0, (0, 0)
+    whole = part.tensors.get("lokr_w1")
+    if whole is None:
+        whole = torch.empty(len(part.tensors["lokr_w1_a"]), part.tensors["lokr_w1_b"].shape[1], device="meta")
+    rows, columns = whole.shape[:2]
+    a, b = part.tensors["lokr_w2_a"], part.tensors["lokr_w2_b"]
+    return columns * len(b), (rows * len(a), columns * b[0].numel())
 
 
 def _low_rank(part: Part) -> Factors:

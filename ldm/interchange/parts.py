@@ -26,6 +26,13 @@ class Part:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name].detach().float()
 
+    def vector(self, name: str, size: int) -> Tensor:
+        """A tensor of so many numbers, flat, in fp32. Raises `ValueError` for another number of them."""
+        value = self[name].flatten()
+        if len(value) != size:
+            raise ValueError(f"{name} has {len(value)} numbers; expected {size}")
+        return value
+
     def get(self, name: str) -> Tensor | None:
         """A tensor in fp32, or None."""
         return self[name] if name in self.tensors else None

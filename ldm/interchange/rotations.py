@@ -75,10 +75,10 @@ def butterfly_of_outputs(part: Part, weight: Tensor, strength: float = 1.0) -> T
 
 
 def _times(weight: Tensor, part: Part, strength: float) -> Tensor:
-    factor = part.get("rescale")
-    if factor is None:
+    if "rescale" not in part.tensors:
         return weight
-    return weight * (1 + strength * (factor.reshape(-1, *[1] * (weight.dim() - 1)) - 1))
+    factor = part.vector("rescale", len(weight)).reshape(-1, *[1] * (weight.dim() - 1))
+    return weight * (1 + strength * (factor - 1))
 
 
 # --- of the inputs, PEFT
@@ -145,7 +145,7 @@ def butterfly_of_inputs(part: Part, weight: Tensor) -> Tensor:
         mixed[:, order] = rows
         mixed = torch.einsum("okb,kcb->okc", mixed.reshape(len(rows), len(blocks), size), blocks).flatten(1)
         rows = mixed[:, order]
-    return (part["boft_s"].reshape(-1, 1) * rows).reshape(weight.shape) - weight
+    return (part.vector("boft_s", len(weight))[:, None] * rows).reshape(weight.shape) - weight
 
 
 def _order(width: int, size: int, stage: int) -> Tensor:

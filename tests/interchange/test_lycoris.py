@@ -262,6 +262,18 @@ def test_refusals(library, model, tmp_path):
     refused(loha | {f"{name}.strange": torch.ones(1)}, r"1 unknown keys, e.g. .*\.strange;")
     refused({key.replace("lora_unet", "nowhere"): value for key, value in loha.items()}, "unknown keys, e.g. nowhere")
     refused({f"{name}.diff_b": torch.ones(7)}, "has no weight .*attn1.to_q.bias; wrong base model")
+    # a small file that asks for 40 GB, and vectors of one number, which would fit anything
+    shapes = {"a": (10**5, 1), "b": (1, 10**5)}
+    large = {f"{name}.hada_w{i}_{role}": torch.ones(shape) for i in (1, 2) for role, shape in shapes.items()}
+    refused(large, "another base model, or is damaged: .*LoHa")
+    refused({f"{name}.lokr_w{i}": torch.ones(317, 317) for i in (1, 2)}, "another base model, or is damaged: .*LoKr")
+    tall = {
+        f"{name}.lora_{role}.weight": torch.ones(shape) for role, shape in (("up", (10**5, 1)), ("down", (1, 10**5)))
+    }
+    refused(tall | {f"{name}.dora_scale": torch.ones(10**5)}, "another base model, or is damaged: .*LoRA")
+    rows = {f"{name}.lora_{role}.weight": torch.ones(shape) for role, shape in (("up", (32, 1)), ("down", (1, 32)))}
+    refused(rows | {f"{name}.dora_scale": torch.ones(1)}, "another base model, or is damaged: .*LoRA")
+    refused({f"{name}.weight": torch.ones(1), f"{name}.on_input": torch.tensor(0)}, "another base model, or is damaged")
     refused({f"{name}.oft_blocks": torch.ones(5, 3, 3)}, "OFT of .*does not fit this model's weight")
     refused({f"{name}.oft_blocks": torch.ones(2, 2)}, r"has \['oft_blocks'\], which no kind of change has")
     refused({f"{name}.dora_scale": torch.ones(32)}, r"has \['dora_scale'\], which no kind of change has")

@@ -27,6 +27,24 @@ def test_the_decomposition_is_that_of_a_whole_svd(shape):
         assert_close_to(delta(resize.cut(found, rank, shape)), best.float(), 1e-5)
 
 
+@pytest.mark.parametrize("shape", [(150, 400), (400, 150), (90, 20, 3, 3)])
+@pytest.mark.parametrize("fall", [0, 4])
+def test_the_leading_values_leave_out_as_little_as_a_whole_svd(shape, fall):
+    """A flat spectrum, where nothing separates the values, and one that falls by orders of magnitude to zero."""
+    change = random_change(*shape)
+    u, s, vh = torch.linalg.svd(change.flatten(1).double(), full_matrices=False)
+    if fall:
+        s = torch.logspace(0, -fall, len(s), dtype=torch.float64) * (torch.arange(len(s)) < 20)
+    change = (u * s @ vh).reshape(shape).float()
+    whole = change.flatten(1).double()
+    for rank in (4, 20):
+        found = resize.leading(change, rank)
+        assert len(found.s) == len(s) and found.u.shape[1] == rank + resize.OVERSAMPLED < len(s)
+        least, ours = s[rank:].norm(), (delta(resize.cut(found, rank, shape)).flatten(1).double() - whole).norm()
+        assert ours <= least * (1 + 1e-5) + 1e-6 * whole.norm()
+        assert_close_to(found.s[:rank], s[:rank].float(), 1e-5)
+
+
 def test_a_change_of_low_rank_has_no_more_values_than_that():
     """Values below what fp32 holds are zero, with finite vectors; a zero change has none."""
     found = resize.of_change(random_change(30, 3) @ random_change(3, 50, seed=1))
