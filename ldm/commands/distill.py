@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ldm.devices import best_device
+    from ldm.interchange import packed
     from ldm.interchange.command import config_for, read_model, skeleton, to_be_written, write_lora
     from ldm.interchange.lora import Lora
 
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     if not 0 < quantile <= 1:
         raise InputError(f"expected 0 < --clamp_quantile <= 1, got {quantile}")
     output, device = to_be_written(options.save_path, options.force, options.format), best_device(options.device)
-    tuned, base = (read_model(path) for path in paths)
+    tuned, base = (packed.split(read_model(path)) for path in paths)
     model, found = skeleton(config_for(options.config, *paths)), {}
     for name in tqdm(names_of(model, whole), desc="layers"):
         pair = pair_of(name, tuned, base)

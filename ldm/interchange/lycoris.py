@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import refuse_not_finite, save_safetensors, weights_in
-from ldm.errors import InputError
-from ldm.interchange import bundled, lora_keys, peft_config
+from ldm.errors import InputError, short
+from ldm.interchange import bundled, lora_keys, packed, peft_config
 from ldm.interchange import kinds as neutral
 from ldm.interchange.formats import Codec, Context, Opened
 from ldm.interchange.kinds import DORA, DOWN, FIXED, KINDS, UP, Kinds, Part
@@ -80,8 +80,11 @@ def read(file: Opened, names: Mapping[str, str] | None = None) -> Kinds:
         raise lora_keys.unknown_keys(source, unknown)
     trained = _Trained(file)
     parts = {layer: _part(layer, tensors, source, trained) for layer, tensors in grouped.items()}
-    named = {plain[layer] if names is None else names[plain[layer]]: part for layer, part in parts.items()}
-    return Kinds(named, words)
+    named = {layer: plain[layer] if names is None else names[plain[layer]] for layer in parts}
+    if len(set(named.values())) < len(named):
+        twice = next(layer for number, layer in enumerate(named) if named[layer] in list(named.values())[:number])
+        raise InputError(f"{source} changes {named[twice]} twice, under two spellings, e.g. {short(twice)}")
+    return Kinds({named[layer]: part for layer, part in parts.items()}, words)
 
 
 def _spelled(layer: str) -> str:
@@ -186,9 +189,11 @@ def _as_difference(layer: str, part: Part, context: Context) -> Part:
             f"{context.source} {what}: --to peft-kinds keeps it, and --base MODEL writes what it changes as whole "
             "differences"
         )
-    found = neutral.changes(Kinds({layer: part}), context.base, context.source)
+    base, outer = packed.split(context.base), f"{layer}."
+    own = {name: value for name, value in base.items() if name.startswith(outer)}
+    found = neutral.changes(Kinds({layer: part}), own, context.source)
     names = {"weight": "diff", "bias": "diff_b"}
-    return Part("full", {names[name.rpartition(".")[2]]: value.half() for name, value in found.items()})
+    return Part("full", {names[name.removeprefix(outer)]: value.half() for name, value in found.items()})
 
 
 def _kinds(file: Opened, context: Context) -> Kinds:

@@ -17,7 +17,7 @@ from ldm.checkpoints import atomic_write, refuse_not_finite, save_json, save_saf
 from ldm.errors import InputError, short
 from ldm.files import read_json
 from ldm.interchange import kinds as neutral
-from ldm.interchange import lora_keys, lycoris, peft_config
+from ldm.interchange import lora_keys, lycoris, packed, peft_config
 from ldm.interchange.formats import Codec, Context, Opened
 from ldm.interchange.kinds import DORA, DOWN, KINDS, UP, Kinds, Part
 from ldm.interchange.layers import dialects
@@ -153,7 +153,7 @@ def write(path: Path, kinds: Kinds, context: Context) -> None:
             f"{context.source} changes {' and '.join(networks)}; a PEFT folder holds one network: --to lycoris"
         )
     own = {names[layer].partition(".")[2]: part for layer, part in kinds.layers.items()}
-    shapes = context.model.state_dict()
+    shapes = packed.split(context.model.state_dict())
     weights = {names[layer].partition(".")[2]: shapes[f"{layer}.weight"] for layer in kinds.layers}
     config, tensors = _described(own, weights, context.source)
     if config["peft_type"] != "BOFT":  # it builds permutation matrices as wide as its layers

@@ -261,6 +261,8 @@ def test_refusals(library, model, tmp_path):
     refused(loha | {f"{name}.alpha": torch.tensor(float("nan"))}, "1 of 5 tensors are not finite")
     refused(loha | {f"{name}.strange": torch.ones(1)}, r"1 unknown keys, e.g. .*\.strange;")
     refused({key.replace("lora_unet", "nowhere"): value for key, value in loha.items()}, "unknown keys, e.g. nowhere")
+    twice = loha | {key.replace("lora_unet", "lycoris_unet"): value.clone() for key, value in loha.items()}
+    refused(twice, "changes .*attn1.to_q twice, under two spellings, e.g. 'l")
     refused({f"{name}.diff_b": torch.ones(7)}, "has no weight .*attn1.to_q.bias; wrong base model")
     # a small file that asks for 40 GB, and vectors of one number, which would fit anything
     shapes = {"a": (10**5, 1), "b": (1, 10**5)}

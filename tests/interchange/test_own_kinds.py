@@ -125,6 +125,44 @@ def test_to_peft(base, tmp_path, kind, capsys):
     same(outputs(inputs, through=found), expected, plain)
 
 
+def test_the_names_that_comfyui_and_web_uis_look_for(base, tmp_path, capsys):
+    """Their tables have kohya's name of every weight of diffusers' UNet, norms too, and these names of tensors."""
+    model, folder = base
+    targets = [LINEAR[0], CONVOLUTIONS[0], TEXT]
+    tuned(model, tmp_path / "own", lora("loha", targets), {"family": "norms"})
+    out = convert(tmp_path / "own", tmp_path / "x", "lycoris", folder, "--base", folder / "base.safetensors")
+    layers = [
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+        "lora_unet_down_blocks_0_resnets_1_conv1",
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+    ]
+    norms = [
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_norm2",
+        "lora_unet_down_blocks_0_resnets_1_norm1",
+        "lora_unet_mid_block_resnets_0_norm2",
+        "lora_unet_conv_norm_out",
+    ]
+    held = load_file(out)
+    factors = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha")
+    assert {key for key in held if "norm" not in key} == {f"{layer}.{name}" for layer in layers for name in factors}
+    assert {f"{norm}.{name}" for norm in norms for name in ("w_norm", "b_norm")} <= held.keys()
+
+
+def test_into_a_model_for_good(base, tmp_path, capsys):
+    """`ldm lora-add --mode upl-ckpt-v2` gives the weights that loading gives, at a strength as well."""
+    model, folder = base
+    tuned(model, tmp_path / "own", KINDS["dora"])
+    out = convert(tmp_path / "own", tmp_path / "x.safetensors", "lycoris", folder)
+    words = [folder / "base.safetensors", out, tmp_path / "m.safetensors", "0.6", "--mode", "upl-ckpt-v2"]
+    Program("lora-add")([*map(str, words), "--config", str(folder / "model.yaml")])
+    loaded, merged = copy.deepcopy(model), load_file(tmp_path / "m.safetensors")
+    load_any(loaded, out, 0.6)
+    expected = loaded.state_dict()
+    for name in LAYERS:
+        assert_close_to(merged[f"{name}.weight"], expected[f"{name}.weight"], 1e-6)
+        assert not torch.equal(merged[f"{name}.weight"], model.state_dict()[f"{name}.weight"])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_to_lycoris(base, tmp_path, kind, capsys):
     """LyCORIS's own modules, made of the file, answer as ours did, and so does our model with the file."""
@@ -144,8 +182,11 @@ def test_what_lycoris_has_no_kind_for_goes_as_differences(base, tmp_path, capsys
     """Rotations of inputs, and tuned weights and norms, which are values here and differences there."""
     library = pytest.importorskip("lycoris.modules", reason="lycoris-lora is not installed: pip install .[test]")
     model, folder = base
-    families = [lora("oft", LAYERS, rank=4), {"family": "norms"},
-                {"family": "weights-by-name", "params": {"pattern": r"attn1\.to_k\.weight$"}}]  # fmt: skip
+    families = [
+        lora("oft", LAYERS, rank=4),
+        {"family": "norms"},
+        {"family": "weights-by-name", "params": {"pattern": r"attn1\.to_k\.weight$"}},
+    ]
     names = [*LAYERS, *NORMS, f"{BLOCK}.attn1.to_k"]
     plain, expected = answers(model, names, model), answers(tuned(model, tmp_path / "own", *families), names, model)
     source, out = tmp_path / "own", tmp_path / "x.safetensors"
