@@ -12,7 +12,7 @@ from ldm.trust import foreign_targets
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ALL = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "sweeps")  # see tests/study
-NOT_ROUTES = {"model", "inference", "dreambooth", "concepts", "search", "captioned", "photographs"}  # in sd-mini/
+NOT_ROUTES = {"model", "inference", "dreambooth", "concepts", "search", "captioned", "photographs", "full"}  # sd-mini/
 FAMILIES = ("lora-", "custom-diffusion-", "textual-inversion-")  # other ways of tuning than routes
 ROUTES = [
     path

@@ -168,18 +168,27 @@ def test_subjects_say_their_class_and_each_class_has_a_folder(work):
         trials_of(asked(SweepFile(), str(TINY), subjects, ["--reg_data_root", str(work / "class")], work / "out", {}))
 
 
-@pytest.mark.parametrize("name, count", [("positions-sd-mini", 360), ("positions-sd-v1", 1800)])
-def test_the_shipped_sweeps_are_whole_designs(name, count):
+SWEEPS = {"positions-sd-mini": 360, "positions-sd-v1": 1800, "baselines-sd-mini": 114, "forms-sd-mini": 90}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_the_shipped_sweeps_have_no_trial_twice(name):
     path = CONFIGS / f"{name}.yaml"
     header = path.read_text().split("\nbase:")[0]
     assert header.startswith("# ") and f"# Run:    ldm sweep configs/sweeps/{name}.yaml" in header
     assert "# Needs: " in header and len(header.splitlines()) <= 8
     sweep = asked(read_file(str(path)), None, {}, [], path.parent, {})
-    assert len(sweep.settings) == count and len({str(one) for one in sweep.settings}) == count
+    assert len(sweep.settings) == SWEEPS[name] == len({str(one) for one in sweep.settings})
+
+
+@pytest.mark.parametrize("name, count", [("positions-sd-mini", 360), ("positions-sd-v1", 1800)])
+def test_the_sweeps_of_positions_are_whole_designs(name, count):
+    path = CONFIGS / f"{name}.yaml"
+    sweep = asked(read_file(str(path)), None, {}, [], path.parent, {})
     assert len({one["route"] for one in sweep.settings}) == 20
     subjects = {one["subject"] for one in sweep.settings}
     assert len(subjects) * 3 * 20 == count and {one["seed"] for one in sweep.settings} == {1, 2, 3}
 
 
 def test_every_shipped_sweep_is_tested():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"positions-sd-mini", "positions-sd-v1"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(SWEEPS)
