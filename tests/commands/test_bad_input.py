@@ -88,7 +88,7 @@ CONFIGS = {
     "number.yaml": "number.yaml: defaults must be text or a list, got 5",
 }
 
-UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+UNET_CLASS = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 SIZES = {
     "in_channels": 1, "out_channels": 1, "model_channels": 4, "num_res_blocks": 1, "attention_resolutions": [1],
     "channel_mult": [1], "num_heads": -1, "context_dim": 4, "norm_num_groups": 2,
@@ -110,7 +110,7 @@ TARGETS = {
         {"target": "torch.nn.Linear", "params": {"z" * 5000: 1}}, r"unknown z{90,100}\.\.\.z{90,100}; it takes "
     ),
     **{
-        f"{name} {value}": ({"target": UNET, "params": {**SIZES, name: value}}, f"^UNetModel: {message}")
+        f"{name} {value}": ({"target": UNET_CLASS, "params": {**SIZES, name: value}}, f"^UNetModel: {message}")
         for name, value, message in (
             ("num_heads", -4, "num_heads must be of at least 1, got -4"),
             ("num_heads", 0, "num_heads must be of at least 1, got 0"),
