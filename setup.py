@@ -96,5 +96,6 @@ setup(
         "watermark": WATERMARK,
         "bitsandbytes": ["bitsandbytes>=0.45"],  # 124 MB
         "wandb": ["wandb>=0.17"],
+        "mlflow": ["mlflow>=2.8"],
     },
 )

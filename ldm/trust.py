@@ -68,7 +68,7 @@ TARGETS = (
     r"ldm\.tuning\.(textual_inversion\.TextualInversion|full\.(UNet|ConditionStage|ByName)|biases\.Biases|norms\.Norms)",
     r"ldm\.tuning\.search\.RouteSearch",
     r"torch\.(nn|optim|optim\.lr_scheduler)\.[A-Z][A-Za-z0-9]*",
-    r"pytorch_lightning\.loggers\.(TensorBoardLogger|CSVLogger|WandbLogger)",
+    r"pytorch_lightning\.loggers\.(TensorBoardLogger|CSVLogger|WandbLogger|MLFlowLogger)",
     r"pytorch_lightning\.callbacks\.(LearningRateMonitor|EarlyStopping|Timer|ModelCheckpoint|ModelSummary|"
     r"RichProgressBar|TQDMProgressBar|DeviceStatsMonitor|GradientAccumulationScheduler|StochasticWeightAveraging)",
 )

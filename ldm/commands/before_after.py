@@ -33,9 +33,9 @@ def run(options: argparse.Namespace) -> None:
     from ldm.config import find_file, load_config
     from ldm.data.pictures import find_pictures, read_picture, to_tensor
     from ldm.devices import best_device
-    from ldm.evaluate.figures import labelled_rows
     from ldm.generate import Settings, generate
     from ldm.interchange import load_any
+    from ldm.sheets import labelled_rows
     from ldm.util import load_model_from_config
 
     photographs = find_pictures(options.data_root)[: options.columns]

@@ -238,7 +238,7 @@ def save_grid(rows: dict[str, list], texts: list[Text], outdir: Path, options: a
 
     pictures = list(itertools.chain(*rows.values()))
     if len(rows) > 1:
-        from ldm.evaluate.figures import labelled_rows
+        from ldm.sheets import labelled_rows
 
         prompts = [text.prompt for text in texts for _ in range(options.n_samples)] * options.n_iter
         heads = prompts if len(texts) > 1 else []

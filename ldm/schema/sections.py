@@ -231,7 +231,9 @@ class Lightning(Section):
     callbacks: dict[str, Entry | None] | None = says(None, "{any name: {target, params}}; null takes one out again")
     modelcheckpoint: ModelCheckpoint | None = says(None, "how often a run saves")
     monitor: Monitor | None = says(None, "early stopping, and keeping the best weights")
-    logger: Entry | None = says(None, "a logger of Lightning's (default: TensorBoard in the run's folder)")
+    logger: Literal["tensorboard", "csv", "wandb", "mlflow"] | Entry | None = says(
+        None, "where numbers and pictures go, by name or as a target (default: TensorBoard in the run's folder)"
+    )
     find_unused_parameters: bool | None = says(None, UNUSED)
 
 

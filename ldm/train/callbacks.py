@@ -1,33 +1,40 @@
-"""The visible progress of a run: sample pictures, and one line per epoch."""
+"""Sample pictures of a run."""
 
 from __future__ import annotations
 
 import logging
-import math
-import resource
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from PIL import Image
+from torch import Tensor
 
 from ldm import generate
 from ldm.devices import forked_rng
 from ldm.errors import InputError
+from ldm.sheets import labelled_rows
+from ldm.train.loggers import log_picture
+from ldm.train.reporting import EpochReport, peak_memory  # noqa: F401 (configs name it here)
+from ldm.train.sample_prompts import SamplePrompt, sample_prompt
 
 log = logging.getLogger(__name__)
 
+SMALLEST, LARGEST = 96, 1024  # pixels of a picture on a sheet
+FIRST = "step-0"  # folder of the pictures that were drawn before the first step
+
 
 class ImageLogger(pl.Callback):
-    """Samples fixed prompts with fixed seeds every `batch_frequency` steps. The grids go to `images/` and TensorBoard.
+    """Samples fixed prompts with fixed seeds every `batch_frequency` steps. The sheets go to `images/` and the loggers.
 
-    `prompts`: by default a caption of the subject and one of its class. Each prompt is a row of `max_images //
-    len(prompts)` pictures. `increase_log_steps` also samples at steps 1, 2, 4, ... below the frequency, as in LDM. For
-    a model that is no diffusion model but has `log_images`, such as a first stage, the rows are the results of that
-    method. `log_images_kwargs` are its arguments, or LDM's names for the settings of sampling.
+    `prompts`: by default a caption of the subject and one of its class; settings may follow them, see
+    `ldm.train.sample_prompts`. Each prompt is a row of `max_images // len(prompts)` pictures, under its caption.
+    `ends`: also a sheet before the first step and one at the end, whatever the interval; then each row stands below
+    that of step 0, and photographs are on top. `increase_log_steps` also samples at steps 1, 2, 4, ... below the
+    frequency, as in LDM. For a model that is no diffusion model but has `log_images`, such as a first stage, the rows
+    are the results of that method. `log_images_kwargs` are its arguments, or LDM's names for the settings of sampling.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class ImageLogger(pl.Callback):
         seed: int = 0,
         steps: int = 50,
         scale: float = 7.5,
+        ends: bool = True,
         clamp: bool = True,  # unused, as `rescale`: LDM's arguments for pictures outside [0, 1]
         rescale: bool = True,
         log_on_batch_idx: bool = False,
@@ -48,115 +56,123 @@ class ImageLogger(pl.Callback):
     ) -> None:
         if not isinstance(batch_frequency, int) or batch_frequency < 1:
             raise InputError(f"batch_frequency of the image logger must be at least 1, got {batch_frequency!r}")
-        self.every, self.max_images, self.disabled = batch_frequency, max_images, disabled
+        self.every, self.max_images, self.disabled, self.ends = batch_frequency, max_images, disabled, ends
         self.early = {2**n for n in range(batch_frequency.bit_length())} if increase_log_steps else set()
         self.early |= {1} if log_first_step else set()
-        self.prompts, self.seed = list(prompts or []), seed
+        self.prompts, self.seed = [sample_prompt(line) for line in prompts or []], seed
         self.kwargs = dict(log_images_kwargs or {})
         words = {"ddim_steps": "steps", "ddim_eta": "eta", "unconditional_guidance_scale": "scale"}
         given = {words[name]: value for name, value in self.kwargs.items() if name in words}
         self.settings = generate.Settings(**{"steps": steps, "scale": scale} | given)
         self.folders = [Path("images")]  # one for each training; the run sets its own
-        self.drawn_at = 0
+        self.drawn_at: int | None = None
+        self.batch: Any = None  # the last one, for models that draw what they make of it
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.ends and trainer.global_step == 0 and not shows_batches(module):
+            self.draw(trainer, module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.batch = batch if shows_batches(module) else None
         step = trainer.global_step
-        due = step % self.every == 0 or step in self.early
-        if due and step != self.drawn_at and not self.disabled and trainer.is_global_zero:
-            self.drawn_at = step
-            self.draw(trainer, module, batch)
+        if step % self.every == 0 or step in self.early:
+            self.draw(trainer, module)
 
-    def draw(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
-        """Write the grid of this step for each training."""
-        for number, one in enumerate(getattr(module, "trainings", [module])):
-            self.draw_one(trainer, one, batch, number)
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        has_time = not any(getattr(one, "stopped", False) for one in trainer.callbacks)  # no signal has asked to leave
+        if self.ends and has_time and trainer.global_step:
+            self.draw(trainer, module)
+        self.batch = None
 
-    def draw_one(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, number: int) -> None:
-        try:
-            own = hasattr(module, "log_images") and not hasattr(module, "apply_model")
-            rows = self.of_batch(module, batch) if own else self.of_prompts(trainer, module, number)
-        except generate.NotFinite as error:
-            log.warning("no sample pictures at step %d: %s", trainer.global_step, error)
+    def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write the sheet of this step for each training, unless it is there already."""
+        step = trainer.global_step
+        if self.disabled or not trainer.is_global_zero or step == self.drawn_at:
             return
-        if not rows:
+        self.drawn_at = step
+        for number, one in enumerate(getattr(module, "trainings", [module])):
+            try:
+                self.draw_one(trainer, one, number)
+            except generate.NotFinite as error:
+                log.warning("no sample pictures at step %d: %s", step, error)
+
+    def draw_one(self, trainer: pl.Trainer, module: pl.LightningModule, number: int) -> None:
+        folder, step = self.folders[number], trainer.global_step
+        own = shows_batches(module)
+        drawn = self.of_batch(module, self.batch) if own else self.of_prompts(trainer, module, number)
+        if not drawn:
             log.warning("no sample pictures: neither the image logger nor the data has a prompt")
             self.disabled = True
             return
-        pictures = list(rows.values())
-        grid = generate.grid(list(torch.cat(pictures)), columns=len(pictures[0]))
-        path = self.folders[number] / f"{trainer.global_step:06}.png"
-        generate.save_png(grid, path, {"prompt": " | ".join(rows), "step": trainer.global_step})
+        rows = drawn if own else self.with_others(trainer, drawn, number)
+        side = min(max(SMALLEST, max(row[0].shape[-1] for row in drawn.values())), LARGEST)
+        sheet = generate.from_pil(labelled_rows(rows, side))
+        generate.save_png(sheet, folder / f"{step:06}.png", {"prompt": " | ".join(drawn), "step": step})
+        name = f"samples_{number}" if len(self.folders) > 1 else "samples"
         for logger in trainer.loggers:
-            if isinstance(logger, pl.loggers.TensorBoardLogger):
-                name = f"samples_{number}" if len(self.folders) > 1 else "samples"
-                logger.experiment.add_image(name, grid, trainer.global_step)
+            log_picture(logger, name, sheet, step)
 
-    def of_prompts(self, trainer: pl.Trainer, module: pl.LightningModule, number: int) -> dict[str, torch.Tensor]:
-        """Samples [n, 3, H, W] in [0, 1] of each prompt; none where there are no prompts."""
-        prompts = list(dict.fromkeys(self.prompts or trainer.datamodule.captions(number)))
-        if not prompts:
-            return {}
-        each = max(1, self.max_images // len(prompts))
-        texts = [prompt for prompt in prompts for _ in range(each)]
-        seeds = [self.seed + i for _ in prompts for i in range(each)]
-        return dict(zip(prompts, generate.generate(module, texts, seeds, self.settings).split(each), strict=True))
+    def with_others(
+        self, trainer: pl.Trainer, drawn: Mapping[str, Sequence[Tensor]], number: int
+    ) -> dict[str, Sequence[Tensor]]:
+        """The rows of a sheet: photographs, and for each prompt the pictures of step 0 above those of this step."""
+        step, folder = trainer.global_step, self.folders[number] / FIRST
+        if step == 0:
+            keep(drawn, folder)
+        photographs = trainer.datamodule.photographs(max(map(len, drawn.values())), number) if self.ends else []
+        rows: dict[str, Sequence[Tensor]] = {"photographs": photographs} if photographs else {}
+        for place, (prompt, pictures) in enumerate(drawn.items()):
+            if step and self.ends and (first := kept(folder, place, prompt)):
+                rows[f"step 0: {prompt}"] = first
+            rows[f"step {step}: {prompt}"] = pictures
+        return rows
+
+    def of_prompts(self, trainer: pl.Trainer, module: pl.LightningModule, number: int) -> dict[str, Sequence[Tensor]]:
+        """Samples [3, H, W] in [0, 1] of each prompt; none where there are no prompts."""
+        own = [SamplePrompt(text) for text in dict.fromkeys(trainer.datamodule.captions(number))]
+        prompts = self.prompts or own
+        each = max(1, self.max_images // max(1, len(prompts)))
+        drawn = {}
+        for one in prompts:
+            first = self.seed if one.seed is None else one.seed
+            seeds, settings = range(first, first + each), one.settings_over(self.settings)
+            negative = [one.negative] * each if one.negative else None
+            pictures = generate.generate(module, [one.text] * each, seeds, settings, negative=negative)
+            label = one.text if one.text not in drawn else f"{one.text} ({len(drawn)})"
+            drawn[label] = list(pictures)
+        return drawn
 
     @torch.no_grad()
-    def of_batch(self, module: pl.LightningModule, batch: Any) -> dict[str, torch.Tensor]:
+    def of_batch(self, module: pl.LightningModule, batch: Any) -> dict[str, Sequence[Tensor]]:
         """The result of the model's `log_images`, in [0, 1]. The mode and the random states stay as they were."""
         with generate.evaluating(module), forked_rng(module.device):
             shown = module.log_images(batch, **self.kwargs)
         for name, one in shown.items():
             if not torch.isfinite(one).all():
                 raise generate.NotFinite(f"{name} of {type(module).__name__}", module, False)
-        return {name: ((one[: self.max_images].float() + 1) / 2).clamp(0, 1).cpu() for name, one in shown.items()}
+        return {name: list(((one[: self.max_images].float() + 1) / 2).clamp(0, 1).cpu()) for name, one in shown.items()}
 
 
-class EpochReport(pl.Callback):
-    """Logs one line per epoch: mean loss, validation loss, steps per second, peak memory of the device."""
-
-    def __init__(self) -> None:
-        self.seconds, self.steps = 0.0, 0  # of all epochs that have ended
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.on_train_epoch_start(trainer, module)  # Lightning does not call it for the rest of a resumed epoch
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.start, self.first_step = time.perf_counter(), trainer.global_step
-        self.losses: list[torch.Tensor] = []
-        self.validated: dict[str, float] = {}
-        if module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(module.device)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any) -> None:
-        if outputs and "loss" in outputs:
-            # The loss is still on the device. Lightning has divided it by the number of accumulated batches.
-            self.losses.append(outputs["loss"] * trainer.accumulate_grad_batches)
-
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if "val/loss" in trainer.callback_metrics:
-            self.validated = {"val/loss": float(trainer.callback_metrics["val/loss"])}
-            if not math.isfinite(self.validated["val/loss"]):
-                log.warning("the loss of validation is %s at step %d", self.validated["val/loss"], trainer.global_step)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        seconds, steps = time.perf_counter() - self.start, trainer.global_step - self.first_step
-        self.seconds, self.steps = self.seconds + seconds, self.steps + steps
-        values = {"loss": trainer.strategy.reduce(torch.stack(self.losses).mean())} if self.losses else {}
-        values |= self.validated
-        if trainer.is_global_zero:
-            log.info(
-                "epoch %d: %s%d steps in %.1f s (%.2f steps/s), peak memory %.2f GiB (%s)", trainer.current_epoch,
-                "".join(f"{name} {float(value):.4f}, " for name, value in values.items()),
-                steps, seconds, steps / seconds, peak_memory(module.device), module.device.type,
-            )  # fmt: skip
+def shows_batches(module: pl.LightningModule) -> bool:
+    """Whether a model draws what it makes of a batch, as first stages do."""
+    return hasattr(module, "log_images") and not hasattr(module, "apply_model")
 
 
-def peak_memory(device: torch.device) -> float:
-    """Peak memory of this process in GiB: on a CUDA device since the last reset, on other devices since the start."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+def keep(drawn: Mapping[str, Sequence[Tensor]], folder: Path) -> None:
+    """Write single pictures, so that a resumed run has them, too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for place, (prompt, pictures) in enumerate(drawn.items()):
+        for number, picture in enumerate(pictures):
+            generate.save_png(picture, folder / f"{place:02}-{number}.png", {"prompt": prompt})
+
+
+def kept(folder: Path, place: int, prompt: str) -> list[Tensor]:
+    """The pictures that `keep` wrote for a prompt; none if they are of another one."""
+    found = []
+    for path in sorted(folder.glob(f"{place:02}-*.png")):
+        with Image.open(path) as picture:
+            if picture.text.get("prompt") == prompt:
+                found.append(generate.from_pil(picture.convert("RGB")))
+    return found

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import instantiate_from_config
@@ -73,6 +74,15 @@ class DataModuleFromConfig(pl.LightningDataModule):
             return self.datasets["train"].examples()
         items = [self.datasets[name][0] for name in ("train", "reg") if name in self.datasets]
         return [item["caption"] for item in items if "caption" in item]
+
+    def photographs(self, number: int, training: int = 0) -> list[Tensor]:
+        """Up to `number` training pictures [3, h, w] in [0, 1], for sheets; none if they are not from files."""
+        dataset = self.datasets.get("train")
+        dataset = getattr(dataset, "dataset", dataset)  # pictures may have been encoded
+        if not hasattr(dataset, "picture") or not hasattr(dataset, "paths"):
+            return []
+        shown = range(min(number, len(dataset.paths)))
+        return [(dataset.picture(n, False).permute(2, 0, 1) + 1) / 2 for n in shown]
 
     def _prompts(self, name: str) -> list[str]:
         """The prompts of a set that has nothing else (`ldm.data.simple.TextOnly`); it gives no loss."""

@@ -17,6 +17,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import instantiate_from_config, override, plain, stored_config, unet_params
@@ -107,6 +108,9 @@ class ManyData(DataModuleFromConfig):
 
     def captions(self, training: int = 0) -> list[str]:
         return self.parts[training].captions()
+
+    def photographs(self, number: int, training: int = 0) -> list[Tensor]:
+        return self.parts[training].photographs(number)
 
     def train_dataloader(self) -> DataLoader:
         for number, part in enumerate(self.parts):  # the cache may have replaced their datasets

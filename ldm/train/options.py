@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable
 from typing import Any, get_args
 
@@ -74,8 +75,14 @@ def add_saving(p: Parser, several: bool = False) -> None:
                         help=help_of(schema.CheckpointParams, "total_limit"))  # fmt: skip
     saving.add_argument("--save_every_minutes", type=positive, metavar="MINUTES",
                         help=help_of(schema.CheckpointParams, "every_n_minutes"))  # fmt: skip
+    seen = p.add_argument_group("what one sees")
+    seen.add_argument("--logger", choices=("tensorboard", "csv", "wandb", "mlflow"),
+                      help="where numbers and pictures go (default tensorboard)")  # fmt: skip
+    seen.add_argument("--sample_every_n_steps", type=count, metavar="N", help="steps between sheets of sample pictures")
     if several:
         return
+    seen.add_argument("--sample_prompts", nargs="+", metavar="FILE|PROMPT",
+                      help="prompts of sample pictures, or files with one a line")  # fmt: skip
     saving.add_argument("--early_stopping", type=count, metavar="N",
                         help=help_of(schema.Monitor, "early_stopping"))  # fmt: skip
     saving.add_argument("--save_best", type=boolean, nargs="?", const=True,
@@ -175,6 +182,10 @@ def sort_rest(p: Parser, options: argparse.Namespace, rest: list[str]) -> None:
     more, overrides = _trainer_options(rest, p._option_string_actions)
     swallowed = [word for word in options.base if "=" in word and not word.endswith((".yaml", ".yml"))]
     options.base = [word for word in options.base if word not in swallowed]
+    prompts = getattr(options, "sample_prompts", None) or []
+    swallowed += [word for word in prompts if re.match(r"\w+(\.\w+)+=", word)]
+    if prompts:
+        options.sample_prompts = [word for word in prompts if word not in swallowed]
     options.trainer_options, options.overrides = named | more, swallowed + overrides
 
 

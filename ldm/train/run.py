@@ -17,33 +17,35 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.callbacks import LearningRateMonitor, Timer, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.callbacks import LearningRateMonitor, ProgressBar, Timer
 from pytorch_lightning.utilities import rank_zero_only
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm import schema
 from ldm.config import instantiate_from_config, plain
 from ldm.data.class_images import missing_class_images
 from ldm.devices import cast_frozen
-from ldm.errors import InputError, WriteError, explain
+from ldm.errors import InputError, WriteError
 from ldm.generate import Settings, fill_class_folder
 from ldm.interchange.base_files import reader
 from ldm.models.building import build_model, choose_checkpoint
 from ldm.models.diffusion.draws import Stream
 from ldm.train import caches, lock
-from ldm.train.callbacks import EpochReport, ImageLogger
+from ldm.train.callbacks import ImageLogger
 from ldm.train.checkpoint_io import SafeCheckpointIO
 from ldm.train.datamodule import DataModuleFromConfig
+from ldm.train.loggers import HyperParameters, make_logger
 from ldm.train.memory import keep_freed_memory
 from ldm.train.monitor import monitor_of
 from ldm.train.optimizers import OptimizerModes
 from ldm.train.rates import AsConfigured
+from ldm.train.reporting import EpochReport, Measures, RunBar
 from ldm.train.run_folder import KeepConfigs, Run, claim_folder, last_good
 from ldm.train.saving import SaveRun
 from ldm.train.trainer_section import PRECISIONS, computes_on_cpu, first_device, trainer_options
 from ldm.train.workers import Workers
 from ldm.tuning import UNET
-from ldm.writing import printable, why
+from ldm.writing import why
 
 log = logging.getLogger(__name__)
 
@@ -77,19 +79,6 @@ def learning_rate(run: Run, processes: int) -> float:
     return float(base) * processes * batch * accumulated
 
 
-def make_loggers(run: Run) -> Any:
-    """The config's logger (Weights & Biases, ...) or TensorBoard in the run's folder."""
-    config = run.config.get("lightning", {}).get("logger")
-    if config is None and printable(str(run.folder)) != str(run.folder):
-        log.warning("TensorBoard takes no folder whose name is not UTF-8: losses go to %s/csv/metrics.csv", run.folder)
-        return CSVLogger(save_dir=run.folder, name="csv", version="")
-    if config is None:
-        return TensorBoardLogger(save_dir=run.folder, name="tensorboard", version="")
-    with explain("lightning.logger", ImportError, AttributeError):
-        extra = {"save_dir": str(run.folder)} if "save_dir" not in (config.get("params") or {}) else {}
-        return instantiate_from_config(config, **extra)
-
-
 def make_callbacks(run: Run, saver: SaveRun) -> list[pl.Callback]:
     """The config's callbacks and the callbacks of every run."""
     section = run.config.get("lightning", {})
@@ -97,12 +86,15 @@ def make_callbacks(run: Run, saver: SaveRun) -> list[pl.Callback]:
     for callback in callbacks:
         if isinstance(callback, ImageLogger):
             callback.folders = [one.folder / "images" for one in run.parts or [run]]
-    often = 10 if torch.cuda.is_available() else 1  # showing the loss waits for the device
-    progress = TQDMProgressBar(refresh_rate=often if sys.stderr.isatty() else 50)
+    own_bar = not any(isinstance(one, ProgressBar) for one in callbacks)
+    if own_bar and trainer_options(run.config).get("enable_progress_bar") is not False:
+        callbacks.append(RunBar(10 if torch.cuda.is_available() else 1))  # showing the loss waits for the device
     schedule = plain(OmegaConf.select(run.config, "model.params.scheduler_config"))
-    own = [AsConfigured(schedule), OptimizerModes(), KeepConfigs(run), EpochReport(), LearningRateMonitor("step")]
+    lines = EpochReport(between=not sys.stderr.isatty())
+    own = [AsConfigured(schedule), OptimizerModes(), KeepConfigs(run), lines, LearningRateMonitor("step")]
+    own += [Measures(), *(HyperParameters(one) for one in run.parts[:1] or [run])]
     watching = [saver.monitor] if saver.monitor else []
-    return [saver.done, *callbacks, *watching, *own, progress, saver]
+    return [saver.done, *callbacks, *watching, *own, saver]
 
 
 def saver_of(run: Run, places: Sequence[tuple[Path, dict[str, Any]]] | None = None) -> SaveRun:
@@ -130,7 +122,7 @@ def make_trainer(run: Run, saver: SaveRun, automatic: bool = True) -> pl.Trainer
         return pl.Trainer(
             **options,
             use_distributed_sampler=False,
-            logger=make_loggers(run),
+            logger=make_logger(run),
             callbacks=make_callbacks(run, saver),
             plugins=[SafeCheckpointIO()],
             enable_model_summary=False,
@@ -195,6 +187,8 @@ def fit(run: Run, module: pl.LightningModule, data: DataModuleFromConfig, saver:
     count = sum(p.numel() for p in module.parameters() if p.requires_grad)
     log.info("%s: %s weights learn, learning rate %g", run.folder, f"{count:,}", module.learning_rate)
     with failures_explained(run, saver, trainer), lock.held(run.folder), contextlib.ExitStack() as stack:
+        if sys.stderr.isatty():
+            stack.enter_context(logging_redirect_tqdm())  # lines of the log appear above the bar
         with before_the_first_step():
             stack.enter_context(caches.encoded(trainings, data, run.cache, device))
         stack.enter_context(Workers(saver.kept).watched(trainer))

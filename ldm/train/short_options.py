@@ -10,6 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import get_obj_from_str, parameters_of, plain, unet_params
 from ldm.errors import InputError, did_you_mean
+from ldm.schema import CheckpointParams
+from ldm.train.sample_prompts import read_prompts
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +20,7 @@ KINDS = ("lora", "rslora", "dora", "loha", "lokr", "oft", "boft")  # of the fami
 WIDTHS = {"transformer_adp_config": 60, "resblock_adp_config": 7}  # of the published routes
 RESIDUAL = {"resi", "reso"}  # positions in residual blocks
 
+SAMPLES = "lightning.callbacks.image_logger"
 # Options that are keys of the config under another name. A resumed run takes them, too.
 KEYS = {
     "checkpoints_total_limit": "lightning.modelcheckpoint.params.total_limit",
@@ -26,16 +29,23 @@ KEYS = {
     "save_best": "lightning.monitor.save_best",
     "monitor": "lightning.monitor.metric",
     "monitor_mode": "lightning.monitor.mode",
+    "logger": "lightning.logger",
+    "sample_every_n_steps": f"{SAMPLES}.params.batch_frequency",
+    "sample_prompts": f"{SAMPLES}.params.prompts",
 }
 
 
 def changed(config: DictConfig, options: argparse.Namespace, is_resumed: bool) -> DictConfig:
     """The config with `--lr`, `--rank`, `--alpha`, `--family`, `--route` and those of `KEYS`. Raises `InputError`."""
     keys = {key: getattr(options, name, None) for name, key in KEYS.items()}
+    if prompts := keys.get(f"{SAMPLES}.params.prompts"):
+        keys[f"{SAMPLES}.params.prompts"] = read_prompts(prompts)
     if asked := {key: value for key, value in keys.items() if value is not None}:
         config = OmegaConf.create(plain(config))
         for key, value in asked.items():
-            OmegaConf.update(config, key, value, force_add=True)
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
+        if any(key.startswith(SAMPLES) for key in asked):
+            set_samples(config)
     given = {name: getattr(options, name, None) for name in NAMES}
     given = {name: value for name, value in given.items() if value is not None}
     if is_resumed and (fixed := [f"--{name}" for name in given if name != "lr"]):
@@ -54,6 +64,17 @@ def changed(config: DictConfig, options: argparse.Namespace, is_resumed: bool) -
     if "lr" in given:
         set_rate(config, given["lr"])
     return config
+
+
+def set_samples(config: DictConfig) -> None:
+    """Draw sample pictures in a config that has no image logger; its interval is that of the checkpoints."""
+    logger = OmegaConf.select(config, SAMPLES)
+    if logger.get("target") is None:
+        logger.target = "ldm.train.callbacks.ImageLogger"
+    if logger.params.get("batch_frequency") is None:
+        logger.params.batch_frequency = CheckpointParams().every_n_train_steps
+    if logger.params.get("disabled"):
+        logger.params.disabled = False
 
 
 HINT = "name one with --family lora, or a config such as configs/lora/attention.yaml"

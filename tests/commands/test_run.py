@@ -96,10 +96,16 @@ def test_what_the_adapter_folder_says_about_itself(trained):
 def test_curves_and_samples_are_in_tensorboard_and_in_the_folder(trained):
     found = events(trained.run)
     assert len(found.Scalars("train/loss_simple")) == len(found.Scalars("train/loss_prior")) == 24
-    assert {"val/loss_simple", "lr-AdamW"} <= set(found.Tags()["scalars"])
+    assert {"val/loss_simple", "lr-AdamW", "train/grad_norm", "memory/peak_gib"} <= set(found.Tags()["scalars"])
+    of_step = {event.step: event.value for event in found.Scalars("train/loss_with_prior")}
+    prior = {event.step: event.value for event in found.Scalars("train/loss_prior")}
+    for event in found.Scalars("train/loss_simple"):
+        assert of_step[event.step] == pytest.approx(event.value + prior[event.step], rel=1e-5)
+    assert all(event.value > 0 for event in found.Scalars("train/grad_norm"))
     assert [image.step for image in found.Images("samples")] == [24]
     with Image.open(trained.run / "images" / "000024.png") as grid:
-        assert grid.size == (4 * 36, 2 * 36)  # photo of a sks dog, photo of a dog: four of each, framed by 2 pixels
+        width, line = 4 * (96 + 6) + 6, 15 + 2 * 6  # four pictures a row, enlarged to 96 pixels, below its caption
+        assert grid.size == (width, 2 * (line + 96 + 6))
         assert grid.text["prompt"] == "photo of a sks dog | photo of a dog"
 
 

@@ -318,7 +318,8 @@ def test_the_image_logger_shows_what_a_first_stage_makes_of_a_batch(tmp_path):
     trainer = SimpleNamespace(global_step=3, is_global_zero=True, loggers=[])
     logger.on_train_batch_end(trainer, model.train(), None, batch, 0)
     with Image.open(tmp_path / "000003.png") as picture:
-        assert picture.size == (2 * 20, 3 * 20) and picture.text["prompt"] == "inputs | reconstructions | samples"
+        assert picture.size == (2 * 102 + 6, 3 * (27 + 102))  # 96 pixels each, below their names
+        assert picture.text["prompt"] == "inputs | reconstructions | samples"
     assert model.training and torch.equal(torch.get_rng_state(), state)
 
 

@@ -108,6 +108,7 @@ class DiffusionTraining(module_class()):
             for prior_loss, _ in prior:
                 logged["train/loss_prior"] = prior_loss
                 loss = dreambooth_loss(loss, prior_loss, one.objective.prior_weight(self.global_step, one.reg_weight))
+                logged["train/loss_with_prior"] = loss
             losses.append(loss)
             values |= {f"{name}_{number}" if self.views else name: value for name, value in logged.items()}
         total = sum(losses[1:], losses[0])
