@@ -241,7 +241,10 @@ def batches(
 
 
 def to_pil(picture: Tensor) -> Image.Image:
-    """A picture [3, H, W] in [0, 1] as PIL."""
+    """A picture [3, H, W] in [0, 1] as PIL. Raises `InputError` for numbers that are not finite, which would be black.
+    """
+    if not torch.isfinite(picture).all():
+        raise InputError("a picture has numbers that are not finite (nan or infinite), so it is not written")
     return Image.fromarray(rearrange((picture * 255).round().byte(), "c h w -> h w c").cpu().numpy())
 
 

@@ -133,5 +133,8 @@ def prompts(encoder: nn.Module, captions: list[str], device: torch.device) -> di
     encoder.to(device)
     encoded = {caption: each(lambda part: part[0].cpu(), encoder.encode([caption])) for caption in captions}
     encoder.cpu()
+    for caption, parts in encoded.items():
+        if not all(torch.isfinite(part).all() for part in (parts if isinstance(parts, tuple) else (parts,))):
+            raise InputError(f"the text encoder gives numbers that are not finite for the caption {caption!r}")
     return encoded
 

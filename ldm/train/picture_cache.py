@@ -27,6 +27,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 log = logging.getLogger(__name__)
 
+ADVICE = "use an autoencoder that does not overflow in half precision, or --precision 32"
 KINDS = {torch.float32: ("F32", "<f4"), torch.float16: ("F16", "<f2"), torch.bfloat16: ("BF16", "<i2")}
 
 
@@ -103,7 +104,10 @@ def _encoded(first_stage: nn.Module, dataset: PersonalizedBase, device: torch.de
         encoded = [first_stage.encode(picture) for picture in both]
         if not isinstance(encoded[0], DiagonalGaussianDistribution):
             raise InputError(f"{type(first_stage).__name__} has no posterior to keep: train with --cache off")
-        yield torch.cat([posterior.parameters.cpu() for posterior in encoded])
+        moments = torch.cat([posterior.parameters.cpu() for posterior in encoded])
+        if not torch.isfinite(moments).all():
+            raise InputError(f"the first stage gives numbers that are not finite for {dataset.paths[number]}: {ADVICE}")
+        yield moments
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ldm import schema
 from ldm.config import instantiate_from_config, plain
 from ldm.data.class_images import missing_class_images
-from ldm.devices import cast_frozen
+from ldm.devices import cast_frozen, limit_threads
 from ldm.errors import InputError, WriteError
 from ldm.generate import Settings, fill_class_folder
 from ldm.interchange.base_files import reader
@@ -180,8 +180,10 @@ def fit(run: Run, module: pl.LightningModule, data: DataModuleFromConfig, saver:
         one.learning_rate = learning_rate(part, trainer.world_size)
     module.learning_rate = trainings[0].learning_rate
     device = trainer.strategy.root_device
-    if run.keep_memory and device.type == "cpu":
-        keep_freed_memory()
+    if device.type == "cpu":
+        limit_threads(getattr(trainer.strategy, "num_processes", 1))
+        if run.keep_memory:
+            keep_freed_memory()
     if run.base_precision != "fp32":
         cast_base(module, trainings, run.base_precision, trainer)
     count = sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -285,6 +285,36 @@ def test_no_picture_is_made_of_numbers_that_are_not_finite(monkeypatch, part):
         generate(model, ["a dog"], [0], Settings(steps=3))
 
 
+def test_a_first_stage_that_overflows_is_named_before_training(tmp_path, monkeypatch):
+    from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+
+    begin = DiagonalGaussianDistribution.__init__
+
+    def spoilt(self, parameters, *more):
+        begin(self, parameters * torch.inf, *more)
+
+    monkeypatch.setattr(DiagonalGaussianDistribution, "__init__", spoilt)
+    with pytest.raises(InputError, match="the first stage gives numbers that are not finite for .*/0.png: use"):
+        train(tmp_path, "run", "--max_steps", 1)
+
+
+def test_a_text_encoder_that_overflows_is_named_before_training(tmp_path, monkeypatch):
+    from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+
+    encode = FrozenCLIPEmbedder.encode
+    monkeypatch.setattr(FrozenCLIPEmbedder, "encode", lambda self, texts: encode(self, texts) * torch.nan)
+    with pytest.raises(InputError, match="the text encoder gives numbers that are not finite for the caption ''"):
+        train(tmp_path, "run", "--max_steps", 1)
+
+
+def test_no_picture_that_is_not_finite_is_written(tmp_path):
+    from ldm.generate import save_png
+
+    with pytest.raises(InputError, match="a picture has numbers that are not finite"):
+        save_png(torch.full((3, 8, 8), torch.nan), tmp_path / "black.png", {})
+    assert not list(tmp_path.iterdir())
+
+
 # --- before the first step
 
 
