@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
-from omegaconf import OmegaConf
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 
-from ldm import generate
+from ldm import generate, schema
 from ldm.config import instantiate_from_config, plain, unet_params
 from ldm.errors import InputError, explain
 from ldm.train.run_folder import Run
@@ -101,15 +100,15 @@ class HyperParameters(pl.Callback):
 SHOWN = (
     "model.base_learning_rate", "model.params.tuning", "model.params.train_level", "model.params.optimizer_config",
     "model.params.scheduler_config", "model.params.loss", "model.params.learning_rates", "model.params.reg_weight",
-    "data.params.batch_size", "data.params.train.params", "lightning.trainer", "lightning.monitor", "dreambooth",
+    "data.params.batch_size", "data.params.train", "lightning.trainer", "lightning.monitor", "dreambooth",
     "training",
 )  # fmt: skip
 
 
 def hyperparameters(run: Run) -> dict[str, Any]:
     """The values of a config that tell trainings apart, by dotted key; those that are not set are left out."""
-    places = [*SHOWN, f"{unet_params(run.config)}.adapter_config"]
-    found = {place: plain(OmegaConf.select(run.config, place)) for place in places}
+    config = plain(run.config)
+    found = {place: schema.select(config, place) for place in [*SHOWN, f"{unet_params(config)}.adapter_config"]}
     return {key: value for place, part in found.items() for key, value in _flat(place, part) if value is not None}
 
 
