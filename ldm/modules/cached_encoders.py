@@ -21,14 +21,18 @@ class CachedPosteriors(nn.Module):
         self._encoder = [first_stage]
         self.downsampling_factor = first_stage.downsampling_factor
 
+    @property
+    def first_stage(self) -> nn.Module:
+        """The first stage itself. It is no submodule, so that it stays on the host."""
+        return self._encoder[0]
+
     def encode(self, moments: Tensor) -> DiagonalGaussianDistribution:
         return DiagonalGaussianDistribution(moments)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents to pictures, by the first stage itself, which moves to the device first."""
-        [first_stage] = self._encoder
-        pictures = first_stage.to(z.device).decode(z)
-        first_stage.cpu()
+        pictures = self.first_stage.to(z.device).decode(z)
+        self.first_stage.cpu()
         return pictures
 
 

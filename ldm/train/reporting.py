@@ -154,7 +154,13 @@ class EpochReport(pl.Callback):
 
 
 class Measures(pl.Callback):
-    """Logs the norm of all gradients, before they are clipped, and the peak memory, whenever the losses are logged."""
+    """Logs the norm of all gradients, before they are clipped, and the peak memory, whenever the losses are logged.
+
+    Both are logged behind the batch: Lightning forgets what a first batch has logged if another hook logs meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor | float] = {}
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -165,8 +171,12 @@ class Measures(pl.Callback):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradients:
             norms = [torch.linalg.vector_norm(one.detach().float()) for one in gradients]
-            module.log("train/grad_norm", torch.linalg.vector_norm(torch.stack(norms)))
-        module.log("memory/peak_gib", peak_memory(module.device))
+            self.found["train/grad_norm"] = torch.linalg.vector_norm(torch.stack(norms))
+        self.found["memory/peak_gib"] = peak_memory(module.device)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        module.log_dict(self.found)
+        self.found = {}
 
 
 def peak_memory(device: torch.device) -> float:

@@ -156,7 +156,7 @@ TRAINING = {
     "no data section": ("data.params=null", "data.params.train.target is missing: it names"),
     "reference to nothing": ("model.params.scale_factor=${nope}", "the config refers to what is not in it: Interpol"),
     "devices": ("--devices many", "refuses its options: `devices` selected with"),
-    "fixed option": ("--logger false", "refuses its options: .* multiple values for keyword argument 'logger'"),
+    "fixed option": ("--logger false", "argument --logger: invalid choice: 'false'"),
     "no such run": ("-r {work}/photos", "cannot resume .*photos: expected the folder of a run with"),
     "resume and name": ("-r {work} -n x", "-r resumes a run, which has a name already; leave -n out"),
     "no data": ("--data_root {work}/no", "the folder .*no does not exist: expected a folder with pictures"),

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -115,9 +116,23 @@ def word(inputs: Path, work: Path, config: str, layers: tuple[str, ...] = ()) ->
 
 
 def with_pictures(inputs: Path, work: Path, config: str) -> dict:
-    """The same, and the sample pictures of the last step."""
-    seen = family(inputs, work, config, ("lightning.callbacks.image_logger.params.batch_frequency=20",))
-    return {**seen, "pictures": pictures(only(work) / "images")}
+    """The same, and the sample pictures of the last step, in one grid without captions."""
+    from ldm import generate
+    from ldm.train.callbacks import ImageLogger
+
+    drawn, usual = [], ImageLogger.of_prompts
+
+    def of_prompts(self, *about):
+        drawn.append(usual(self, *about))
+        return drawn[-1]
+
+    with mock.patch.object(ImageLogger, "of_prompts", of_prompts):
+        seen = family(inputs, work, config)
+    rows = list(drawn[-1].values())
+    grid = work.with_name("grid") / "grid.png"
+    grid.parent.mkdir()
+    generate.save_png(generate.grid([one for row in rows for one in row], columns=len(rows[0])), grid, {})
+    return {**seen, "pictures": pictures(grid.parent)}
 
 
 def concepts(inputs: Path, work: Path, config: str, words: tuple[str, ...] = (), count: int = 1) -> dict:

@@ -37,7 +37,7 @@ def tolerance(name: str, exact: bool) -> Tolerance:
 
 
 def unequal(seen: dict, recorded: dict, allowed: Tolerance) -> list[str]:
-    """What differs, a line each. Metadata may gain keys; nothing else may gain or lose anything."""
+    """What differs, a line each. Metadata may gain keys and runs may log more; nothing else may gain or lose."""
     found = [f"{key}: only one of both" for key in seen.keys() ^ recorded.keys()]
     for key in seen.keys() & recorded.keys():
         found += CHECKS[key](seen[key], recorded[key], allowed)
@@ -45,8 +45,8 @@ def unequal(seen: dict, recorded: dict, allowed: Tolerance) -> list[str]:
 
 
 def losses(seen: dict, recorded: dict, allowed: Tolerance) -> Iterator[str]:
-    for tag in sorted(seen.keys() | recorded.keys()):
-        ours, theirs = seen.get(tag, []), recorded.get(tag, [])
+    for tag, theirs in sorted(recorded.items()):
+        ours = seen.get(tag, [])
         if len(ours) != len(theirs):
             yield f"{tag}: {len(ours)} steps, recorded {len(theirs)}"
             continue

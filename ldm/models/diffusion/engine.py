@@ -155,9 +155,10 @@ class DiffusionEngine(LatentDiffusion):
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Pictures from latents, never in float16, because SDXL's autoencoder would overflow."""
-        if next(self.first_stage_model.parameters()).dtype == torch.float16:
-            self.first_stage_model.float()
-        dtype = next(self.first_stage_model.parameters()).dtype
+        stage = getattr(self.first_stage_model, "first_stage", self.first_stage_model)  # itself, of a cache
+        if next(stage.parameters()).dtype == torch.float16:
+            stage.float()
+        dtype = next(stage.parameters()).dtype
         with torch.autocast(z.device.type, enabled=False):
             parts = (z / self.scale_factor).to(dtype).split(self.samples_at_once or len(z))
             return torch.cat([self.first_stage_model.decode(part) for part in parts])
