@@ -156,14 +156,14 @@ def resources(options: argparse.Namespace) -> tuple[int, int, float]:
     """Threads of a worker, workers, and the share of a GPU that each has."""
     import torch
 
-    from ldm.study.engines import cores
+    from ldm.devices import usable_cpus
 
     count = torch.cuda.device_count() if options.address is None else 0
     gpus = options.gpus_per_worker if options.gpus_per_worker is not None else float(count > 0)
     threads = options.threads or (4 if gpus else 1)
     if options.address is not None and options.workers is None:
         raise InputError("--address: say with --workers how many processes train on the cluster")
-    workers = options.workers or (max(1, int(count / gpus)) if gpus and count else max(1, cores() // threads))
+    workers = options.workers or (max(1, int(count / gpus)) if gpus and count else max(1, usable_cpus() // threads))
     return threads, workers, gpus
 
 

@@ -59,7 +59,7 @@ def find_pictures(folder: str | Path, beside: Sequence[str] = ()) -> list[Path]:
     """
     folder = Path(folder)
     entries = _entries(folder)
-    pictures, masks = _told_apart(entries)
+    pictures, masks = _without_masks(entries)
     entries = [path for path in entries if path not in masks or LABEL not in beside]
     if not pictures:
         found = f"has no pictures, only {some([path.name for path in entries])}" if entries else "is empty"
@@ -71,7 +71,7 @@ def find_pictures(folder: str | Path, beside: Sequence[str] = ()) -> list[Path]:
     return pictures
 
 
-def _told_apart(entries: Sequence[Path]) -> tuple[list[Path], set[Path]]:
+def _without_masks(entries: Sequence[Path]) -> tuple[list[Path], set[Path]]:
     """The pictures among the entries of a folder, and those that are masks of others."""
     pictures = [path for path in entries if is_picture(path)]
     stems = {path.stem for path in pictures}

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 from ldm.config import PACKAGE
@@ -185,13 +184,3 @@ def _judge_of_workers(ray: Any, judge: Judge) -> _AskJudge:
             return self.judge.goes_on(key, step, scores)
 
     return _AskJudge(ray.get, ray.remote(num_cpus=0)(Held).remote(judge))
-
-
-def cores() -> int:
-    """The CPU cores that this process may use: by its affinity and its control group."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return count

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from ldm import generate, schema
@@ -89,9 +89,7 @@ class HyperParameters(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         found = hyperparameters(self.run)
         for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger):
-                logger.log_hyperparams(found)
-            elif isinstance(logger, TensorBoardLogger):  # its table has a row for runs with a metric
+            if isinstance(logger, TensorBoardLogger):  # its table has a row for runs with a metric
                 logger.log_hyperparams(found, {"hp/max_steps": float(trainer.max_steps)})
             else:
                 logger.log_hyperparams(found)

@@ -17,11 +17,6 @@ torch.set_num_threads(1)
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install .[test]")
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return interchange_models.small_config(tmp_path_factory.mktemp("clip"))
-
-
 @pytest.fixture
 def model(config):
     return interchange_models.small_model(config)

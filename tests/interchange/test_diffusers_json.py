@@ -18,11 +18,6 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return interchange_models.small_config(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
 def written(config, tmp_path_factory):
     path = tmp_path_factory.mktemp("diffusers") / "small"
     diffusers_model.write_folder(path, interchange_models.small_model(config).state_dict(), config.model.params)

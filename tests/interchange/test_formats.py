@@ -63,11 +63,6 @@ def made_up():
     FORMATS.remove(row)
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return interchange_models.small_config(tmp_path_factory.mktemp("clip"))
-
-
 @pytest.mark.slow
 def test_one_more_format(made_up, config, tmp_path, capsys):
     model, other = (interchange_models.small_model(config) for _ in range(2))

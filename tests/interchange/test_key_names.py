@@ -25,11 +25,6 @@ FLAT = {name: name.replace(".", "_") for name in (OURS, THEIRS, TEXTS)}
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return interchange_models.small_config(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
 def model(config):
     return interchange_models.small_model(config)
 

@@ -22,11 +22,6 @@ pytestmark = pytest.mark.slow
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return interchange_models.small_config(tmp_path_factory.mktemp("clip"))
-
-
 @pytest.fixture
 def model(config):
     return interchange_models.small_model(config)

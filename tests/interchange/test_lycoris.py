@@ -24,11 +24,6 @@ NORMS = ("model.diffusion_model.input_blocks.2.0.in_layers.0", f"{BLOCK}.norm2")
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return interchange_models.small_config(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
 def small(config):
     return interchange_models.small_model(config)
 

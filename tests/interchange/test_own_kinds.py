@@ -23,11 +23,6 @@ SMALL = [*LINEAR, CONVOLUTIONS[1]]  # without the 3 x 3 convolution
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return interchange_models.small_config(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
 def base(config, tmp_path_factory):
     """The base model, its checkpoint, its config as a file, and as a diffusers folder."""
     from omegaconf import OmegaConf

@@ -15,11 +15,6 @@ from tests import interchange_models
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return interchange_models.small_config(tmp_path_factory.mktemp("clip"))
-
-
 @pytest.fixture
 def model(config):
     return interchange_models.small_model(config)
