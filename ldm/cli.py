@@ -178,6 +178,15 @@ def add_files(parser: argparse.ArgumentParser, config: str) -> None:
     add_allow_family(parser)
 
 
+def add_base_parts(group: argparse._ActionsContainer) -> None:
+    """The options of programs that read a base: `--vae`, `--text_encoder`, `--ema`, see `base_choice.Choice`."""
+    group.add_argument("--vae", metavar="FILE_OR_FOLDER", help="this autoencoder, instead of the base's own")
+    group.add_argument("--text_encoder", action="append", metavar="FILE_OR_FOLDER",
+                       help="this text encoder, instead of the base's own; repeatable for SDXL")  # fmt: skip
+    group.add_argument("--ema", type=boolean, metavar="yes|no", help="the average of the base's training, or its last "
+                       "weights; for a base that holds both")  # fmt: skip
+
+
 def add_allow_family(group: argparse._ActionsContainer) -> None:
     """The option `--allow_family` of every program that reads folders of adapters, see `ldm.trust`."""
     group.add_argument("--allow_family", action="append", default=[], metavar="my.module.Family",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm.cli import Parser, add_files
+from ldm.cli import Parser, add_base_parts, add_files
 from ldm.errors import InputError
 from ldm.interchange.formats import written
 from ldm.models.bases import DEFAULT
@@ -35,6 +35,7 @@ def add_arguments(p: Parser) -> None:
                    "what fits first), of the output (default diffusers)")  # fmt: skip
     p.add_argument("--modifier_token", help="names of a delta's new words, joined by + (default <new1>+<new2>...)")
     p.add_argument("--base", metavar="MODEL", help="the base, to write tuned weights as differences from it")
+    add_base_parts(p.add_argument_group("of INPUT, if it is a whole model, else of --base or --ckpt"))
     add_files(p, DEFAULT.config)
     published = p.add_argument_group("the published interface for deltas; the output lies beside the delta")
     published.add_argument("--mode", choices=MODES,
@@ -60,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
 def convert(source: str, output: Path, options: argparse.Namespace) -> str:
     """Read by what the input is, write what is wanted; a line about it. Raises `InputError` where that cannot be."""
     from ldm.interchange import Context, by_name, open_file, recognise
+    from ldm.interchange.base_choice import NONE, Choice
     from ldm.interchange.command import config_for, read_model
     from ldm.interchange.contents import CONTENTS
     from ldm.interchange.custom_diffusion import split_words
@@ -67,8 +69,13 @@ def convert(source: str, output: Path, options: argparse.Namespace) -> str:
     row, to = recognise(file := open_file(source)), by_name(options.to)
     form = CONTENTS[to.form]
     config, words = config_for(options.config, file), split_words(options.modifier_token)
-    base = read_model(options.base) if options.base else None
-    context = Context(config=config, order=options.order, words=words, source=source, base=base)
+    choice, is_model = Choice.asked(options), row.form == "model"
+    if choice != NONE and not (is_model or options.base):
+        raise InputError(f"--vae, --text_encoder and --ema are for whole models; {source} is {row.title}")
+    base = read_model(options.base, config, None if is_model else choice) if options.base else None
+    context = Context(
+        config=config, order=options.order, words=words, source=source, base=base, choice=choice if is_model else None
+    )
     if form.name not in row.holds:
         raise InputError(f"{source} {form.absent or f'is {row.title}: it cannot become {to.name}'}")
     value = row.read(form.name, file, context)
@@ -86,7 +93,8 @@ def convert(source: str, output: Path, options: argparse.Namespace) -> str:
 def convert_delta(options: argparse.Namespace) -> str:
     """The published modes."""
     from ldm.interchange import Context, apply, by_name, custom_diffusion, embeddings
-    from ldm.interchange.command import read_model, to_be_written
+    from ldm.interchange.base_choice import Choice
+    from ldm.interchange.command import config_for, read_model, to_be_written
     from ldm.modules.encoders.tokens import is_bracketed
 
     if not options.delta_ckpt or not options.ckpt:
@@ -108,7 +116,8 @@ def convert_delta(options: argparse.Namespace) -> str:
         )
         for word, name in names.items()
     }
-    weights = read_model(options.ckpt)
+    choice = Choice.asked(options)
+    weights = read_model(options.ckpt, config_for(options.config, options.ckpt) if choice.paths else None, choice)
     changed = apply.merged(weights, custom_diffusion.changes(delta, weights, str(source)))
     by_name("checkpoint").write(output, changed, Context())
     for word, file in files.items():

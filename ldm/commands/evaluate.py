@@ -15,7 +15,7 @@ import argparse
 import math
 from pathlib import Path
 
-from ldm.cli import Parser, add_allow_family, count, seed_number, text
+from ldm.cli import Parser, add_allow_family, add_base_parts, count, seed_number, text
 from ldm.errors import InputError
 from ldm.evaluate.prompts import LISTS
 from ldm.evaluate.protocol import PROTOCOLS
@@ -49,6 +49,7 @@ def add_arguments(p: Parser) -> None:
     model.add_argument("--checkpoints", default="last", metavar="last|all|STEPS", help="of a run (default last)")
     model.add_argument("--config", help="config of the base model")
     model.add_argument("--ckpt", help="checkpoint of the base model; by default the one that the config names")
+    add_base_parts(model)
     model.add_argument("--adapter_scale", type=finite, default=1.0, help="strength of what was tuned (default 1)")
     model.add_argument("--device", help="cuda, cuda:1, mps or cpu; by default the best there is")
     model.add_argument("--trust_config", action="store_true", help="import whatever the run's config names")
@@ -90,6 +91,7 @@ def run(options: argparse.Namespace) -> None:
 
     from ldm.evaluate import runs, tables
     from ldm.evaluate.features import FeatureCache
+    from ldm.interchange.base_choice import Choice
 
     for file in options.out:
         tables.check(file)
@@ -101,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
     question = runs.Question(
         options.path, protocol, options.data_root, options.class_word, options.identifier, options.class_template,
         options.checkpoints, options.config, options.ckpt, options.adapter_scale, options.against, options.pictures,
-        options.device, verbose=True,
+        options.device, verbose=True, choice=Choice.asked(options),
     )  # fmt: skip
     cache, asked = FeatureCache(None if options.cache == "off" else options.cache), [question]
     if options.concepts_list:

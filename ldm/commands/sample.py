@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.cli import Parser, add_allow_family, add_compile, seed_number, text
+from ldm.cli import Parser, add_allow_family, add_base_parts, add_compile, seed_number, text
 from ldm.errors import InputError
 from ldm.files import read_text
 from ldm.models.bases import BASES, DEFAULT
@@ -53,6 +53,7 @@ def add_arguments(p: Parser) -> None:
     model.add_argument("--config", default="auto",
                        help=f"auto: that of the base that --ckpt is of, else {DEFAULT.config}")  # fmt: skip
     model.add_argument("--ckpt", help="checkpoint of the base model; by default the one that the config names")
+    add_base_parts(model)
     model.add_argument("--laion400m", action="store_true", help="use the LAION-400M text-to-image model")
     model.add_argument("--adapter_path", action="append", default=[], metavar="PATH",
                        help="what was tuned: our folder, a LoRA of any format, a delta, words; repeatable")  # fmt: skip
@@ -163,6 +164,7 @@ def prepared_model(options: argparse.Namespace) -> tuple[Any, Callable[[Variant]
     """The model with its adapters, and what sets the strength of its adapter to that of a variant."""
     from ldm.config import find_file, load_config
     from ldm.devices import best_device
+    from ldm.interchange.base_choice import Choice
     from ldm.models.building import untuned
     from ldm.util import load_model_from_config
 
@@ -170,6 +172,7 @@ def prepared_model(options: argparse.Namespace) -> tuple[Any, Callable[[Variant]
     if is_auto:
         options.config = config_of(options.ckpt)
     config = untuned(load_config(find_file(options.config)))
+    config = Choice.asked(options).into(config)
     if is_auto and options.ckpt:
         adapt(config, options.ckpt)
     model = load_model_from_config(config, options.ckpt, verbose=True)
@@ -258,10 +261,12 @@ def metadata(options: argparse.Namespace, variant: Variant) -> dict[str, Any]:
 
     scales = options.adapter_scale if variant.adapter_scale is None else [variant.adapter_scale]
     eta = sampler(options.sampler).usual_eta if options.ddim_eta is None else options.ddim_eta
+    given = {"vae": options.vae, "text encoder": ", ".join(options.text_encoder or []), "ema": options.ema}
+    parts = {name: value for name, value in given.items() if value not in (None, "")}
     begun = {"init-img": options.init_img, "strength": options.strength, "mask": options.mask or ""}
     return {
         "sampler": options.sampler, "steps": options.ddim_steps, "spacing": options.spacing, "eta": eta,
-        "scale": variant.scale, "config": options.config, "ckpt": options.ckpt or "the config's",
+        "scale": variant.scale, "config": options.config, "ckpt": options.ckpt or "the config's", **parts,
         "embeddings": ", ".join(options.embedding_path), "adapter": ", ".join(options.adapter_path),
         "adapter scale": ", ".join(map(str, scales)), **(begun if options.init_img else {}),
     }  # fmt: skip
@@ -297,11 +302,12 @@ def adapt(config: Any, ckpt: str) -> None:
     from omegaconf import OmegaConf
 
     from ldm.interchange import diffusers_json
-    from ldm.interchange.base_files import folder_of
+    from ldm.interchange.base_choice import Choice
+    from ldm.interchange.hub import folder_of
 
     if (folder := folder_of(ckpt)) is None:
         return
-    for key, value in diffusers_json.adapted(folder, config.model.params, ckpt).items():
+    for key, value in diffusers_json.adapted(folder, config.model.params, ckpt, Choice.of(config).parts).items():
         log.info("%s: %s is %s", ckpt, key, value)
         OmegaConf.update(config.model.params, key, value)
 

@@ -18,6 +18,7 @@ from ldm.evaluate.protocol import Protocol
 from ldm.evaluate.scoring import Drawn, Scores, add_distances, class_pictures, compare, load_networks, score
 from ldm.evaluate.sources import Subject, is_pictures, opened, read_drawn, subject_of
 from ldm.generate import from_pil, save_png
+from ldm.interchange.base_choice import NONE, Choice
 from ldm.interchange.base_files import base_weights
 from ldm.models.bases import base_of
 from ldm.models.building import choose_checkpoint
@@ -33,6 +34,7 @@ class Question:
     config, ckpt, scale: the base model and the strength, for a path outside a run
     against: a folder of pictures for FID and KID
     keep: a folder for the drawn pictures
+    choice: parts and weights that are chosen of the base model
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Question:
     keep: Path | None = None
     device: str | None = None
     verbose: bool = False
+    choice: Choice = NONE
 
     def of(self, subject: Subject) -> Question:
         """The question with missing fields from the run's facts about its subject."""
@@ -67,7 +70,9 @@ def answers(question: Question, cache: FeatureCache | None = None) -> Iterator[S
     if is_pictures(question.path):
         yield of_pictures(question, cache)
         return
-    sources, subject = opened(question.path, question.checkpoints, question.config, question.ckpt, question.scale)
+    sources, subject = opened(
+        question.path, question.checkpoints, question.config, question.ckpt, question.scale, question.choice
+    )
     question = question.of(subject)
     for value, option in ((question.data_root, "--data_root"), (question.class_word, "--class_word")):
         if not value:

@@ -17,6 +17,7 @@ from ldm.errors import InputError
 from ldm.evaluate.features import Files
 from ldm.evaluate.scoring import Drawn
 from ldm.interchange import load_any, open_file, recognise
+from ldm.interchange.base_choice import NONE, Choice
 from ldm.interchange.base_files import reader
 from ldm.models.bases import DEFAULT
 from ldm.models.building import build_model, choose_checkpoint, untuned
@@ -67,18 +68,23 @@ def is_pictures(path: Path) -> bool:
 
 
 def opened(
-    path: Path, checkpoints: str = "last", config: str | None = None, ckpt: str | None = None, scale: float = 1.0
+    path: Path,
+    checkpoints: str = "last",
+    config: str | None = None,
+    ckpt: str | None = None,
+    scale: float = 1.0,
+    choice: Choice = NONE,
 ) -> tuple[list[Source], Subject]:
     """The checkpoints to score, in the order of steps, and the run's facts about its subject.
 
     `checkpoints` of a run: `last`, `all`, or steps such as `200,400`. `config` and `ckpt` name the base model for a
-    file or folder outside a run. Raises `InputError`.
+    file or folder outside a run, `choice` what is chosen of it. Raises `InputError`.
     """
     if not path.exists():
         raise InputError(f"{path} does not exist: expected a run, a folder or file of what was tuned, or pictures")
     folder = run_of(path)
     run = read_run(folder) if folder else None
-    base = _base(run, config, ckpt)
+    base = _base(run, config, ckpt, choice)
     if folder == path:
         return [Source(one, step, base, scale) for step, one in chosen(path, checkpoints)], subject_of(run)
     if checkpoints != "last":
@@ -126,13 +132,13 @@ def chosen(folder: Path, checkpoints: str) -> list[tuple[int, Path]]:
     return [(step, there[step]) for step in named]
 
 
-def _base(run: Run | None, config: str | None, ckpt: str | None) -> Callable[[], Any]:
+def _base(run: Run | None, config: str | None, ckpt: str | None, choice: Choice) -> Callable[[], Any]:
     """The function that builds the base model: that of the run, or that of a config."""
     words = run.config.dreambooth.get("words") if run else None
 
     def build() -> Any:
         source = run.config if run and config is None else load_config(find_file(config or DEFAULT.config))
-        source = untuned(source.copy())
+        source = choice.into(untuned(source.copy()))
         checkpoint = choose_checkpoint(source, ckpt or (run.base if run else None))
         model = build_model(source, *checkpoint, read=reader(source)).eval()
         if words:

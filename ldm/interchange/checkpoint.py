@@ -36,4 +36,11 @@ def _write(path: Path, weights: Mapping[str, Tensor], context: Context) -> None:
     write(path, weights)
 
 
-CHECKPOINT = Codec(is_checkpoint, {"model": lambda file, context: context.checked(read(file), file.given)}, _write)
+def _read(file: Opened, context: Context) -> Mapping[str, Tensor]:
+    weights = read(file)
+    if context.choice is not None:
+        weights = context.choice.averaged(weights, str(file.given))
+    return context.checked(context.completed(weights, file.given)[0], file.given)
+
+
+CHECKPOINT = Codec(is_checkpoint, {"model": _read}, _write)

@@ -12,8 +12,9 @@ from ldm.checkpoints import read_weights, refuse_not_finite
 from ldm.config import named_config
 from ldm.errors import InputError
 from ldm.interchange import layers, own
-from ldm.interchange.base_files import folder_of
+from ldm.interchange.base_choice import Choice
 from ldm.interchange.formats import FORMATS, Context, Format, Opened, by_name, open_file
+from ldm.interchange.hub import folder_of
 from ldm.interchange.lora import Lora
 from ldm.models import building
 from ldm.models.bases import DEFAULT, base_of
@@ -61,16 +62,19 @@ def skeleton(config: str | Path) -> nn.Module:
     return layers.skeleton(named_config(config))
 
 
-def read_model(path: str | Path, config: str | Path | None = None) -> dict[str, Tensor]:
+def read_model(
+    path: str | Path, config: str | Path | None = None, choice: Choice | None = None
+) -> Mapping[str, Tensor]:
     """The weights of a whole model by the names of the model here, from a checkpoint or a diffusers folder.
 
     A folder may be the name of one in the hub's cache. Its JSON must describe the model of `config` if one is given.
+    `choice`: other parts, which need a config, and which of two sets of weights.
 
     Raises `InputError` for files that cannot be read and for values that are not finite.
     """
     file, row = _whole_model(path)
     if row:
-        return row.read("model", file, Context(config=config))
+        return row.read("model", file, Context(config=config, choice=choice))
     weights = read_weights(path)  # its content is checked where it is used
     refuse_not_finite(weights, str(path))
     return weights

@@ -7,7 +7,7 @@ config. So a folder can be compared with a config, and a config can be set to be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,15 +220,21 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def differences(folder: Path, params: Any) -> list[tuple[Setting, Any, Any]]:
+def differences(
+    folder: Path, params: Any, without: Collection[str] = (), places: Mapping[str, Path] | None = None
+) -> list[tuple[Setting, Any, Any]]:
     """(row, the folder's value, the config's) of every setting in which a folder and `model.params` differ.
+
+    `without`: parts that are not asked for; `places`: the folders of parts, if they are not those of their names.
 
     Raises `InputError` for JSON that cannot be read and for schedules without betas.
     """
     params, found, read = plain(params), [], {}
     for row in SETTINGS:
+        if row.part in without:
+            continue
         if row.part not in read:
-            read[row.part] = _json(folder, row.part)
+            read[row.part] = _json((places or {}).get(row.part, folder / row.part), row.part)
         json, ours = read[row.part], row.ours(params)
         if json is None or (ours is None and row.default is not None):
             continue
@@ -238,9 +244,19 @@ def differences(folder: Path, params: Any) -> list[tuple[Setting, Any, Any]]:
     return found
 
 
-def check(folder: Path, params: Any, given: str | Path) -> None:
+def check(folder: Path, params: Any, given: str | Path, without: Collection[str] = ()) -> None:
     """Raises `InputError` if the JSON of a folder, `given` by that name, describes another model than `params`."""
-    for row, theirs, ours in differences(folder, params):
+    _refuse(differences(folder, params, without), params, given)
+
+
+def check_part(folder: Path, part: str, params: Any, given: str | Path) -> None:
+    """The same for the folder of one part."""
+    others = {row.part for row in SETTINGS} - {part}
+    _refuse(differences(folder, params, others, {part: folder}), params, given)
+
+
+def _refuse(found: Iterable[tuple[Setting, Any, Any]], params: Any, given: str | Path) -> None:
+    for row, theirs, ours in found:
         change = row.change(theirs, plain(params))
         advice = ", ".join(f"model.params.{key}={value}" for key, value in change.items())
         raise InputError(
@@ -249,13 +265,13 @@ def check(folder: Path, params: Any, given: str | Path) -> None:
         )
 
 
-def adapted(folder: Path, params: Any, given: str | Path) -> dict[str, Any]:
+def adapted(folder: Path, params: Any, given: str | Path, without: Collection[str] = ()) -> dict[str, Any]:
     """The parameters, by dotted key within `model.params`, that make a config that of a folder.
 
     Raises `InputError` for a folder that no parameters describe.
     """
     changes: dict[str, Any] = {}
-    for row, theirs, _ in differences(folder, params):
+    for row, theirs, _ in differences(folder, params, without):
         if not (change := row.change(theirs, plain(params))):
             raise InputError(f"{given} says {row.key} {short(theirs)} in {row.part}: this program has no such model")
         changes |= change
@@ -264,14 +280,14 @@ def adapted(folder: Path, params: Any, given: str | Path) -> dict[str, Any]:
 
 def of_folder(folder: Path) -> dict[str, Any]:
     """What `ldm inspect` tells of the JSON: prediction and schedule, where they differ from diffusers' defaults."""
-    json = _json(folder, SCHEDULER) or {}
+    json = _json(folder / SCHEDULER, SCHEDULER) or {}
     told = {key: json[key] for key in ("prediction_type", "rescale_betas_zero_snr") if json.get(key)}
     return {key.replace("_", " "): value for key, value in told.items()}
 
 
 def _json(folder: Path, part: str) -> Mapping[str, Any] | None:
     """The JSON of a part; None if the folder has none, which older versions of diffusers do not need for all parts."""
-    file = folder / part / ("scheduler_config.json" if part == SCHEDULER else "config.json")
+    file = folder / ("scheduler_config.json" if part == SCHEDULER else "config.json")
     if not file.is_file():
         return None
     json = read_json(file)

@@ -21,7 +21,7 @@ from ldm.interchange import layers
 from ldm.interchange.diffusers_json import BETAS, PREDICTIONS, check, heads, of_folder, schedule
 from ldm.interchange.diffusers_weights import from_diffusers, refuse_parts, text_parts, to_diffusers
 from ldm.interchange.formats import Codec, Context, Opened
-from ldm.interchange.part_files import read_part
+from ldm.interchange.part_files import choose, read_part
 from ldm.interchange.text_encoders import Embedder, embedders, refuse_other_states, save_tokenizer
 from ldm.models.bases import BASES, DEFAULT, FIRST_LAYER, Base, Part, base_of, explained, is_ignored
 
@@ -226,10 +226,12 @@ def _target(params: Mapping[str, Any]) -> str:
     return "ldm.models.diffusion.ddpm.LatentDiffusion"
 
 
-def read_folder(path: str | Path, params: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+def read_folder(
+    path: str | Path, params: Mapping[str, Any] | None = None, ema: bool | None = None
+) -> dict[str, Tensor]:
     """The weights of a diffusers folder under the names of the model here, that of `model.params` if it is given.
 
-    Raises `InputError`.
+    The folder may lack its autoencoder or text encoders. `ema`: see `base_choice.Choice`. Raises `InputError`.
     """
     path = Path(path)
     if not is_folder(path):
@@ -238,7 +240,9 @@ def read_folder(path: str | Path, params: Mapping[str, Any] | None = None) -> di
     rows = [base for base in BASES if base.pipeline and base.pipeline == pipeline]
     base = _row(rows, path, params) if rows else DEFAULT
     try:
-        parts = {name: read_part(path / part.folder, part) for name, part in base.parts.items()}
+        variants = choose(path / "unet", base.parts["unet"], ema)
+        there = {name: part for name, part in base.parts.items() if name == "unet" or (path / part.folder).is_dir()}
+        parts = {name: read_part(path / part.folder, part, variants) for name, part in there.items()}
         return from_diffusers(parts, str(path), base)
     except InputError as error:
         if rows or not pipeline:
@@ -298,10 +302,11 @@ def is_folder(path: str | Path) -> bool:
 
 
 def _read(file: Opened, context: Context) -> Mapping[str, Tensor]:
-    if context.config is not None:
-        check(file.path, context.params, file.given)
     params = None if context.config is None else context.params
-    return context.checked(read_folder(file.path, params), file.given)
+    weights, others = context.completed(read_folder(file.path, params, context.ema), file.given)
+    if params is not None:
+        check(file.path, params, file.given, others)
+    return context.checked(weights, file.given)
 
 
 def _write(path: Path, weights: Mapping[str, Tensor], context: Context) -> None:

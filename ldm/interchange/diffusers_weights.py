@@ -37,14 +37,16 @@ def to_diffusers(
 def from_diffusers(
     parts: Mapping[str, Weights], source: str = "the folder", base: Base = DEFAULT
 ) -> dict[str, Tensor]:
-    """The weights of a model of a base from those of diffusers' parts. Raises `InputError`."""
-    vae = {_modern(name): value for name, value in parts["vae"].items()}
-    levels = 1 + max((int(name.split(".")[2]) for name in vae if name.startswith("encoder.down_blocks.")), default=0)
-    count = 1 + max((int(n.split(".")[4]) for n in vae if n.startswith("encoder.down_blocks.0.resnets.")), default=0)
-    vae = _renamed(vae, inverse(vae_table(levels, count)), source)
-    found = {"vae": {n: value[..., None, None] if _is_attention(n, value) else value for n, value in vae.items()}}
-    found["unet"] = _renamed(parts["unet"], inverse(unet_table(layout_of_diffusers(parts["unet"]))), source)
+    """The weights of a model of a base from those of diffusers' parts, some of which may be absent.
+
+    Raises `InputError`.
+    """
+    found = {"vae": vae_from_diffusers(parts["vae"], source)} if "vae" in parts else {}
+    if "unet" in parts:
+        found["unet"] = _renamed(parts["unet"], inverse(unet_table(layout_of_diffusers(parts["unet"]))), source)
     for name, part in text_parts(base).items():
+        if name not in parts:
+            continue
         is_clip = part.spelling == "clip"
         found[name] = (
             text_encoders.from_clip(parts[name]) if is_clip else text_encoders.from_transformers(parts[name], source)
@@ -52,10 +54,21 @@ def from_diffusers(
     return {base.parts[part].prefix + name: value for part, content in found.items() for name, value in content.items()}
 
 
+def vae_from_diffusers(weights: Weights, source: str) -> dict[str, Tensor]:
+    """The weights of an autoencoder by LDM's names from those of diffusers, old or new. Raises `InputError`."""
+    vae = {_modern(name): value for name, value in weights.items()}
+    levels = 1 + max((int(name.split(".")[2]) for name in vae if name.startswith("encoder.down_blocks.")), default=0)
+    count = 1 + max((int(n.split(".")[4]) for n in vae if n.startswith("encoder.down_blocks.0.resnets.")), default=0)
+    vae = _renamed(vae, inverse(vae_table(levels, count)), source)
+    return {n: value[..., None, None] if _is_attention(n, value) else value for n, value in vae.items()}
+
+
 def refuse_parts(weights: Weights, base: Base, source: str) -> None:
     """Raises `InputError` for weights that lack a part of a whole model."""
     if lacking := [p.folder for p in base.parts.values() if not any(n.startswith(p.prefix) for n in weights)]:
-        error = InputError(f"{source} is not a whole Stable Diffusion model: it lacks {', '.join(lacking)}")
+        options = dict.fromkeys(f"--{name.removesuffix('_2')} FILE_OR_FOLDER" for name in lacking if name != "unet")
+        advice = "" if "unet" in lacking else f"; give {' and '.join(options)}"
+        error = InputError(f"{source} is not a whole Stable Diffusion model: it lacks {', '.join(lacking)}{advice}")
         raise explained(error, weights, source)
 
 

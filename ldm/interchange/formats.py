@@ -7,7 +7,7 @@ list the rows quickly; a codec is imported when a file is opened.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,8 @@ from ldm.models import bases
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ldm.interchange.base_choice import Choice
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Context:
     source: str = "the input"  # for messages
     finite: bool = True  # whether to refuse weights of a whole model that are not finite
     base: Mapping[str, Any] | None = None  # the base model's weights, for formats that hold differences from it
+    choice: Choice | None = None  # parts and weights that are chosen of a whole model
 
     @cached_property
     def model(self) -> nn.Module | None:
@@ -61,6 +64,17 @@ class Context:
 
             refuse_not_finite(weights, str(source))
         return weights
+
+    @property
+    def ema(self) -> bool | None:
+        """Which weights are chosen of a whole model, see `base_choice.Choice`."""
+        return None if self.choice is None else self.choice.ema
+
+    def completed(self, weights: Mapping[str, Any], source: Path) -> tuple[Mapping[str, Any], Collection[str]]:
+        """The weights of a whole model with the chosen parts, and the names of these parts. Raises `InputError`."""
+        if self.choice is None or not self.choice.paths:
+            return weights, ()
+        return self.choice.completed(weights, str(source), self._config)
 
     @property
     def params(self) -> Any:

@@ -303,6 +303,34 @@ def holds_unet(names: Iterable[Any]) -> bool:
     return any(str(name).startswith(prefixes) for name in names)
 
 
+# Parts that a checkpoint may lack: the prefix, a name, and the option that gives it.
+MISSABLE = [
+    (FIRST_STAGE, "autoencoder: give one with --vae FILE_OR_FOLDER (or checkpoint.vae in the config)"),
+    *(
+        (prefix, f"{name}: give one with --text_encoder FILE_OR_FOLDER (or checkpoint.text_encoder in the config)")
+        for prefix, name in (
+            (CONDITIONER, "text encoder"),
+            (f"{EMBEDDERS}0.", "first text encoder (CLIP ViT-L)"),
+            (f"{EMBEDDERS}1.", "second text encoder (OpenCLIP bigG)"),
+        )
+    ),
+]
+
+
+def missing_part(lacking: Iterable[str], weights: Shapes) -> str | None:
+    """What is said of the first part that the weights of a UNet lack altogether; None if they lack something else."""
+    lacking = list(lacking)
+    if not _has_unet(weights) or any(name.startswith(UNET) for name in lacking):
+        return None
+    return next(
+        (
+            told for prefix, told in MISSABLE
+            if any(name.startswith(prefix) for name in lacking) and not _any(weights, re.escape(prefix))
+        ),
+        None,
+    )  # fmt: skip
+
+
 def is_ignored(name: str) -> bool:
     """Whether a name in released files may be absent from a model."""
     return any(re.fullmatch(pattern, name) for pattern in dict.fromkeys(base.ignored for base in BASES))

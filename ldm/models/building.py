@@ -27,7 +27,7 @@ from ldm.config import (
 )
 from ldm.devices import forked_rng
 from ldm.errors import InputError
-from ldm.models.bases import explained, in_model_names, is_ignored
+from ldm.models.bases import explained, in_model_names, is_ignored, missing_part
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ def filled(
         result = model.load_state_dict(weights, strict=False, assign=True)
     unknown = [name for name in result.unexpected_keys if not is_ignored(name)]
     if lacking := [name for name in result.missing_keys if name in parameters and not may_lack(name)]:
+        if part := missing_part(lacking, weights):
+            raise InputError(f"{source} has no {part}")
         also = f" and holds {len(unknown)} that it has no place for ({', '.join(unknown[:3])})" if unknown else ""
         raise InputError(
             f"{source} does not fit this config: it lacks {len(lacking)} of {len(parameters)} weights "
@@ -239,6 +241,8 @@ def choose_checkpoint(config: Mapping, given: str | None) -> tuple[str | None, i
         return str(find_file(own["path"])), None
     absent = f"{own['path']} does not exist" if own.get("path") else "the config names no checkpoint"
     if own.get("random_seed") is not None:
+        if chosen := [f"--{name}" for name in ("vae", "text_encoder", "ema") if own.get(name) is not None]:
+            raise InputError(f"{absent}, so {chosen[0]} has no base to act on: name a checkpoint or a diffusers folder")
         log.warning("%s: starting from random base weights (seed %s)", absent, own["random_seed"])
         return None, int(own["random_seed"])
     raise InputError(

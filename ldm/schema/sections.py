@@ -317,6 +317,9 @@ class Checkpoint(Section):
 
     path: str | None = says(None, ".ckpt or .safetensors file of the base model")
     random_seed: AtLeast0 | None = says(None, "where that file is absent: start from random weights of this seed")
+    vae: str | None = says(None, "file or folder of an autoencoder, instead of the base's own")
+    text_encoder: str | list[str] | None = says(None, "file or folder of a text encoder, or several, as vae")
+    ema: bool | None = says(None, "of a base with both: the average of its training, or its last weights")
 
 
 class Config(Section):

@@ -18,7 +18,8 @@ import torch
 from ldm.checkpoints import sha256_of
 from ldm.config import PACKAGE, find_file, plain
 from ldm.data.pictures import find_pictures
-from ldm.interchange.base_files import folder_of
+from ldm.interchange.base_choice import NONE, Choice
+from ldm.interchange.hub import folder_of
 from ldm.models.building import choose_checkpoint
 from ldm.train.run_folder import Run
 
@@ -51,10 +52,18 @@ def pictures_digest(folder: str | Path | None) -> str | None:
 
 
 def base_digest(run: Run) -> str:
-    """The SHA-256 of the base's checkpoint, or the seed of a random base."""
+    """The SHA-256 of the base's checkpoint with what is chosen of it, or the seed of a random base."""
     path, seed = choose_checkpoint(run.config, run.base)
     if path is None:
         return f"random seed {seed}"
+    choice = Choice.of(run.config)
+    if choice == NONE:
+        return place_digest(path)
+    return digest([place_digest(path), choice.ema, *map(place_digest, choice.paths)])
+
+
+def place_digest(path: str | Path) -> str:
+    """A digest of a file, or of a diffusers folder."""
     folder = folder_of(path)
     return file_digest(find_file(path)) if folder is None else tree_digest(folder)
 

@@ -10,7 +10,7 @@ import argparse
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import instantiate_from_config, override, plain, stored_config, unet_params
 from ldm.errors import InputError
+from ldm.interchange.base_choice import Choice
 from ldm.models.building import untuned_model
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.train import dreambooth, run_folder
@@ -131,6 +132,7 @@ def without(config: DictConfig) -> dict[str, Any]:
         (params["cond_stage_config"].get("params") or {}).pop("modifier_token", None)
     common["model"].pop("base_learning_rate", None)
     shared = {key: common["dreambooth"].get(key) for key in ("base", "cache", "base_precision")}
+    shared["parts of the base"] = asdict(Choice.of(config))
     data, trainer = common["data"]["params"], plain(OmegaConf.select(config, "lightning.trainer"))
     shared |= {"batch_size": data["batch_size"], "class pictures": data.get("reg") is not None, "trainer": trainer}
     return {"model": common["model"], **shared}

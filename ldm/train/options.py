@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, get_args
 
 from ldm import schema
-from ldm.cli import Parser, add_allow_family, add_compile, boolean, count, positive, seed_number, text
+from ldm.cli import Parser, add_allow_family, add_base_parts, add_compile, boolean, count, positive, seed_number, text
 from ldm.config import parse_overrides, plain
 from ldm.errors import InputError, did_you_mean
 
@@ -111,6 +111,7 @@ def add_dreambooth(p: Parser, several: bool = False) -> None:
         "--actual_resume", "--resume-from-checkpoint-custom",  # so Custom Diffusion calls it
         metavar="CKPT", help=help_of(schema.DreamBooth, "base"),
     )  # fmt: skip
+    add_base_parts(subject)
     subject.add_argument("--data_root", metavar="DIR", help=help_of(schema.DreamBooth, "data_root"), **each)
     subject.add_argument("--reg_data_root", metavar="DIR", help=help_of(schema.DreamBooth, "reg_data_root"), **each)
     subject.add_argument("--class_word", type=text, help=help_of(schema.DreamBooth, "class_word"), **each)

@@ -32,6 +32,9 @@ KEYS = {
     "logger": "lightning.logger",
     "sample_every_n_steps": f"{SAMPLES}.params.batch_frequency",
     "sample_prompts": f"{SAMPLES}.params.prompts",
+    "vae": "checkpoint.vae",
+    "text_encoder": "checkpoint.text_encoder",
+    "ema": "checkpoint.ema",
 }
 
 
