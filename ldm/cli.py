@@ -183,8 +183,13 @@ def add_base_parts(group: argparse._ActionsContainer) -> None:
     group.add_argument("--vae", metavar="FILE_OR_FOLDER", help="this autoencoder, instead of the base's own")
     group.add_argument("--text_encoder", action="append", metavar="FILE_OR_FOLDER",
                        help="this text encoder, instead of the base's own; repeatable for SDXL")  # fmt: skip
-    group.add_argument("--ema", type=boolean, metavar="yes|no", help="the average of the base's training, or its last "
-                       "weights; for a base that holds both")  # fmt: skip
+    add_ema(group, "the base")
+
+
+def add_ema(group: argparse._ActionsContainer, what: str, option: str = "--ema") -> None:
+    """The option that chooses between two sets of weights of a model."""
+    group.add_argument(option, type=boolean, metavar="yes|no", help="the average of the training (EMA) or the last "
+                       f"weights, where {what} holds both")  # fmt: skip
 
 
 def add_allow_family(group: argparse._ActionsContainer) -> None:

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import Parser
+from ldm.cli import Parser, add_ema
 from ldm.errors import InputError
 
 
@@ -25,6 +25,7 @@ def add_arguments(p: Parser) -> None:
         default="crossattn-kv",
         help="what was trained; crossattn also saves queries and outputs, which the published program loses",
     )
+    add_ema(p, "a checkpoint")
     p.add_argument("--force", action="store_true", help="overwrite what exists")
 
 
@@ -48,6 +49,7 @@ def name_of(file: Path, content: Any) -> str:
 def run(options: argparse.Namespace) -> None:
     from ldm.checkpoints import read_object, weights_in
     from ldm.interchange import custom_diffusion
+    from ldm.interchange.base_choice import Choice
     from ldm.interchange.command import to_be_written
 
     files = checkpoints(Path(options.path))
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     names = [name_of(file, content) for file, content in zip(files, contents, strict=True)]
     outputs = [to_be_written(file.with_name(name), options.force) for file, name in zip(files, names, strict=True)]
     for number, (file, content, output) in enumerate(zip(files, contents, outputs, strict=True), 1):
-        weights = weights_in(content, file)
+        weights = Choice(ema=options.ema).averaged(weights_in(content, file), str(file))
         delta = custom_diffusion.extract(weights, options.newtoken, options.freeze_model, str(file))
         custom_diffusion.write(output, delta)
         print(f"[{number}/{len(files)}] {output}  {len(delta.weights)} weights, {len(delta.tokens)} new words")

@@ -10,12 +10,16 @@ linear layer and convolution that differs. The weights are mapped into memory an
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Sequence
 
-from ldm.cli import Parser, add_files, in_order, underscores
+from ldm.cli import Parser, add_ema, add_files, in_order, underscores
 from ldm.commands.resize import add_cut, cut_of
 from ldm.errors import InputError
 from ldm.interchange.formats import written
 from ldm.models.bases import DEFAULT
+
+log = logging.getLogger(__name__)
 
 MODELS = ("target_model", "base_model")
 
@@ -25,6 +29,8 @@ def add_arguments(p: Parser) -> None:
     p.add_argument("models", nargs="*", metavar="TARGET_MODEL BASE_MODEL", help="checkpoints or diffusers folders")
     for name in MODELS:
         p.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    add_ema(p, "TARGET_MODEL")
+    add_ema(p, "BASE_MODEL", "--base_ema")
     add_cut(p)
     p.set_defaults(rank=4)
     p.add_argument("--layers", choices=("published", "all"), default="published", help="(default published)")
@@ -44,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
 
     from ldm.devices import best_device
     from ldm.interchange import packed
+    from ldm.interchange.base_choice import Choice
     from ldm.interchange.command import config_for, read_model, skeleton, to_be_written, write_lora
     from ldm.interchange.lora import Lora
 
@@ -54,9 +61,10 @@ def run(options: argparse.Namespace) -> None:
     if not 0 < quantile <= 1:
         raise InputError(f"expected 0 < --clamp_quantile <= 1, got {quantile}")
     output, device = to_be_written(options.save_path, options.force, options.format), best_device(options.device)
-    tuned, base = (packed.split(read_model(path)) for path in paths)
+    choices = (Choice(ema=options.ema), Choice(ema=options.base_ema))
+    tuned, base = (packed.split(read_model(*pair)) for pair in zip(paths, (None, None), choices, strict=True))
     model, found = skeleton(config_for(options.config, *paths)), {}
-    for name in tqdm(names_of(model, whole), desc="layers"):
+    for name in tqdm(names_of(model, whole, in_both(model, tuned, base)), desc="layers"):
         pair = pair_of(name, tuned, base)
         if whole and pair[0].equal(pair[1]):
             continue
@@ -69,13 +77,26 @@ def run(options: argparse.Namespace) -> None:
     print(f"{output}  {len(found)} layers, {told(lora.ranks())}")
 
 
-def names_of(model, whole: bool) -> list[str]:
+def in_both(model, tuned, base) -> list[str]:
+    """The parts that both files hold; a line tells of those that neither has."""
+    from ldm.interchange import layers
+
+    found = []
+    for part, (prefix, _) in layers.parts(model).items():
+        if any(name.startswith(prefix) for weights in (tuned, base) for name in weights):
+            found.append(part)
+        else:
+            log.info("neither file has the %s: it is not compared", part.replace("_", " "))
+    return found
+
+
+def names_of(model, whole: bool, parts: Sequence[str]) -> list[str]:
     """The layers to compare."""
     from ldm.interchange import cloneofsimo, layers
 
-    published = {"unet": cloneofsimo.CLASSES["unet"][1], "text_encoder": ["CLIPAttention"]}
+    published = {"unet": cloneofsimo.CLASSES["unet"][1], **dict.fromkeys(layers.TEXT_PARTS, ["CLIPAttention"])}
     return [
-        name for part, classes in published.items()
+        name for part, classes in published.items() if part in parts
         for name in layers.layers_of(model, part, None if whole else classes)
     ]  # fmt: skip
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.checkpoints import read_weights, save_json, save_safetensors, save_torch
+from ldm.checkpoints import read_object, read_weights, save_json, save_safetensors, save_torch
 from ldm.commands import Program
 from ldm.config import load_config
 from ldm.errors import InputError
-from ldm.interchange import diffusers_model, diffusers_weights
+from ldm.interchange import diffusers_model, diffusers_weights, read_lora
 from ldm.interchange.base_choice import Choice
 from ldm.interchange.base_files import base_weights, reader
+from ldm.interchange.command import skeleton
+from ldm.interchange.lora import delta
 from ldm.models.bases import EMA, FIRST_STAGE, UNET, is_ignored
 from ldm.models.building import build_model
 from tests import interchange_models, runs
@@ -113,7 +115,7 @@ def test_parts_of_every_layout(case, caplog):
     for vae, text in itertools.zip_longest(vaes, encoders, fillvalue=encoders[0]):
         caplog.clear()
         case.assert_whole(case.read(case.unet, vae=vae, text_encoders=tuple(text)))
-        assert f"vae of {vae}" in caplog.text and f"text_encoder of {text[-1]}" in caplog.text
+        assert f"vae of {vae}" in caplog.text and f"of {text[-1]}" in caplog.text
 
 
 def test_what_transformers_writes(case, tmp_path):
@@ -157,14 +159,14 @@ def test_a_given_part_replaces_the_own_one(v1, tmp_path, caplog):
 
 
 def test_parts_that_do_not_fit(v1, tmp_path):
+    damaged = {**v1.below(FIRST_STAGE), "encoder.conv_in.bias": torch.tensor([torch.nan])}
     small = {name: value[:1] for name, value in v1.below(FIRST_STAGE).items()}
     not_whole = {name: value for name, value in v1.below(FIRST_STAGE).items() if "mid.attn_1.q" not in name}
     for choice, told in (
         ({"vae": v1.file("a.safetensors", small)}, r"does not fit as the vae of this config \(vae: .* has shape \[1"),
         ({"vae": v1.file("b.safetensors", not_whole)}, r"encoder.mid.attn_1.q.weight is not in it, 4 such"),
         ({"vae": str(v1.unet)}, "unet.safetensors holds no autoencoder"),
-        ({"vae": v1.file("c.safetensors", {**v1.below(FIRST_STAGE), "encoder.conv_in.bias": torch.tensor([torch.nan])})},
-         "c.safetensors: 1 of .* not finite, e.g. encoder.conv_in.bias"),
+        ({"vae": v1.file("c.safetensors", damaged)}, "c.safetensors: 1 of .* not finite, e.g. encoder.conv_in.bias"),
         ({"text_encoders": (str(v1.whole / "vae"),)}, "vae holds none of model.safetensors"),
         ({"text_encoders": (v1.file("d.safetensors", small),)}, "d.safetensors holds no text encoder of CLIP"),
         ({"text_encoders": (str(v1.whole), str(v1.whole))}, "it has no text encoder with weights, or all .* already"),
@@ -178,7 +180,7 @@ def test_the_json_of_a_part_counts(v1, tmp_path):
     shutil.copytree(v1.whole / "vae", tmp_path / "vae")
     said = json.loads((tmp_path / "vae/config.json").read_text())
     save_json(tmp_path / "vae/config.json", {**said, "scaling_factor": 0.13025})
-    with pytest.raises(InputError, match="vae says scaling_factor 0.13025 in vae, and the model of this config has 0.1"):
+    with pytest.raises(InputError, match="vae says scaling_factor 0.13025 in vae, and the model of this config has"):
         v1.read(v1.whole, vae=str(tmp_path / "vae"))
     # what the base's own JSON says of a part that is replaced does not count
     shutil.copytree(v1.whole, tmp_path / "base")
@@ -277,12 +279,38 @@ def test_a_random_base_takes_no_parts(v1, tmp_path):
         choose_checkpoint(config, None)
 
 
+def test_extraction_takes_either(mini, tmp_path, capsys):
+    """The base has no averages; the tuned model has both sets, of which the plain one is the base's."""
+    words = ["--rank", "1", "--device", "cpu", "--save_path", str(tmp_path / "x.safetensors")]
+    pair = [str(mini / "ema.safetensors"), str(mini / "unet.safetensors"), "--config", str(CONFIG)]
+    with pytest.raises(InputError, match="have the same layers: there is nothing to extract"):
+        Program("distill")([*pair, *words, "--layers", "all", "--ema", "no"])
+    Program("distill")([*pair, *words, "--ema", "yes"])
+    assert "layers, rank 1" in capsys.readouterr().out
+    lora = read_lora(tmp_path / "x.safetensors", skeleton(CONFIG))
+    name = UNET + "middle_block.1.transformer_blocks.0.attn2.to_q"
+    change = delta(lora.layers[name])
+    assert (change * read_weights(CKPT)[f"{name}.weight"]).sum() < 0  # half of the weights, the other way
+    with pytest.raises(InputError, match="unet.safetensors holds one set of weights"):
+        Program("distill")([*pair, *words, "--force", "--base_ema", "yes"])
+
+
+def test_deltas_take_either(mini, tmp_path):
+    name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    embedding = {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": torch.ones(3, 2)}
+    for ema, factor in (("yes", 0.5), ("no", 1)):
+        save_torch(tmp_path / ema / "a.ckpt", {"state_dict": {**read_weights(mini / "ema.safetensors"), **embedding}})
+        Program("deltas")(["--path", str(tmp_path / ema), "--ema", ema])
+        delta = read_object(tmp_path / ema / "delta_a.ckpt")["state_dict"]
+        assert torch.equal(delta[name], factor * read_weights(CKPT)[name])
+
+
 @pytest.mark.slow
 def test_sample(mini, tmp_path):
     drawn = {}
-    for name, words in {"whole": ["--ckpt", str(CKPT)], "parts": ["--ckpt", f"{mini}/unet.safetensors", *GIVEN]}.items():
+    for name, words in {"whole": [str(CKPT)], "parts": [f"{mini}/unet.safetensors", *GIVEN]}.items():
         Program("sample")([
-            "--prompt", "a dog", *words, "--ddim_steps", "2", "--n_iter", "1", "--device", "cpu",
+            "--prompt", "a dog", "--ckpt", *words, "--ddim_steps", "2", "--n_iter", "1", "--device", "cpu",
             "--outdir", str(tmp_path / name), "--skip_grid",
         ])  # fmt: skip
         (picture,) = (tmp_path / name / "samples").glob("*.png")
