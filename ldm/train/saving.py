@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,13 +28,18 @@ log = logging.getLogger(__name__)
 BEST, BEST_CHECKPOINT = "best-adapters", "best.ckpt"
 
 
+def averaged(folder: Path) -> Path:
+    """Where the averages of the weights in `<step>-adapters` are."""
+    return folder.with_name(folder.name.partition("-")[0] + "-averaged")
+
+
 class SaveRun(Checkpoint):
     """Writes `<step>-adapters/` and `last.ckpt` every n steps, on SIGUSR1, and when the run ends for any reason.
 
     `every_n_minutes` saves by time, too. `total_limit`: older folders are deleted. `monitor`: its best weights are
-    kept. If a loss or a weight is not finite, the run stops before anything is saved. `notes` go into the adapter
-    folders. `places` are the folder and notes of each training, if there are several. Lightning calls a `Checkpoint`
-    after all other callbacks.
+    kept. If a loss or a weight is not finite, the run stops before anything is saved. A model with averages writes
+    `<step>-averaged/`, too. `notes` go into the adapter folders. `places` are the folder and notes of each training,
+    if there are several. Lightning calls a `Checkpoint` after all other callbacks.
     """
 
     def __init__(
@@ -207,20 +213,26 @@ class SaveRun(Checkpoint):
             trainer.save_checkpoint(self.folder / BEST_CHECKPOINT)
         elif trainer.is_global_zero:
             notes = {"step": self.step, self.monitor.metric: self.monitor.best, **self.notes}
-            files.save(module, self.folder / BEST, notes)
+            with module.ema_scope() if self.monitor.metric.endswith("_ema") else nullcontext():
+                files.save(module, self.folder / BEST, notes)
 
     def delete_old(self) -> None:
         """Delete all but the newest `total_limit` folders of weights."""
         for folder, _ in self.places or [(self.folder, self.notes)]:
             for old in step_folders(folder)[: -self.total_limit] if self.total_limit else ():
                 shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(averaged(old), ignore_errors=True)
 
     def save_folders(self, module: pl.LightningModule) -> None:
         """Write the tuned weights as folders for sampling."""
         places = self.places or [(self.folder, self.notes)]
         for one, (folder, notes) in zip(getattr(module, "trainings", [module]), places, strict=True):
             if getattr(one, "is_tuned", False):
-                files.save(one, folder / f"{self.step}-adapters", {"step": self.step, **notes})
+                notes, place = {"step": self.step, **notes}, folder / f"{self.step}-adapters"
+                files.save(one, place, notes)
+                if one.use_ema:
+                    with one.ema_scope():
+                        files.save(one, averaged(place), notes)
 
     # --- ends that no batch announces: early stopping, errors, a second Ctrl-C
 

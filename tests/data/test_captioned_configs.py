@@ -1,7 +1,6 @@
 """The shipped configs for captioned pictures."""
 
 import logging
-import re
 
 import pytest
 
@@ -38,14 +37,6 @@ def test_the_small_model_trains_on_the_shipped_drawings(tmp_path, caplog):
     assert last(run)["global_step"] == 2
     assert subject_of(read_run(run)).template == "photo of a {}"  # reports and scores know what to draw
     assert f"{drawings}: 11 pictures, 11 captions from file names" in caplog.text
-
-
-def test_the_table_of_expectations_names_tests_that_exist():
-    table = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("## What other programs call it")[1]
-    named = re.findall(r"`(test_\w+)::(test_\w+)`", table)
-    assert len(named) > 12
-    for module, name in named:
-        assert f"def {name}(" in (ROOT / "tests" / "data" / f"{module}.py").read_text(encoding="utf-8"), name
 
 
 def test_photographs_are_called_photographs():

@@ -1,5 +1,7 @@
 """Encodings made once: the same numbers, no work by the encoders afterwards, nothing trusted that does not fit."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -98,6 +100,23 @@ def test_what_is_kept_depends_on_pictures_settings_and_encoder(kept, photographs
         first_stage.quant_conv.weight.mul_(2)
     encode()
     assert len(list(folder.iterdir())) == 4
+
+
+def test_a_folder_holds_one_picture_in_memory_at_a_time(kept, photographs, monkeypatch):
+    pictures(photographs, 12)
+    encode, _, first_stage = kept
+    original, made, most = first_stage.encode, [], 0
+
+    def counted(picture):
+        nonlocal most
+        most = max(most, sum(one() is not None for one in made))
+        encoded = original(picture)
+        made.append(weakref.ref(encoded.parameters))
+        return encoded
+
+    monkeypatch.setattr(first_stage, "encode", counted)
+    encode()
+    assert len(made) == 2 * 12 and most <= 4  # a picture and its mirror image, while the next ones are made
 
 
 def test_a_damaged_file_is_rebuilt(kept):

@@ -1,6 +1,7 @@
 """Early stopping, the best weights, saving by time, and how many folders of weights are kept."""
 
 import pytest
+import torch
 
 from ldm.errors import InputError
 from ldm.modules.folders import read_folder
@@ -81,6 +82,23 @@ def test_the_newest_folders_are_kept(tmp_path):
     assert folders(run) == ["4-adapters", "5-adapters", "last.ckpt"]
     resume(run, "--max_steps", 11, "lightning.modelcheckpoint.params.total_limit=3")
     assert folders(run) == ["10-adapters", "11-adapters", "9-adapters", "last.ckpt"]
+
+
+def test_averages_of_what_learns_have_folders_of_their_own(tmp_path):
+    """The moving average of last.ckpt, beside the weights of the last step."""
+    every = "lightning.modelcheckpoint.params.every_n_train_steps=1"
+    words = [every, "--checkpoints_total_limit", 1, *OFTEN, "model.params.use_ema=true", "--save_best"]
+    run = train(tmp_path, "run", "--max_steps", 3, *words, "--monitor", "val/loss_ema")
+    assert folders(run) == ["3-adapters", "3-averaged", "best-adapters", "last.ckpt"]
+    learnt, mean, best = (read_folder(run / "checkpoints" / name) for name in folders(run)[:3])
+    state, prefix = last(run)["state_dict"], "model.diffusion_model."
+    for name, value in mean.adapters.items():
+        shadow = state["model_ema." + (prefix + name).removeprefix("model.").replace(".", "")]
+        assert torch.equal(value, shadow) and torch.equal(learnt.adapters[name], state[prefix + name])
+    assert any(not torch.equal(value, learnt.adapters[name]) for name, value in mean.adapters.items())
+    assert best.config["step"] == 2  # the only validation: its averages, not the weights of that step
+    again = train(tmp_path, "again", "--max_steps", 2, *words)
+    assert differences(dict(best.adapters), dict(read_folder(again / "checkpoints" / "2-averaged").adapters)) == []
 
 
 def test_a_run_saves_by_time(tmp_path):
