@@ -1,9 +1,10 @@
-"""From the command to the first training step of Stable Diffusion v1, against reading its checkpoint.
+"""From the command to the first step of sampling and of training, against the least that it needs.
 
     python benchmarks/start.py [--folder /tmp]
 
-Writes a full-size checkpoint of random weights (4.3 GB) first. "From disk": the file is not in the page cache. The
-clock stops where the first step would begin; encoding the pictures, which depends on their number, is off.
+The least is a new Python that imports torch (for training: Lightning, too) and reads the weights. Small: SD-mini, 15
+MB. Large: Stable Diffusion v1, 4.3 GB of random weights, written first, and in the page cache when they are read. The
+clock stops where the UNet is called for the first time. Pictures are not encoded, since that depends on their number.
 """
 
 from __future__ import annotations
@@ -12,44 +13,58 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
 from common import parser, table, timed
-from load import random_checkpoint, read
+from load import random_checkpoint
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "configs/sd-inject-dreambooth/attn2o-ffni.yaml"
-
-
-class StopAtTheFirstStep(pl.Callback):
-    def on_train_batch_start(self, *_) -> None:
+MINI = ROOT / "models/sd-mini/model.safetensors"
+READ = """
+import sys, torch
+if sys.argv[2] == "train":
+    import pytorch_lightning
+memory = torch.empty(__import__("os").stat(sys.argv[1]).st_size, dtype=torch.uint8).numpy()
+with open(sys.argv[1], "rb", buffering=0) as file:
+    view, done = memoryview(memory), 0
+    while read := file.readinto(view[done : done + (1 << 26)]):
+        done += read
+"""
+# A verb, in a process that ends where the UNet is called for the first time.
+UNTIL = """
+import os, sys, torch
+def stop(module, inputs):
+    if type(module).__name__ == "UNetModel":
         os._exit(0)
+torch.nn.modules.module.register_module_forward_pre_hook(stop)
+from ldm.__main__ import main
+sys.exit(main(sys.argv[1:]) or 1)
+"""
 
 
-def forget(path: Path) -> None:
-    """Drop a file from the page cache."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def python(program: str, *words: object) -> None:
+    """Run a program in a new Python. Raises where it fails, and where it never comes to the UNet."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # A pipe would wait for the workers that read pictures, which outlive their parent by seconds.
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([sys.executable, "-c", program, *map(str, words)], env=environment, check=True, **quiet)
 
 
-def command(path: Path, folder: Path) -> None:
+def sample(config: str, path: Path, folder: Path) -> None:
+    python(UNTIL, "sample", "--config", ROOT / config, "--ckpt", path, "--outdir", folder / "samples",
+           "--prompt", "an emoji of a dog", "--device", "cpu")  # fmt: skip
+
+
+def train(config: str, path: Path, folder: Path) -> None:
     photos = folder / "photos"
     photos.mkdir(exist_ok=True)
     Image.new("RGB", (64, 64)).save(photos / "0.png")
-    words = [
-        sys.executable, ROOT / "main_dream_booth.py", "--base", CONFIG, "-t", "--actual_resume", path,
-        "--logdir", folder, "--data_root", photos, "--class_word", "dog", "--reg_data_root", photos,
-        "--accelerator", "cpu", "--cache", "off",
-        "lightning.callbacks.stop.target=start.StopAtTheFirstStep",
-    ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
-    # A pipe would wait for the workers that read pictures, which outlive their parent by seconds.
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([str(word) for word in words], env=environment, check=True, **quiet)
+    python(UNTIL, "train", "--base", ROOT / config, "-t", "--actual_resume", path, "--logdir", folder / "logs",
+           "--data_root", photos, "--class_word", "dog", "--reg_data_root", photos, "--accelerator", "cpu",
+           "--cache", "off", "lightning.callbacks.image_logger=null")  # fmt: skip
 
 
 def main() -> None:
@@ -59,13 +74,20 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        path, _ = random_checkpoint(folder)
-        works = {"read the file": lambda: read(path), "command to first step": lambda: command(path, folder)}
-        rows = {
-            f"{name}, from disk": timed(work, options.repeats, before=lambda: forget(path))
-            for name, work in works.items()
-        } | {name: timed(work, options.repeats) for name, work in works.items()}
-    table(rows, peer="read the file, from disk", as_json=options.json)
+        large, _ = random_checkpoint(folder)
+        cases = {
+            ("sample", "small"): (sample, "configs/sd-mini/inference.yaml", MINI),
+            ("sample", "large"): (sample, "configs/stable-diffusion/v1-inference.yaml", large),
+            ("train", "small"): (train, "configs/sd-mini/attn2o-ffni.yaml", MINI),
+            ("train", "large"): (train, "configs/sd-inject-dreambooth/attn2o-ffni.yaml", large),
+        }
+        for (verb, size), (command, config, path) in cases.items():
+            least = f"{'import Lightning' if verb == 'train' else 'import torch'} and read {size}"
+            rows = {
+                least: timed(partial(python, READ, path, verb), options.repeats),
+                f"ldm {verb} to the first step, {size}": timed(partial(command, config, path, folder), options.repeats),
+            }
+            table(rows, peer=least, as_json=options.json)
 
 
 if __name__ == "__main__":

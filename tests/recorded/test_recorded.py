@@ -45,24 +45,24 @@ def test_what_differs_is_found():
     recorded = {
         "losses": {"train/loss": [1.0, 0.5]},
         "tensors": {"a.safetensors": {"w": ["float32 [2]", "12", 0.25, 0.5]}},
-        "metadata": {"step": 20, "families": [{"target": "a"}]},
+        "metadata": {"step": 20, "families": [{"target": "a"}], "files": {"a": {"tensors": 1, "sha256": "ab"}}},
         "pictures": [{"size": [8, 8], "sha256": "ab", "means": "0a" * 192}],
     }
     other = {
         "losses": {"train/loss": [1.0, 0.52]},
         "tensors": {"a.safetensors": {"w": ["float32 [2]", "13", 0.25, 0.6]}},
-        "metadata": {"step": 20, "families": [{"target": "b"}], "more": 1},
+        "metadata": {"step": 20, "families": [{"target": "b"}], "files": {"a": {"tensors": 1}}, "more": 1},
         "pictures": [{"size": [8, 8], "sha256": "ac", "means": "14" * 192}],
     }
     slight = {
         "losses": {"train/loss": [1.0, 0.5000001]},
         "tensors": {"a.safetensors": {"w": ["float32 [2]", "13", 0.25, 0.5]}},
-        "metadata": {"step": 20, "families": [{"target": "a", "family": "b"}], "more": 1},
+        "metadata": {"step": 20, "families": [{"target": "a", "family": "b"}], "files": {"a": {"tensors": 1, "sha256": "ac"}}},
         "pictures": [{"size": [8, 8], "sha256": "ac", "means": "0a" * 192}],
     }
     for allowed in (EXACT, Tolerance()):
         assert unequal(recorded, recorded, allowed) == []
-        assert len(unequal(other, recorded, allowed)) == 4
+        assert len(unequal(other, recorded, allowed)) == (5 if allowed == EXACT else 4)
         assert len(unequal({}, recorded, allowed)) == 4
-    assert len(unequal(slight, recorded, EXACT)) == 3
+    assert len(unequal(slight, recorded, EXACT)) == 4
     assert unequal(slight, recorded, Tolerance()) == []
