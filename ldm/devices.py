@@ -11,6 +11,9 @@ from typing import Any
 
 from ldm.errors import InputError, first_line
 
+# Precisions of weights by their short names, and their names in torch.
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 def usable_cpus(root: Path = Path("/")) -> int:
     """The CPUs that this process may use: those it may run on, or fewer by the quota of its container (cgroup)."""

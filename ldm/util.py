@@ -30,15 +30,18 @@ __all__ = [
 ]  # fmt: skip
 
 
-def load_model_from_config(config: Any, ckpt: str | Path | None = None, verbose: bool = False) -> Any:
+def load_model_from_config(
+    config: Any, ckpt: str | Path | None = None, verbose: bool = False, unet_dtype: Any = None
+) -> Any:
     """The model of a config with the weights of a checkpoint, on the CPU, in evaluation mode.
 
-    Without `ckpt` the config's own `checkpoint` is used. Raises `InputError`, see `ldm.checkpoints`.
+    Without `ckpt` the config's own `checkpoint` is used. `unet_dtype`: a torch.dtype for the weights of the UNet in
+    place of fp32. Raises `InputError`, see `ldm.checkpoints`.
     """
     from ldm.interchange.base_files import reader
     from ldm.models.building import build_model, choose_checkpoint
 
-    model = build_model(config, *choose_checkpoint(config, ckpt), read=reader(config)).eval()
+    model = build_model(config, *choose_checkpoint(config, ckpt), read=reader(config), unet_dtype=unet_dtype).eval()
     if verbose:
         count_params(model, verbose=True)
     return model

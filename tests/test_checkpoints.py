@@ -196,6 +196,23 @@ def test_half_precision_files(base, tmp_path):
             torch.testing.assert_close(value, weights[name], atol=1e-3, rtol=1e-3)
 
 
+def test_a_unet_in_half_precision_is_that_of_the_file_without_a_copy(base, tmp_path):
+    weights = {name: v.half() if v.is_floating_point() else v for name, v in read_weights(base).items()}
+    model = build_model(load_config(TINY), tmp_path / "half.ckpt", read=lambda _: weights, unet_dtype=torch.float16)
+    expected = {True: torch.float16, False: torch.float32}
+    for name, value in model.named_parameters():
+        in_unet = name.startswith("model.diffusion_model.") and not names_adapter(name)
+        assert value.dtype == expected[in_unet], name
+        assert (name in weights and value.data_ptr() == weights[name].data_ptr()) == in_unet, name
+
+
+def test_only_a_diffusion_model_has_a_unet(base):
+    config = load_config(TINY)
+    stage = {"model": config["model"]["params"]["first_stage_config"]}
+    with pytest.raises(InputError, match="has no UNet whose precision could be set"):
+        build_model(stage, None, unet_dtype=torch.float16)
+
+
 def test_a_random_base_is_the_same_every_time():
     first, second = (build_model(load_config(TINY), None, random_seed=3) for _ in range(2))
     other = build_model(load_config(TINY), None, random_seed=4)

@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 
 from ldm.cli import Parser
+from ldm.devices import PRECISIONS
 from ldm.errors import InputError
-
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def add_arguments(p: Parser) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm.cli import Parser, add_allow_family, add_base_parts, add_compile, seed_number, text
+from ldm.devices import PRECISIONS
 from ldm.errors import InputError
 from ldm.files import read_text
 from ldm.models.bases import BASES, DEFAULT
@@ -85,7 +86,10 @@ def add_arguments(p: Parser) -> None:
     how.add_argument("--W", type=int, help="width in pixels; by default the model's")
     how.add_argument("--C", type=int, help="latent channels; by default the model's")
     how.add_argument("--f", type=int, help="pixels per latent; by default the model's")
-    how.add_argument("--precision", choices=("full", "autocast"), default="autocast", help="autocast acts on CUDA only")
+    how.add_argument("--precision", choices=("full", "autocast"), default="autocast",
+                     help="autocast acts on CUDA only, and on weights in fp32")  # fmt: skip
+    how.add_argument("--base_precision", choices=tuple(PRECISIONS), default="fp32",
+                     help="of the UNet's weights; a file in half precision is loaded as it is then")  # fmt: skip
     add_compile(how)
     how.add_argument("--device", help="cuda, cuda:1, mps or cpu; by default the best there is")
 
@@ -162,6 +166,8 @@ def weights_and_biases() -> Any:
 
 def prepared_model(options: argparse.Namespace) -> tuple[Any, Callable[[Variant], None]]:
     """The model with its adapters, and what sets the strength of its adapter to that of a variant."""
+    import torch
+
     from ldm.config import find_file, load_config
     from ldm.devices import best_device
     from ldm.interchange.base_choice import Choice
@@ -175,7 +181,7 @@ def prepared_model(options: argparse.Namespace) -> tuple[Any, Callable[[Variant]
     config = Choice.asked(options).into(config)
     if is_auto and options.ckpt:
         adapt(config, options.ckpt)
-    model = load_model_from_config(config, options.ckpt, verbose=True)
+    model = load_model_from_config(config, options.ckpt, True, getattr(torch, PRECISIONS[options.base_precision]))
     model.to(best_device(options.device))
     add_adapters(model, options)
     if options.compile:
@@ -197,9 +203,10 @@ def prepared_model(options: argparse.Namespace) -> tuple[Any, Callable[[Variant]
 def settings_of(options: argparse.Namespace) -> Any:
     from ldm.generate import Settings
 
+    half = options.precision == "autocast" and options.base_precision == "fp32"
     return Settings(
         options.sampler, options.ddim_steps, options.ddim_eta, options.scale[0], options.H, options.W, options.C,
-        options.f, half=options.precision == "autocast", spacing=options.spacing, weighted=options.prompt_weights,
+        options.f, half=half, spacing=options.spacing, weighted=options.prompt_weights,
     )  # fmt: skip
 
 
@@ -266,7 +273,8 @@ def metadata(options: argparse.Namespace, variant: Variant) -> dict[str, Any]:
     begun = {"init-img": options.init_img, "strength": options.strength, "mask": options.mask or ""}
     return {
         "sampler": options.sampler, "steps": options.ddim_steps, "spacing": options.spacing, "eta": eta,
-        "scale": variant.scale, "config": options.config, "ckpt": options.ckpt or "the config's", **parts,
+        "base precision": options.base_precision, **parts,
+        "scale": variant.scale, "config": options.config, "ckpt": options.ckpt or "the config's",
         "embeddings": ", ".join(options.embedding_path), "adapter": ", ".join(options.adapter_path),
         "adapter scale": ", ".join(map(str, scales)), **(begun if options.init_img else {}),
     }  # fmt: skip

@@ -145,11 +145,13 @@ def build_model(
     random_seed: int | None = None,
     tuned: bool = True,
     read: Callable[[str | Path], Mapping[str, Tensor]] = read_weights,
+    unet_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """The model of a config with the weights of a checkpoint; if `ckpt` is None, with seeded random weights.
 
     `config` is a whole config; its section `model` is built. With `tuned`, its tuning is installed with initial values.
     `read` reads `ckpt`: that of `ldm.interchange.base_files.reader` reads diffusers folders, too.
+    The weights of the UNet have `unet_dtype` (default: fp32), without a copy of those that a checkpoint has in it.
     Raises `InputError`.
     """
     if "model" not in config:
@@ -159,19 +161,30 @@ def build_model(
         with forked_rng(seed=random_seed or 0):
             model = untuned_model(config)
             reinit_zero_layers(model)
+        if unet_dtype is not None:
+            unet_of(model).to(unet_dtype)
         if tuned:
             tune(model)
         return model
-    return filled_model(config, read(ckpt), str(ckpt), tuned)
+    return filled_model(config, read(ckpt), str(ckpt), tuned, unet_dtype)
 
 
-def filled_model(config: Mapping, weights: Mapping[str, Tensor], source: str, tuned: bool = True) -> nn.Module:
+def filled_model(
+    config: Mapping,
+    weights: Mapping[str, Tensor],
+    source: str,
+    tuned: bool = True,
+    unet_dtype: torch.dtype | None = None,
+) -> nn.Module:
     """The model of a config with these weights. Tuned parameters that they lack have initial values.
 
-    Raises `InputError`; if the weights are of another base, the message names it.
+    `unet_dtype`: see `build_model`. Raises `InputError`; if the weights are of another base, the message names it.
     """
     with skip_init():
         model = untuned_model(config)
+        if unet_dtype is not None:
+            for parameter in unet_of(model).parameters():
+                parameter.data = torch.empty_like(parameter, dtype=unet_dtype)  # `to` would copy what is to be replaced
     weights = in_model_names(weights)
     try:
         added = load_base(model, weights, source)
@@ -181,6 +194,13 @@ def filled_model(config: Mapping, weights: Mapping[str, Tensor], source: str, tu
     except InputError as error:
         raise explained(error, weights, source, model.state_dict()) from None
     return model
+
+
+def unet_of(model: nn.Module) -> nn.Module:
+    """The UNet of a diffusion model. Raises `InputError` for a model without one."""
+    if not hasattr(getattr(model, "model", None), "diffusion_model"):
+        raise InputError(f"{type(model).__name__} has no UNet whose precision could be set: expected a diffusion model")
+    return model.model.diffusion_model
 
 
 def untuned_model(config: Mapping) -> nn.Module:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from ldm import devices
 from ldm.config import plain
 from ldm.devices import best_device
 from ldm.errors import InputError, explain
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {name: getattr(torch, kind) for name, kind in devices.PRECISIONS.items()}
 HALVES = {"fp16": ("16", "16-mixed"), "bf16": ("bf16", "bf16-mixed")}
 
 

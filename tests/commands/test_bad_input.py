@@ -122,6 +122,13 @@ TARGETS = {
             ("num_res_blocks", -1, "num_res_blocks must be of at least 1, got -1"),
         )
     },
+    **{
+        f"{name} {value} of latents": (
+            {"target": "ldm.models.diffusion.ddpm.DDPM", "params": {"unet_config": {}, name: value}},
+            f"^the diffusion model: {name} must be of at least 1, got ",
+        )
+        for name, value in (("image_size", -8), ("channels", 0))
+    },
     "negative sizes of torch": (
         {"target": "torch.nn.Linear", "params": {"in_features": -1, "out_features": 2}}, "params of torch.nn.Linear: "
     ),

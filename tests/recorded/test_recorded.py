@@ -57,7 +57,11 @@ def test_what_differs_is_found():
     slight = {
         "losses": {"train/loss": [1.0, 0.5000001]},
         "tensors": {"a.safetensors": {"w": ["float32 [2]", "13", 0.25, 0.5]}},
-        "metadata": {"step": 20, "families": [{"target": "a", "family": "b"}], "files": {"a": {"tensors": 1, "sha256": "ac"}}},
+        "metadata": {
+            "step": 20,
+            "families": [{"target": "a", "family": "b"}],
+            "files": {"a": {"tensors": 1, "sha256": "ac"}},
+        },
         "pictures": [{"size": [8, 8], "sha256": "ac", "means": "0a" * 192}],
     }
     for allowed in (EXACT, Tolerance()):

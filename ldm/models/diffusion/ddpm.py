@@ -29,6 +29,7 @@ from ldm.models.diffusion.training import DiffusionTraining, Drawn
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
+from ldm.modules.parts import refuse_sizes
 from ldm.tuning import Tuning, families, freeze_rest
 
 DDPM_OBJECTIVE = Objective()  # equal weights of all time steps, plain noise
@@ -89,6 +90,7 @@ class DDPM(DiffusionProcess, AncestralSampling, DiffusionTraining):
             if "weighting" in (loss or {}):
                 raise InputError("min_snr_gamma and loss.weighting say the same thing twice: leave min_snr_gamma out")
             loss = {**(loss or {}), "weighting": "min_snr", "gamma": float(min_snr_gamma)}
+        refuse_sizes("the diffusion model", image_size=image_size, channels=channels)
         self.objective = Objective(loss, self.prediction)
         self.learning_rates = check_rates(learning_rates)
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
