@@ -293,14 +293,17 @@ def override(config: Any, overrides: Iterable[str]) -> Any:
 
     Mappings are merged, other values are replaced. Raises `InputError` for an entry that a list does not have.
     """
+    from ldm import schema
 
     config = merged({}, config)
     for item in overrides:
         name, equals, value = item.removeprefix("--").partition("=")
         first, dot, rest = name.partition(".")
-        if dot and first in SHORT and first not in config:
+        if first in SHORT and first not in config:
             name = SHORT[first] + dot + rest
         tree = parse_overrides([f"{name}{equals}{value}"])
+        if first not in {*config, *schema.Config.model_fields, *SHORT} and not schema.is_own(first):
+            raise InputError(f"{first} is unknown{did_you_mean(first, [*schema.Config.model_fields, *SHORT])}")
         if any(piece.isdecimal() for piece in name.split(".")):
             _put(config, name, parse_overrides([f"value={value}"]).value)
         else:

@@ -11,7 +11,7 @@ from ldm import schema
 from ldm.config import check, check_entries, load_config, override, plain
 from ldm.errors import InputError, did_you_mean
 from ldm.train.options import dreambooth_parser, parse
-from ldm.train.run_config import check_config
+from ldm.train.run_config import check_config, opened
 from tests.conftest import ROOT
 from tests.runs import TINY
 
@@ -26,6 +26,12 @@ MISSPELT = {
     "lightening.trainer.max_steps=1": "lightning",
     "dreamboth.cache=off": "dreambooth",
     "checkpiont.path=x": "checkpoint",
+    "optimizr=lion": "optimizer",
+    "optimzer.name=lion": "optimizer",
+    "schedul=cosine": "schedule",
+    "los.min_snr=5": "loss",
+    "concept.0.repeats=5": "concepts",
+    "tunin.0.params.rank=5": "tuning",
     "trainig.seed=1": "training",
     "lightning.trianer.max_steps=1": "trainer",
     "lightning.callback.x=null": "callbacks",
@@ -117,6 +123,44 @@ def test_a_value_of_another_type_is_refused_by_its_dotted_key(word, tiny):
     with pytest.raises(InputError) as refused:
         check_config(override(tiny, [word]))
     assert str(refused.value) == TYPES[word]
+
+
+# Words of a command line: with a flag before them, behind another option, and with dashes.
+PLACES = {
+    "with -t": "--base {} -t {}", "behind -n": "--base {} -n run {}", "at once": "--base {} {}",
+    "with --scale_lr": "--base {} --scale_lr {}", "with --compile": "--base {} --compile {}",
+    "with dashes": "--base {} -t --{}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("word", ["optimizr=lion", "schedul=cosine", "los.min_snr=5", "dreambooth.cach=off"])
+def test_a_misspelt_key_of_the_command_line_is_refused_wherever_it_stands(place, word):
+    known = MISSPELT[word]
+    with pytest.raises(InputError, match=rf"did you mean (--)?{known}\?"):
+        options, _, overrides = parse(dreambooth_parser(""), PLACES[place].format(TINY, word).split())
+        opened(options, overrides)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_section_of_the_config_may_stand_anywhere_on_the_command_line(place):
+    options, trainer, overrides = parse(dreambooth_parser(""), PLACES[place].format(TINY, "schedule=constant").split())
+    assert overrides in (["schedule=constant"], ["--schedule=constant"]) and not trainer
+    assert options.train == ("-t" in PLACES[place]) and options.base == [str(TINY)]
+
+
+def test_a_section_as_an_option_says_how_it_is_written():
+    with pytest.raises(InputError, match="unknown option --optimizer; it is a key of the config: optimizer=lion"):
+        parse(dreambooth_parser(""), ["--base", str(TINY), "-t", "--optimizer", "lion"])
+
+
+@pytest.mark.parametrize("content", ["optimizr: lion", "schedul: {name: cosine}", "los: {gamma: 5}"])
+def test_a_misspelt_section_of_a_file_is_refused(tmp_path, content):
+    (tmp_path / "own.yaml").write_text(content)
+    key = content.partition(":")[0]
+    nearest = {"optimizr": "optimizer", "schedul": "schedule", "los": "loss"}[key]
+    with pytest.raises(InputError, match=rf"^config .*own.yaml: {key} is unknown; did you mean {nearest}\?"):
+        load_config(tmp_path / "own.yaml")
 
 
 def test_the_file_is_named_that_holds_the_misspelt_key(tmp_path):

@@ -4,7 +4,7 @@ The refusals of misspelt keys and wrong types, the texts of `--help` and `docs/c
 `python -m ldm.schema docs/configuration.md` writes that page.
 """
 
-from ldm.schema.checking import check, check_part, fits, select, unused
+from ldm.schema.checking import check, check_part, fits, is_own, select, unused
 from ldm.schema.documentation import page
 from ldm.schema.kinds import phrase
 from ldm.schema.sections import (
@@ -35,6 +35,6 @@ from ldm.schema.sections import (
 __all__ = [
     "OF_DATASETS", "Adapter", "Augment", "Buckets", "CaptionSource", "Captions", "CheckpointParams", "Config",
     "DreamBooth", "Embedder", "Entry", "Loss", "Masks", "Model", "Monitor", "Optimizer", "Schedule", "Section",
-    "Trainer", "Training", "Tuning", "check", "check_part", "fits", "page", "phrase", "says", "select",
+    "Trainer", "Training", "Tuning", "check", "check_part", "fits", "is_own", "page", "phrase", "says", "select",
     "unused",
 ]  # fmt: skip

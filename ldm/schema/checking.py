@@ -21,11 +21,16 @@ def check(config: Mapping[str, Any], source: str = "", data_target: str | None =
     `config` is made of plain values; texts that refer to other keys (`${...}`) may stand for anything. `data_target`
     is the class that `data.target` means. Raises `InputError`: the dotted key, what was found, what was expected.
     """
-    own = {key: value for key, value in config.items() if not str(key).startswith(OWN_PREFIXES)}
+    own = {key: value for key, value in config.items() if not is_own(key)}
     check_part(Config, own, "", source)
     for place, kind in DEEPER.items():
         if place != "data.params" or data_target == DATA_TARGET:
             check_part(kind, select(own, place), place, source)
+
+
+def is_own(key: Any) -> bool:
+    """Whether a key at the top level of a config is one of the user's own, which nothing checks."""
+    return str(key).startswith(OWN_PREFIXES)
 
 
 def check_part(kind: Any, value: Any, place: str = "", source: str = "") -> None:

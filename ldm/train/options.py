@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, get_args
 
 from ldm import schema
@@ -21,7 +23,7 @@ def add_training(p: Parser, several: bool = False) -> None:
         "Any other option of Lightning's Trainer works too (--gradient_clip_val 1.0 ...), and so do overrides\n"
         "of the config: model.base_learning_rate=1e-3 data.params.batch_size=2"
     )
-    p.rest = sort_rest
+    p.rest, p.respell = sort_rest, partial(with_values, p)
     run = p.add_argument_group("run")
     run.add_argument(
         "-b", "--base", nargs="*", action="extend", default=[], metavar="YAML",
@@ -174,6 +176,19 @@ def dreambooth_parser(description: str, several: bool = False) -> Parser:
     return p
 
 
+def with_values(p: Parser, words: Sequence[str]) -> list[str]:
+    """Give a flag that may have a value its usual one where an override follows: `-t optimizer=lion`."""
+    flags = {
+        name: str(action.const) for name, action in p._option_string_actions.items()
+        if action.nargs == "?" and (action.type is boolean or action.choices)
+    }  # fmt: skip
+    spelled = []
+    for word, following in itertools.pairwise([*words, ""]):
+        is_bare = word in flags and re.match(r"[a-z]\w*(\.\w+)*=", following)
+        spelled += [word, flags[word]] if is_bare else [word]
+    return spelled
+
+
 def sort_rest(p: Parser, options: argparse.Namespace, rest: list[str]) -> None:
     """Sort the other words of a command line into `options.trainer_options` and `options.overrides` of the config.
 
@@ -214,7 +229,7 @@ def _trainer_options(rest: list[str], known: Iterable[str]) -> tuple[dict[str, A
     while words:
         word = words.pop(0)
         key, has_value, value = word.partition("=")
-        if has_value and ("." in key or key in schema.Config.model_fields):
+        if has_value and ("." in key or key.removeprefix("--") in schema.Config.model_fields or key.isidentifier()):
             overrides.append(word)
         elif word.startswith("--"):
             if not has_value:
@@ -232,9 +247,12 @@ def _trainer_options(rest: list[str], known: Iterable[str]) -> tuple[dict[str, A
 
 def _check_trainer_options(options: dict[str, Any], known: Iterable[str]) -> None:
     """Raises `InputError` for options that Lightning's Trainer lacks. `known`: other options, for suggestions."""
+    sections = [*schema.Trainer.model_fields, *schema.Config.model_fields]
     for name in options:
         if name not in schema.Trainer.model_fields:
-            near = did_you_mean(f"--{name}", [*known, *(f"--{one}" for one in schema.Trainer.model_fields)])
+            if name in schema.Config.model_fields:
+                raise InputError(f"unknown option --{name}; it is a key of the config: {name}={options[name]}")
+            near = did_you_mean(f"--{name}", [*known, *(f"--{one}" for one in sections)])
             hint = near if "did you mean" in near else ": neither one of --help nor one of Lightning's Trainer"
             raise InputError(f"unknown option --{name}{hint}")
     schema.check_part(schema.Trainer, options, "--")
