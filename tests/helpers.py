@@ -1,5 +1,8 @@
 """Small functions that several test files use."""
 
+import re
+import shlex
+
 import torch
 
 
@@ -10,3 +13,10 @@ def assert_close_to(actual, expected, tol: float = 1e-4) -> None:
     error = (actual - expected).abs().max().item()
     limit = tol * expected.abs().max().item()
     assert error <= limit, f"differs by {error:.3g}, allowed {limit:.3g}"
+
+
+def words_of(command: str) -> list[str]:
+    """The words of a command whose placeholders (`<photos>`) are replaced, but for those in quotes."""
+    filled = re.sub(r"'[^']*'|\"[^\"]*\"|<[^>]*>", lambda m: "one" if m[0][0] == "<" else m[0], command)
+    assert not set("<>|&;()") & set(re.sub(r"'[^']*'|\"[^\"]*\"|#.*", "", filled)), "a shell reads more than words"
+    return shlex.split(filled, comments=True)

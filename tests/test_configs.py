@@ -1,14 +1,18 @@
 """Every shipped config: loads, says how to run it, names what exists, and resolves to the published values."""
 
+import importlib.util
 import json
+import re
 from functools import cache
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from ldm.commands import Program
 from ldm.config import ALIASES, get_obj_from_str, load_config
 from ldm.trust import foreign_targets
+from tests.helpers import words_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ALL = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "sweeps")  # see tests/study
@@ -76,6 +80,34 @@ def test_command_in_the_header_names_files_that_exist(path):
     assert named
     for word in named:
         assert (CONFIGS.parent / word).is_file(), word
+
+
+def commands_of(text: str) -> list[str]:
+    """The commands in a header: the lines of `Run:`, without `#`, as a shell would join them."""
+    block = re.search(r"^# Run:    .*\n(?:#     +.*\n)*", text, re.M)[0]
+    return "\n".join(line.removeprefix("# Run:").removeprefix("#").strip() for line in block.splitlines()).replace(
+        "\\\n", ""
+    ).splitlines()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=name)
+def test_command_in_the_header_can_be_pasted(path):
+    """As one command or several, which their programs understand."""
+    for command in commands_of(path.read_text()):
+        program, verb, *words = words_of(command)
+        if verb == "-ic":  # python
+            compile(words[0], command, "exec")
+        elif verb == "-m":
+            assert importlib.util.find_spec(words[0]) and words[1] in importlib.import_module(words[0]).__doc__
+        else:
+            assert program == "ldm"
+            Program(verb).parser().parse_args(words)
+
+
+def test_a_command_without_a_backslash_is_two():
+    header = "# What.\n# Run:    ldm train --base a.yaml -t --gpus 0,\n#           --data_root <photos>\n# Needs:  x\n"
+    assert commands_of(header)[1] == "--data_root <photos>"
+    assert len(commands_of(header.replace("0,", "0, \\"))) == 1
 
 
 @pytest.mark.parametrize("path", ALL, ids=name)

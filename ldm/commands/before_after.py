@@ -1,6 +1,6 @@
 """Show in one picture what an adapter has learnt: the subject, the base before, and after.
 
-    ldm before-after --config configs/sd-mini/attn2o-ffni.yaml --data_root photos --class_word cat
+    ldm before-after --config configs/sd-mini/attn2o-ffni.yaml --data_root photos --class_word cat \\
         --adapter_path logs/<run>/checkpoints/800-adapters --out before-after.png
 """
 

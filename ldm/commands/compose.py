@@ -1,6 +1,6 @@
 """Join Custom Diffusion concepts that were trained one by one in one delta, in closed form.
 
-    ldm compose --paths cat/delta.ckpt+pot/delta.ckpt --categories "cat+wooden pot"
+    ldm compose --paths cat/delta.ckpt+pot/delta.ckpt --categories "cat+wooden pot" \\
         --ckpt models/sd-v1-4.ckpt --regularization_prompt captions.txt
 
 writes <save_path>/<categories>/checkpoints/delta_epoch=000000.ckpt or, if all deltas have diffusers' layout,

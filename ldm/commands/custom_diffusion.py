@@ -1,7 +1,7 @@
 """Train Custom Diffusion by the flags of diffusers' training program, one or several concepts.
 
-    ldm custom-diffusion --pretrained_model_name_or_path models/sd-v1-4.ckpt --output_dir logs/cat
-        --instance_data_dir data/cat --instance_prompt "photo of a <new1> cat" --modifier_token "<new1>"
+    ldm custom-diffusion --pretrained_model_name_or_path models/sd-v1-4.ckpt --output_dir logs/cat \\
+        --instance_data_dir data/cat --instance_prompt "photo of a <new1> cat" --modifier_token "<new1>" \\
         --class_data_dir real_reg/cat --class_prompt cat --with_prior_preservation --real_prior
 
 writes <output_dir>/delta.bin (Custom Diffusion's layout for diffusers) and the run beside it. The loss is that of the

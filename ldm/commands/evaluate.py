@@ -1,7 +1,7 @@
 """Score what was tuned, or pictures: CLIP-I, CLIP-T, DINO, prior drift, diversity.
 
     ldm evaluate logs/<run> --data_root photos/a --class_word dog --out scores.json
-    ldm evaluate some_lora.safetensors --config configs/stable-diffusion/v1-inference.yaml --ckpt model.ckpt
+    ldm evaluate some_lora.safetensors --config configs/stable-diffusion/v1-inference.yaml --ckpt model.ckpt \\
         --data_root photos/a --class_word dog --out scores.csv
     ldm evaluate outputs/txt2img-samples/samples --data_root photos/a --against photos/dogs
     ldm evaluate delta.ckpt --ckpt model.ckpt --concepts_list concepts.json --out scores.csv

@@ -1,6 +1,6 @@
 """Train a LoRA by DreamBooth with the flags of cloneofsimo's train_lora_dreambooth.py.
 
-    ldm lora-dreambooth --pretrained_model_name_or_path models/sd-v1-5.ckpt --instance_data_dir photos
+    ldm lora-dreambooth --pretrained_model_name_or_path models/sd-v1-5.ckpt --instance_data_dir photos \\
         --instance_prompt "style of sks" --output_dir out --learning_rate 1e-4 --max_train_steps 3000
 
 writes <output_dir>/lora_weight.safetensors and lora_weight.pt (with lora_weight.text_encoder.pt), as --output_format

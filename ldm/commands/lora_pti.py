@@ -1,6 +1,6 @@
 """Pivotal tuning in one run: first the new words learn, then LoRA around them.
 
-    ldm lora-pti --instance_data_dir photos --pretrained_model_name_or_path models/sd-v1-4.ckpt --output_dir out
+    ldm lora-pti --instance_data_dir photos --pretrained_model_name_or_path models/sd-v1-4.ckpt --output_dir out \\
         --placeholder_tokens "<s1>|<s2>" --initializer_tokens "dog|<rand-0.017>" --use_template object
 
 writes <output_dir>/final_lora.safetensors (cloneofsimo's format, with the words inside) and the run beside it. LoRA is

@@ -1,7 +1,7 @@
 """Train and score many configs, subjects and seeds: one row of a table for each.
 
-    ldm sweep --base configs/sd-mini/attn2o-ffni.yaml route=attn2o-ffni,attn1i-attn2i seed=1,2 subject=photos/a,photos/b
-        --class_word dog --reg_data_root photos/dogs --max_steps 200 --out sweeps/first
+    ldm sweep --base configs/sd-mini/attn2o-ffni.yaml route=attn2o-ffni,attn1i-attn2i seed=1,2 \\
+        subject=photos/a,photos/b --class_word dog --reg_data_root photos/dogs --max_steps 200 --out sweeps/first
     ldm sweep configs/sweeps/positions-sd-mini.yaml --dry-run
 
 A word is varied by word=value,value: route (or route=all), family, seed, subject, lr, steps, loss, mid_dim, scale,

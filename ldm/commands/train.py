@@ -1,6 +1,6 @@
 """Tune a model on a few photographs of a subject (DreamBooth), by adapters or another family.
 
-    ldm train --base configs/sd-inject-dreambooth/attn2o-ffni.yaml -t --gpus 0,
+    ldm train --base configs/sd-inject-dreambooth/attn2o-ffni.yaml -t --gpus 0, \\
         --actual_resume model.ckpt --data_root photos --reg_data_root class_pictures --class_word dog -n my-dog
 """
 

@@ -1,6 +1,6 @@
 """Train several configs and subjects at once over one copy of the base model.
 
-    ldm train-many -t --base configs/sd-mini/attn2o-ffni.yaml configs/sd-mini/attn1i-transo.yaml
+    ldm train-many -t --base configs/sd-mini/attn2o-ffni.yaml configs/sd-mini/attn1i-transo.yaml \\
         --data_root photos/rex photos/tom --class_word dog cat --reg_data_root pictures/dogs pictures/cats
     ldm train-many -t -r logs/<folder>            # go on with all of them
 

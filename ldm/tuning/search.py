@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -212,7 +213,7 @@ def found_config(route: str, kind: str, gate: float, search: RouteSearch, run: P
     reads, writes = route.split("-")
     return f"""\
 # Adapter {route}: found by a route search over {len(search.routes)} routes, with a gate of {gate:.3f} of {search.keep}.
-# Run:    ldm train --base {run / "routes" / route}.yaml -t -n {route}
+# Run:    ldm train --base {shlex.quote(str(run / "routes" / route))}.yaml -t -n {route}
 # Needs:  what the search needed; its pictures and options are those of ../configs/project.yaml.
 # Expect: a training of this route alone.
 defaults: ../configs/project.yaml

@@ -18,6 +18,7 @@ from ldm.config import load_config
 from ldm.errors import InputError
 from ldm.interchange.layers import ORDERS
 from tests.conftest import ROOT
+from tests.helpers import words_of
 from tests.runs import ENVIRONMENT, TINY, fresh_command
 
 # The published programs, and the verb of which each is another name.
@@ -72,6 +73,17 @@ def test_a_verb_has_help_in_one_line_and_an_example(verb, capsys):
         main([verb, "--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0 and text.startswith(f"usage: ldm {verb} ") and help_of(verb) in text
+
+
+@pytest.mark.parametrize("verb", verbs())
+def test_examples_of_a_verb_can_be_pasted(verb):
+    text = Program(verb).module.__doc__.replace("\\\n", "")
+    for command in re.findall(rf"^    (ldm {verb} .*)$", text, re.M):
+        _, _, *words = words_of(command)
+        try:
+            Program(verb).parser().parse_args(words)
+        except SystemExit:  # --help, which is fine
+            assert "--help" in words
 
 
 def test_help_names_every_verb(capsys):
