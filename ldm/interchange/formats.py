@@ -155,9 +155,9 @@ FORMATS = [
         ("lora", "words"),
     ),
     Format("cloneofsimo-pt", "a LoRA of cloneofsimo's lora, .pt list", f"{HERE}.cloneofsimo.LIST", ("lora", "words")),
-    Format("peft", "a LoRA as a PEFT folder, read as diffusers", f"{HERE}.peft_folder.PLAIN", ("lora",)),
+    Format("peft", "LoRA as a PEFT folder of each network", f"{HERE}.peft_networks.PLAIN", ("lora",)),
     Format(
-        "peft-kinds", "a PEFT folder of LoHa, LoKr, DoRA, OFT, BOFT or (IA)3", f"{HERE}.peft_folder.PEFT",
+        "peft-kinds", "PEFT folders of LoHa, LoKr, DoRA, OFT, BOFT or (IA)3", f"{HERE}.peft_networks.PEFT",
         ("kinds", "lora"),
     ),
     Format(

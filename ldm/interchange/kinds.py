@@ -338,6 +338,7 @@ def as_lora(kinds: Kinds, source: str) -> Lora:
         factors = _exact(part) if DORA not in part.tensors and "diff_b" not in part.tensors else None
         if factors is None:
             what = "DoRA" if DORA in part.tensors else KINDS[part.kind].title
+            what = f"a difference of its bias beside {what}" if "diff_b" in part.tensors else what
             raise InputError(
                 f"{source} changes {name} by {what}, which is no product of small factors: plain LoRA cannot hold it; "
                 "--to lycoris keeps it"

@@ -95,7 +95,7 @@ def read_factors(path: str | Path | Opened, initial: bool = False) -> dict[str, 
             found.setdefault(parts[0], {})[parts[1]] = value
     unknown += [layer for layer, roles in found.items() if not {"up", "down"} <= roles.keys()]
     if unknown:
-        raise _beside_lora(file, unknown)
+        raise beside_lora(file, unknown)
     factors = {}
     try:
         configs, patterns = peft_config.configurations(file), Patterns(f"{path}: PEFT's configuration is damaged")
@@ -126,7 +126,7 @@ def _checked(layer: str, roles: Mapping[str, Tensor], path: Path) -> Factors:
     return Factors(down, up, peft_config.finite_alpha(number, layer, path) / rank)
 
 
-def _beside_lora(file: Opened, keys: list[str]) -> InputError:
+def beside_lora(file: Opened, keys: list[str]) -> InputError:
     """The error for what PEFT may train beside the factors, and for other unknown keys."""
     advice = "no LoRA here has that: merge it into its base with PEFT"
     if biases := [key for key in keys if key.endswith((".lora_B.bias", ".lora_up.bias"))]:
@@ -159,17 +159,23 @@ def _since_start(factors: dict[str, Factors], file: Opened, configs: Mapping[str
 def read(path: str | Path | Opened, model: nn.Module) -> Lora:
     """Read a LoRA of any of these spellings. Raises `InputError` for unknown keys and another base model."""
     file = open_file(path)
-    source, found, known = str(file.given), read_factors(file), lookup(model)
+    lora = named(read_factors(file), model, str(file.given))
+    return Lora(lora.layers, words(file))
+
+
+def named(found: Mapping[str, Factors], model: nn.Module, source: str) -> Lora:
+    """Factors by the names of a model's layers. Raises `InputError` for unknown names and another base model."""
+    known = lookup(model)
     if unknown := [layer for layer in found if plain_name(layer) not in known]:
         raise unknown_keys(source, unknown)
     shapes = packed.split(model.state_dict())
-    named: dict[str, Factors] = {}
+    placed: dict[str, Factors] = {}
     for layer, factors in found.items():
         name = known[plain_name(layer)]
-        if name in named:
+        if name in placed:
             raise InputError(f"{source} changes {name} twice, under two spellings, e.g. {short(layer)}")
-        named[name] = fitted(factors, shapes[f"{name}.weight"].shape, name, source)
-    return Lora(named, words(file))
+        placed[name] = fitted(factors, shapes[f"{name}.weight"].shape, name, source)
+    return Lora(placed)
 
 
 def words(file: Opened) -> dict[str, Vectors]:

@@ -1,4 +1,4 @@
-"""Folders of PEFT's `save_pretrained` that hold more than plain LoRA: LoHa, LoKr, DoRA, OFT, BOFT, (IA)3.
+"""Folders of PEFT's `save_pretrained` that hold more than plain LoRA: LoHa, LoKr, DoRA, OFT, BOFT, (IA)3, `lora_bias`.
 
 `adapter_model.safetensors` has PEFT's names of tensors, `adapter_config.json` the settings that its math needs. A
 folder belongs to one network; its layers have the names that the network has in diffusers.
@@ -6,24 +6,27 @@ folder belongs to one network; its layers have the names that the network has in
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import atomic_write, refuse_not_finite, save_json, save_safetensors, weights_in
+from ldm.checkpoints import refuse_not_finite, save_json, save_safetensors, weights_in
 from ldm.errors import InputError, short
 from ldm.files import read_json
 from ldm.interchange import kinds as neutral
-from ldm.interchange import lora_keys, lycoris, packed, peft_config
-from ldm.interchange.formats import Codec, Context, Opened
+from ldm.interchange import lora_keys, packed, peft_config
+from ldm.interchange.formats import Context, Opened
 from ldm.interchange.kinds import DORA, DOWN, KINDS, UP, Kinds, Part
-from ldm.interchange.layers import dialects
-from ldm.interchange.lora import Lora
 from ldm.interchange.peft_config import CONFIG, WEIGHTS
 from ldm.patterns import Patterns
+
+log = logging.getLogger(__name__)
 
 WRAPPED = "base_model.model."
 # PEFT's name of a tensor -> ours, where it differs
@@ -32,12 +35,14 @@ TENSORS = {
     "lora_B.weight": UP,
     "lora_magnitude_vector": DORA,
     "lora_magnitude_vector.weight": DORA,
+    "lora_B.bias": "diff_b",
     "oft_R.weight": "oft_R",
     "ia3_l": "ia3_l",
     **{name: name for name in ("oft_R", "boft_R", "boft_s", "lokr_w1", "lokr_w2", "lokr_t2")},
     **{f"hada_{role}": f"hada_{role}" for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_w{i}_{role}": f"lokr_w{i}_{role}" for i in (1, 2) for role in "ab"},
 }
+BIAS = "lora_B.bias"  # of `lora_bias`
 # the options of a kind that its math needs
 OPTIONS = {"OFT": ("coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms")}
 TYPES = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr", "OFT": "oft-peft", "BOFT": "boft-peft", "IA3": "ia3"}
@@ -48,16 +53,25 @@ def is_peft(file: Opened) -> bool:
     beside = file.path.with_name(CONFIG)
     if file.path.name not in WEIGHTS or not beside.is_file() or not isinstance(file.content, Mapping):
         return False
-    return not lora_keys.is_keyed(file.content) or any("lora_magnitude_vector" in str(key) for key in file.content)
+    more = ("lora_magnitude_vector", BIAS)
+    return not lora_keys.is_keyed(file.content) or any(name in str(key) for key in file.content for name in more)
 
 
 def _config(file: Opened) -> Mapping[str, Any]:
-    config = read_json(file.path.with_name(CONFIG))
+    config, source = read_json(file.path.with_name(CONFIG)), file.given
     kind = config.get("peft_type") if isinstance(config, Mapping) else None
     if kind not in TYPES:
-        raise InputError(f"{file.given} is of PEFT's type {short(kind)}; expected one of {', '.join(TYPES)}")
+        raise InputError(f"{source} is of PEFT's type {short(kind)}; expected one of {', '.join(TYPES)}")
     peft_config.refuse_changed_start(config, file)
+    if kind == "OFT" and config.get("use_cayley_neumann") and not _is_recent(config.get("peft_version")):
+        log.warning("%s is of a PEFT before 0.18, which changed the series of OFT: it is read by the new one", source)
     return config
+
+
+def _is_recent(given: Any) -> bool:
+    """Whether a version of PEFT is at least 0.18, the first that a configuration names."""
+    numbers = re.match(r"(\d+)\.(\d+)", given) if isinstance(given, str) else None
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= (0, 18)
 
 
 def read(file: Opened, names: Mapping[str, str] | None = None) -> Kinds:
@@ -78,7 +92,7 @@ def read(file: Opened, names: Mapping[str, str] | None = None) -> Kinds:
         else:
             grouped.setdefault(layer, {})[TENSORS[end]] = value
     if unknown:
-        raise lora_keys.unknown_keys(source, unknown)
+        raise lora_keys.beside_lora(file, unknown)
     patterns = Patterns(f"{source}: {CONFIG} is damaged")
     try:
         parts = {layer: _part(layer, tensors, config, patterns, source) for layer, tensors in grouped.items()}
@@ -105,7 +119,10 @@ def _part(layer: str, tensors: dict[str, Tensor], config: Mapping[str, Any], pat
         return Part(
             part.kind, tensors, options={name: config[name] for name in OPTIONS.get(kind, ()) if name in config}
         )
-    return Part(part.kind, tensors, _scale(layer, part, config, patterns, source))
+    scale = _scale(layer, part, config, patterns, source)
+    if "diff_b" in tensors:  # the bias of `lora_B` is scaled as its weight is
+        tensors["diff_b"] = scale * tensors["diff_b"].float()
+    return Part(part.kind, tensors, scale)
 
 
 def _is_feedforward(layer: str, modules: Any, patterns: Patterns) -> bool:
@@ -135,34 +152,29 @@ def _by_pattern(layer: str, own: Any, default: Any, patterns: Patterns) -> Any:
 # --- writing
 
 
-def write(path: Path, kinds: Kinds, context: Context) -> None:
-    """Write a folder that `PeftModel.from_pretrained(unet, path)` loads onto diffusers' network.
+def content(
+    parts: Mapping[str, tuple[str, Part]], context: Context
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's configuration and tensors for one network: its names of layers -> (our name, the part).
 
-    Raises `InputError` for several kinds or networks together, for kinds that PEFT does not have, and for what this
-    PEFT would not load, which it is asked.
+    Raises `InputError` for several kinds together, for kinds that PEFT does not have, and for what this PEFT would not
+    load, which it is asked.
     """
-    names = dialects(context.model)["diffusers"]
-    foreign = next((name for name in kinds.layers if name not in names), None)
-    if foreign:
-        raise InputError(
-            f"{context.source}: {foreign} is no linear layer or convolution, which is all that PEFT changes"
-        )
-    networks = sorted({names[layer].partition(".")[0] for layer in kinds.layers})
-    if len(networks) > 1:
-        raise InputError(
-            f"{context.source} changes {' and '.join(networks)}; a PEFT folder holds one network: --to lycoris"
-        )
-    own = {names[layer].partition(".")[2]: part for layer, part in kinds.layers.items()}
+    own = {name: part for name, (_, part) in parts.items()}
     shapes = packed.split(context.model.state_dict())
-    weights = {names[layer].partition(".")[2]: shapes[f"{layer}.weight"] for layer in kinds.layers}
+    weights = {name: shapes[f"{layer}.weight"] for name, (layer, _) in parts.items()}
     config, tensors = _described(own, weights, context.source)
     if config["peft_type"] != "BOFT":  # it builds permutation matrices as wide as its layers
         _ask_peft(config, tensors, weights, context.source)
-    with atomic_write(path) as beside:
-        beside.mkdir()
-        save_safetensors(beside / WEIGHTS[0], {WRAPPED + name: value for name, value in tensors.items()},
-                         {"format": "pt"})  # fmt: skip
-        save_json(beside / CONFIG, config)
+    return config, tensors
+
+
+def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a configuration and tensors into a folder."""
+    folder.mkdir(exist_ok=True)
+    save_safetensors(folder / WEIGHTS[0], {WRAPPED + name: value for name, value in tensors.items()},
+                     {"format": "pt"})  # fmt: skip
+    save_json(folder / CONFIG, config)
 
 
 def _described(
@@ -176,7 +188,10 @@ def _described(
     types = {name: peft for peft, name in TYPES.items()}
     if kind not in types or any("diff_b" in part.tensors for part in parts.values()):
         raise InputError(f"{source} holds {found[0]}, which PEFT does not have: --to lycoris")
-    config: dict[str, Any] = {"peft_type": types[kind], "target_modules": sorted(parts), "inference_mode": True}
+    config: dict[str, Any] = {
+        "peft_type": types[kind], "target_modules": sorted(parts), "inference_mode": True,
+        "peft_version": version("peft"),  # without one, an OFT is taken as that of an earlier version
+    }  # fmt: skip
     config |= WRITERS[kind](parts, weights, source)
     tensors = {f"{layer}.{name}": value for layer, part in parts.items()
                for name, value in _peft_tensors(part, weights[layer]).items()}  # fmt: skip
@@ -285,6 +300,9 @@ def _ia3(parts: Mapping[str, Part], weights: Mapping[str, Tensor], source: str) 
 WRITERS = {"lora": _of_rank, "loha": _of_rank, "lokr": _of_rank, "oft-peft": _oft, "boft-peft": _boft, "ia3": _ia3}
 
 
+NOT_ASKED = ("peft_type", "inference_mode", "peft_version")
+
+
 def _ask_peft(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str
 ) -> None:
@@ -304,7 +322,7 @@ def _ask_peft(
                     place.add_module(parent, nn.Module())
                 place = place._modules[parent]
             place.add_module(last, _layer(weight))
-        settings = {name: value for name, value in config.items() if name not in ("peft_type", "inference_mode")}
+        settings = {name: value for name, value in config.items() if name not in NOT_ASKED}
         classes = {"LORA": "LoraConfig", "LOHA": "LoHaConfig", "LOKR": "LoKrConfig", "OFT": "OFTConfig",
                    "BOFT": "BOFTConfig", "IA3": "IA3Config"}  # fmt: skip
         try:
@@ -326,18 +344,3 @@ def _layer(weight: Tensor) -> nn.Module:
     if weight.dim() == 2:
         return nn.Linear(weight.shape[1], weight.shape[0])
     return nn.Conv2d(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]))
-
-
-def _kinds(file: Opened, context: Context) -> Kinds:
-    return read(file, None if context.model is None else lycoris.lookup(context.model))
-
-
-def _lora(file: Opened, context: Context) -> Lora:
-    return neutral.as_lora(_kinds(file, context), str(file.given))
-
-
-PEFT = Codec(is_peft, {"kinds": _kinds, "lora": _lora}, write, file_in=lora_keys.file_of)
-PLAIN = Codec(  # read as `diffusers`
-    lambda file: False, {"lora": lora_keys.READS["lora"]},
-    lambda path, lora, context: write(path, neutral.of_lora(lora), context),
-)  # fmt: skip

@@ -4,7 +4,6 @@ import itertools
 import json
 import logging
 import shutil
-from functools import cache
 
 import pytest
 import torch
@@ -21,53 +20,11 @@ from ldm.interchange.command import skeleton
 from ldm.interchange.lora import delta
 from ldm.models.bases import EMA, FIRST_STAGE, UNET, is_ignored
 from ldm.models.building import build_model
-from tests import interchange_models, runs
+from tests import runs
 from tests.conftest import ROOT
-from tests.interchange.test_diffusers_bases import config_of
+from tests.interchange.whole_bases import TEXT
 
 CKPT, CONFIG = ROOT / "models/sd-mini/model.safetensors", ROOT / "configs/sd-mini/inference.yaml"
-TEXT = {
-    "v1": ["cond_stage_model.transformer."],
-    "sd2": ["cond_stage_model.model."],
-    "sdxl": ["conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."],
-}
-
-
-class Case:
-    """A tiny base with random weights, as a file of its UNet alone and as a whole diffusers folder."""
-
-    def __init__(self, base, folder):
-        self.base = base
-        self.config = interchange_models.small_config(folder / "clip") if base == "v1" else config_of(base, folder)
-        unet = (params := self.config.model.params).get("network_config") or params.unet_config
-        unet.params.pop("adapter_config", None)
-        state = build_model(self.config, None, random_seed=0).state_dict()
-        self.state = {name: value for name, value in state.items() if not is_ignored(name)}
-        save_safetensors(folder / "unet.safetensors", {n: v for n, v in self.state.items() if n.startswith(UNET)})
-        diffusers_model.write_folder(folder / "whole", state, params)
-        self.unet, self.folder, self.whole = folder / "unet.safetensors", folder, folder / "whole"
-
-    def below(self, prefix):
-        return {name.removeprefix(prefix): v for name, v in self.state.items() if name.startswith(prefix)}
-
-    def file(self, name, weights):
-        save_safetensors(self.folder / name, {key: value.clone() for key, value in weights.items()})
-        return str(self.folder / name)
-
-    def read(self, path, **choice):
-        return base_weights(path, Choice(**choice).into(self.config.copy()))
-
-    def assert_whole(self, weights):
-        """All weights are there and equal, but those that Stable Diffusion 2.x does not compute."""
-        assert {name for name in weights if not is_ignored(name)} == self.state.keys()
-        unused = ("resblocks.2.", "text_projection") if self.base == "sd2" else ("\0",)
-        for name, value in self.state.items():
-            assert torch.equal(weights[name], value) or any(word in name for word in unused), name
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return cache(lambda base: Case(base, tmp_path_factory.mktemp(base)))
 
 
 @pytest.fixture(scope="module", params=TEXT)

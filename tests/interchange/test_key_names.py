@@ -191,7 +191,9 @@ def test_peft_reads_our_folder(config, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"), [({"lora_bias": True}, "lora_bias"), ({"modules_to_save": ["k_proj"]}, "modules_to_save")]
+    ("settings", "told"),
+    [({"lora_bias": True}, "a difference of its bias"), ({"modules_to_save": ["k_proj"]}, "modules_to_save"),
+     ({"modules_to_save": ["k_proj"], "lora_bias": True}, "modules_to_save")],
 )
 def test_what_peft_trains_beside_the_factors(model, tmp_path, settings, told):
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install .[test]")

@@ -55,9 +55,15 @@ def layer_of(model, name):
 
 def attached(model, kind, layers, settings, multiplier=1.0, seed=3):
     """Copies of layers with LyCORIS's modules of random values around them, and the tensors that LyCORIS saves."""
-    names, tensors, copies = lycoris.names_of(model), {}, {}
-    for number, name in enumerate(layers):
-        copies[name] = copy.deepcopy(layer_of(model, name))
+    layers = {name: layer_of(model, name) for name in layers}
+    return attached_to(layers, lycoris.names_of(model), kind, settings, multiplier, seed)
+
+
+def attached_to(layers, names, kind, settings, multiplier=1.0, seed=3):
+    """The same for given layers by our names, and kohya's names of them."""
+    tensors, copies = {}, {}
+    for number, (name, layer) in enumerate(layers.items()):
+        copies[name] = copy.deepcopy(layer)
         module = kind(names[name], copies[name], multiplier, **settings)
         generator = torch.Generator().manual_seed(seed + number)
         for own, value in module.named_parameters():

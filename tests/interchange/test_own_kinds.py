@@ -206,7 +206,6 @@ def test_what_a_format_cannot_hold(base, tmp_path):
             ),
             ([lora("oft", LAYERS, rank=4)], "peft-kinds", "rotates patches of the picture there: no PEFT folder"),
             ([lora("loha")], "kohya", "loha is no low-rank sum, .*: --to lycoris or peft-kinds"),
-            ([lora("loha", [TEXT]), lora("loha", SMALL)], "peft-kinds", "changes text_encoder and unet; a PEFT folder"),
             ([lora("loha", SMALL[:1]), lora("lokr", SMALL[1:], rank=1)], "peft-kinds", "holds LoHa and LoKr; a PEFT"),
             ([lora("loha", SMALL), lora("lokr", SMALL, rank=1)], "lycoris", "changes .* twice"),
             ([lora("loha", SMALL, options={"alpha_pattern": {"to_q": 1}})], "lycoris", "alpha_pattern"),
