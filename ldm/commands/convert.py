@@ -34,6 +34,8 @@ def add_arguments(p: Parser) -> None:
                    help="of the layers of a cloneofsimo file: of the input where its shapes do not tell it (default: "
                    "what fits first), of the output (default diffusers)")  # fmt: skip
     p.add_argument("--modifier_token", help="names of a delta's new words, joined by + (default <new1>+<new2>...)")
+    p.add_argument("--bundle_words", action="store_true",
+                   help="write learnt words into the LoRA file, too, for web UIs: kohya, comfyui, lycoris")  # fmt: skip
     p.add_argument("--base", metavar="MODEL", help="the base, to write tuned weights as differences from it")
     add_base_parts(p.add_argument_group("of INPUT, if it is a whole model, else of --base or --ckpt"))
     add_files(p, DEFAULT.config)
@@ -73,21 +75,27 @@ def convert(source: str, output: Path, options: argparse.Namespace) -> str:
     if choice != NONE and not (is_model or options.base):
         raise InputError(f"--vae, --text_encoder and --ema are for whole models; {source} is {row.title}")
     base = read_model(options.base, config, None if is_model else choice) if options.base else None
+    if options.bundle_words and not to.bundles:
+        raise InputError(f"--bundle_words: {to.name} has no place for words; expected kohya, comfyui or lycoris")
     context = Context(
-        config=config, order=options.order, words=words, source=source, base=base, choice=choice if is_model else None
-    )
+        config=config, order=options.order, words=words, source=source, base=base, choice=choice if is_model else None,
+        bundles=options.bundle_words,
+    )  # fmt: skip
     if form.name not in row.holds:
         raise InputError(f"{source} {form.absent or f'is {row.title}: it cannot become {to.name}'}")
     value = row.read(form.name, file, context)
     if not value:
         raise InputError(f"{source} {form.absent}")
     held = getattr(value, "tokens", {})
-    lost = held if not to.keeps_words else {}
-    if lost and not value.layers:
+    lost = {} if to.keeps_words or options.bundle_words else held
+    if held and to.name != "words" and not getattr(value, "layers", True):
         raise InputError(f"{source} holds words and no LoRA; write them with --to words")
     files = to.write(output, value, context)
     summary = f"{', '.join(map(str, files))}  {form.summary(value)}"
-    return f"{summary}; its words {', '.join(lost)} are not in it: --to words" if lost else summary
+    if options.bundle_words:
+        return f"{summary}, words {', '.join(held) or 'none'}"
+    more = " or --bundle_words" if to.bundles else ""
+    return f"{summary}; its words {', '.join(lost)} are not in it: --to words{more}" if lost else summary
 
 
 def convert_delta(options: argparse.Namespace) -> str:

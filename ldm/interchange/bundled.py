@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.errors import InputError
 from ldm.modules.encoders.tokens import TOWERS, FileWord, Vectors, towers
 
+PARAM = "string_to_param.*"
 KEY = re.compile(r"bundle_emb\.(.+)\.(string_to_param\.\*|string_to_param|emb_params|clip_l|clip_g)")
 
 
@@ -28,6 +29,21 @@ def taken_out(weights: Mapping[str, Tensor], source: str) -> tuple[dict[str, Ten
         else:
             raise InputError(f"{source}: {name} must be vectors [v, d], got {list(value.shape)}")
     return rest, {FileWord.of_name(name): _vectors(parts, source) for name, parts in found.items()}
+
+
+def written(words: Mapping[str, Vectors]) -> dict[str, Tensor]:
+    """The tensors of words in a LoRA file, as A1111 reads them: a word is called as in prompts.
+
+    Raises `InputError` for a word with a dot, at which readers end its name.
+    """
+    words = {word[1:-1] if isinstance(word, FileWord) else word: vectors for word, vectors in words.items()}
+    if dotted := [word for word in words if "." in word]:
+        raise InputError(f"{dotted[0]} has a dot, at which web UIs end the name of a word in a LoRA file: --to words")
+    found = {}
+    for word, vectors in words.items():
+        parts = dict(zip(TOWERS, vectors, strict=True)) if isinstance(vectors, tuple) else {PARAM: vectors}
+        found |= {f"bundle_emb.{word}.{name}": value.detach().cpu().clone() for name, value in parts.items()}
+    return found
 
 
 def _vectors(parts: Mapping[str, Tensor], source: str) -> Vectors:

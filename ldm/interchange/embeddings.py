@@ -22,6 +22,7 @@ from ldm.modules.encoders.tokens import (
     embeddings_in,
     is_bracketed,
     named_after,
+    words_file,
 )
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ def _read(file: Opened, context: Context) -> dict[str, Vectors]:
 
 
 WORDS = Codec(
-    lambda file: looks_like(file.content), {"words": _read}, lambda path, words, _: write_diffusers(path, words)
-)
+    lambda file: looks_like(file.content), {"words": _read}, lambda path, words, _: write_diffusers(path, words),
+    file_in=words_file,
+)  # fmt: skip
 LDM = Codec(lambda file: False, {"words": _read}, lambda path, words, _: write_ldm(path, words))

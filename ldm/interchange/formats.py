@@ -46,6 +46,7 @@ class Context:
     source: str = "the input"  # for messages
     finite: bool = True  # whether to refuse weights of a whole model that are not finite
     base: Mapping[str, Any] | None = None  # the base model's weights, for formats that hold differences from it
+    bundles: bool = False  # whether to write words into the files of formats that can
     choice: Choice | None = None  # parts and weights that are chosen of a whole model
 
     @cached_property
@@ -120,7 +121,8 @@ class Format:
     target: str
     holds: tuple[str, ...]
     not_written: str = ""  # why no command writes it
-    only_read: tuple[str, ...] = ()  # forms of `holds` that are not written beside the first one
+    only_read: tuple[str, ...] = ()  # forms of `holds` that are not written beside the first one, unless asked
+    bundles: bool = False  # whether it can have words when asked
 
     @property
     def codec(self) -> Codec:
@@ -162,11 +164,11 @@ FORMATS = [
     ),
     Format(
         "lycoris", "a file of LyCORIS or kohya's OFT: LoHa, LoKr, DoRA, OFT, GLoRA, (IA)3, norms, differences",
-        f"{HERE}.lycoris.LYCORIS", ("kinds", "lora", "words"), only_read=("words",),
+        f"{HERE}.lycoris.LYCORIS", ("kinds", "lora", "words"), only_read=("words",), bundles=True,
     ),
     Format(
         "comfyui", "a LoRA with the keys of ComfyUI", f"{HERE}.lora_keys.COMFYUI_FILE", ("lora", "words"),
-        only_read=("words",),
+        only_read=("words",), bundles=True,
     ),
     Format(
         "diffusers", "a LoRA with the keys of diffusers or PEFT", f"{HERE}.lora_keys.DIFFUSERS", ("lora", "words"),
@@ -174,7 +176,7 @@ FORMATS = [
     ),
     Format(
         "kohya", "a LoRA with the keys of kohya, which web UIs read", f"{HERE}.lora_keys.KOHYA_FILE",
-        ("lora", "words"), only_read=("words",),
+        ("lora", "words"), only_read=("words",), bundles=True,
     ),
     Format("delta", "a Custom Diffusion delta, LDM layout", f"{HERE}.custom_diffusion.LDM", ("delta", "words")),
     Format(

@@ -241,8 +241,12 @@ def write_diffusers(path: str | Path, lora: Lora, model: nn.Module) -> None:
     save_safetensors(path, tensors, {"format": "pt"})
 
 
-def write_kohya(path: str | Path, lora: Lora, model: nn.Module, dialect: str = "kohya") -> None:
+def write_kohya(
+    path: str | Path, lora: Lora, model: nn.Module, dialect: str = "kohya", bundles: bool = False
+) -> None:
     """Write a file for web UIs: the factors unchanged, and alpha = scale * rank. ComfyUI's has other names.
+
+    With `bundles`, learnt words are in it, too.
 
     If the layers have several alphas, all get the largest rank as alpha, and `up` has the rest of the scale, because
     diffusers reads mixed alphas wrongly.
@@ -259,6 +263,7 @@ def write_kohya(path: str | Path, lora: Lora, model: nn.Module, dialect: str = "
             f"{stem}.lora_up.weight": factors.up,
             f"{stem}.alpha": torch.tensor(float(factors.scale * factors.rank)),
         }
+    tensors |= bundled.written(lora.tokens) if bundles else {}
     known = {"ss_network_module": "networks.lora"} if dialect == "kohya" else {}
     save_safetensors(path, tensors, {**known, "format": "pt"})
 
@@ -274,7 +279,7 @@ READS = {"lora": _lora, "words": lambda file, _: words(file)}
 COMFYUI_FILE = Codec(
     lambda file: is_comfyui(file.content),
     READS,
-    lambda path, lora, context: write_kohya(path, lora, context.model, "comfyui"),
+    lambda path, lora, context: write_kohya(path, lora, context.model, "comfyui", context.bundles),
 )
 DIFFUSERS = Codec(
     lambda file: is_keyed(file.content) and not is_kohya(file.content),
@@ -285,5 +290,5 @@ DIFFUSERS = Codec(
 KOHYA_FILE = Codec(
     lambda file: is_kohya(file.content),
     READS,
-    lambda path, lora, context: write_kohya(path, lora, context.model),
+    lambda path, lora, context: write_kohya(path, lora, context.model, bundles=context.bundles),
 )

@@ -152,6 +152,7 @@ def write(path: Path, kinds: Kinds, context: Context) -> None:
         if DORA in held:
             held[DORA] = _magnitude(held[DORA], part)
         tensors |= {f"{names[layer]}.{name}": value.contiguous() for name, value in held.items()}
+    tensors |= bundled.written(kinds.tokens) if context.bundles else {}
     save_safetensors(path, tensors, {"ss_network_module": "lycoris.kohya", "format": "pt"})
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ldm.config import load_config, plain
 from ldm.errors import InputError
@@ -354,12 +354,14 @@ def test_a_word_of_sdxl_means_the_same_in_diffusers(case, tmp_path):
     generator, file = torch.Generator().manual_seed(6), tmp_path / "toy.safetensors"
     embeddings.write_diffusers(file, {"<toy>": tuple(torch.randn(2, 16, generator=generator) for _ in range(2))})
     held, pipeline = load_file(file), type(case.pipeline).from_pretrained(case.folder)
+    for name, number in (("clip_l", ""), ("clip_g", "_2")):  # as diffusers' own script writes it
+        save_file({"<toy>": held[name]}, tmp_path / f"learned_embeds{number}.safetensors")
     for name, end in (("clip_l", ""), ("clip_g", "_2")):
         parts = {part: getattr(pipeline, f"{part}{end}") for part in ("text_encoder", "tokenizer")}
         pipeline.load_textual_inversion({"<toy>": held[name]}, token="<toy>", **parts)
     model = build_model(case.config, None).eval()
     model.load_state_dict(case.model.state_dict())
-    assert load_words(model, file, "--embedding_path") == ["<toy>"]
+    assert load_words(model, tmp_path, "--embedding_path") == ["<toy>"]
     theirs, _, pooled, _ = pipeline.encode_prompt("a photo of <toy> here", do_classifier_free_guidance=False)
     ours = model.conditions(["a photo of <toy> here"], (32, 32))[0]
     assert_close_to(theirs, ours["crossattn"], 1e-4)

@@ -8,11 +8,22 @@ from safetensors.torch import load_file, save_file
 
 from ldm.commands import Program
 from ldm.errors import InputError
-from ldm.interchange import cloneofsimo, diffusers_model, identify, load_any, lora_keys, read_lora, words_in
+from ldm.interchange import (
+    bundled,
+    cloneofsimo,
+    diffusers_model,
+    identify,
+    kinds,
+    load_any,
+    lora_keys,
+    read_lora,
+    words_in,
+)
 from ldm.interchange.formats import Context, by_name
 from ldm.interchange.layers import names_in
 from ldm.interchange.lora import Lora, delta
 from ldm.interchange.names import TEXT, UNET
+from ldm.modules.encoders.tokens import FileWord
 from tests import interchange_models
 from tests.helpers import assert_close_to
 from tests.interchange.test_lora_keys import random_lora, same
@@ -144,6 +155,41 @@ def test_words_that_another_format_would_lose_are_told(lora, model, tmp_path, ca
     settings = ["--config", str(write_config(config, tmp_path))]
     Program("convert")([str(tmp_path / "x.safetensors"), str(tmp_path / "y"), "--to", "diffusers", *settings])
     assert "its words <foo> are not in it: --to words" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["kohya", "comfyui", "lycoris"])
+@pytest.mark.parametrize("towers", [1, 2])
+def test_words_are_written_into_the_file_when_asked(model, lora, tmp_path, kind, towers):
+    """By A1111's names: `bundle_emb.<word>.` and the names of an embedding's tensors."""
+    vectors = torch.randn(2, 24) if towers == 1 else (torch.randn(2, 24), torch.randn(2, 32))
+    words = {"<toy>": vectors, FileWord.of("foo.pt"): vectors}
+    value = Lora(lora.layers, words) if kind != "lycoris" else kinds.of_lora(Lora(lora.layers, words))
+    by_name(kind).write(tmp_path / "x", value, Context(model, bundles=True))
+    names = ("string_to_param.*",) if towers == 1 else ("clip_l", "clip_g")
+    held = {key for key in load_file(tmp_path / "x") if key.startswith("bundle_emb")}
+    assert held == {f"bundle_emb.{word}.{name}" for word in ("<toy>", "foo") for name in names}
+    found = words_in(tmp_path / "x")
+    assert found.keys() == {"<toy>", "<foo>"}
+    for one, two in zip((found["<toy>"],) if towers == 1 else found["<toy>"], torch.atleast_2d(vectors)[None]
+                        if towers == 1 else vectors, strict=True):  # fmt: skip
+        assert torch.equal(one, two)
+    with pytest.raises(InputError, match="<a.b> has a dot, at which web UIs end the name"):
+        bundled.written({"<a.b>": torch.ones(1, 24)})
+
+
+def test_convert_bundles_words(lora, tmp_path, capsys, config):
+    found = tensors(lora, f"lora_unet_{FLAT[THEIRS]}", f"lora_te_text_model_{FLAT[TEXTS]}")
+    save_file(found | {"bundle_emb.foo.string_to_param.*": torch.ones(1, 24)}, tmp_path / "x.safetensors")
+    from tests.interchange.test_formats import write_config
+
+    settings = ["--config", str(write_config(config, tmp_path))]
+    convert = [str(tmp_path / "x.safetensors"), str(tmp_path / "y"), *settings, "--to"]
+    Program("convert")([*convert, "kohya", "--bundle_words"])
+    assert "layers, ranks [3], words <foo>" in capsys.readouterr().out and list(words_in(tmp_path / "y")) == ["<foo>"]
+    Program("convert")([*convert, "kohya", "--force"])
+    assert "its words <foo> are not in it: --to words or --bundle_words" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--bundle_words: diffusers has no place for words; expected kohya"):
+        Program("convert")([*convert, "diffusers", "--force", "--bundle_words"])
 
 
 @pytest.mark.parametrize(

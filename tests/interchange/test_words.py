@@ -132,6 +132,40 @@ def test_parameters_are_no_words(tmp_path, names):
         identify(tmp_path / "x.pt")
 
 
+def script_of_diffusers(folder, words, end=".safetensors", second=None):
+    """The two files of diffusers' script for words of SDXL."""
+    for number, part in (("", words), ("_2", second or {word: v + 1 for word, v in words.items()})):
+        save_safetensors(folder / f"learned_embeds{number}{end}", part)
+
+
+@pytest.mark.parametrize("end", [".safetensors", "-steps-500.safetensors"])
+def test_two_files_of_one_word(tmp_path, end):
+    """Either file, or their folder, which may hold a whole pipeline, too."""
+    script_of_diffusers(tmp_path, {"<toy>": torch.randn(2, 16)}, end)
+    paths = [tmp_path / f"learned_embeds{number}{end}" for number in ("", "_2")]
+    for path in [*paths, *([tmp_path] if end == ".safetensors" else [])]:
+        assert identify(path) == "words"
+        [(word, (one, two))] = words_in(path).items()
+        assert word == "<toy>" and torch.equal(two, one + 1) and one.shape == (2, 16)
+    (tmp_path / "model_index.json").write_text("{}")
+    assert identify(tmp_path) == "diffusers-model"
+
+
+def test_two_files_that_do_not_belong_together(tmp_path):
+    first = {"<toy>": torch.ones(2, 16)}
+    for number, second in enumerate(({"<cat>": torch.ones(2, 16)}, {"<toy>": torch.ones(1, 16)})):
+        (folder := tmp_path / str(number)).mkdir()
+        script_of_diffusers(folder, first, second=second)
+        with pytest.raises(InputError, match="learned_embeds_2.safetensors are not of one training: they hold"):
+            words_in(folder)
+    (folder / "learned_embeds.safetensors").unlink()
+    with pytest.raises(InputError, match="words of SDXL's second text encoder; learned_embeds.safetensors is not"):
+        words_in(folder / "learned_embeds_2.safetensors")
+    (tmp_path / "learned_embeds.bin").touch()
+    save_safetensors(tmp_path / "learned_embeds.safetensors", first)
+    assert words_in(tmp_path)["<toy>"].shape == (2, 16)  # of one encoder
+
+
 @pytest.mark.parametrize("widths", [(768, 1280), (16, 16)])
 def test_a_word_of_two_text_encoders_is_one_word(tmp_path, widths):
     vectors = tuple(torch.randn(2, width) for width in widths)

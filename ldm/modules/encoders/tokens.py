@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoints import read_metadata, read_object, refuse_not_finite
+from ldm.checkpoints import read_metadata, read_object, refuse_not_finite, weights_in
 from ldm.errors import InputError, short
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 Vectors = Tensor | tuple[Tensor, ...]  # [v, d] of a word; for several text encoders, one tensor for each
 TOWERS = ("clip_l", "clip_g")  # names of the two text encoders in files of SDXL's words, in order
 EMBEDDED = "<embed>"  # marks word tensors in the metadata of cloneofsimo's files
+SCRIPT = re.compile(r"learned_embeds(_2)?((?:-steps-\d+)?\.(?:safetensors|bin))")  # of diffusers' script for SDXL
 NAMELESS = ("*", "emb_params")  # the word in files of LDM and web UIs; there, the file's name is the word
 WILDCARD = NAMELESS[0]  # LDM's word for what is learnt, although the vocabulary has it
 
@@ -199,11 +200,22 @@ def named_after(words: Mapping[str, Vectors], path: str | Path) -> dict[str, Vec
 def read_embeddings(path: str | Path) -> dict[str, Vectors]:
     """Words and their vectors [v, d] from a textual-inversion file.
 
+    `path` may be the folder of diffusers' script.
+
     Reads the LDM layout (`string_to_param`, arXiv 2208.01618), a plain mapping from words to vectors (diffusers), the
     two tensors `clip_l` and `clip_g` of one word of SDXL, whose name is then that of the file (`<name>`), and the words
     in a file of cloneofsimo's lora. Raises `InputError`.
     """
+    path = words_file(path)
     return embeddings_in(read_object(path), read_metadata(path), path)
+
+
+def words_file(path: str | Path) -> Path:
+    """The file with the words in a folder of diffusers' script for learnt words; else the path itself."""
+    path = Path(path)
+    files = [path / f"learned_embeds.{suffix}" for suffix in ("safetensors", "bin")]
+    is_model = (path / "model_index.json").is_file()  # which that script may write into its folder, too
+    return path if is_model else next((file for file in files if file.is_file()), path)
 
 
 def embeddings_in(content: Any, metadata: Mapping[str, str], path: str | Path) -> dict[str, Vectors]:
@@ -222,7 +234,32 @@ def embeddings_in(content: Any, metadata: Mapping[str, str], path: str | Path) -
         raise InputError(f"{path} holds no token embeddings: expected words with vectors, got {short(content)}")
     refuse_not_finite(found, str(path))
     rows = {word: value.detach().float().reshape(-1, value.shape[-1]) for word, value in found.items()}
-    return {FileWord.of(path): towers(rows, path)} if set(rows) & set(TOWERS) else rows
+    if set(rows) & set(TOWERS):
+        return {FileWord.of(path): towers(rows, path)}
+    return _of_both(rows, Path(path))
+
+
+def _of_both(rows: dict[str, Tensor], path: Path) -> dict[str, Vectors]:
+    """The words with the vectors of both text encoders, if the file is one of the two of diffusers' script for SDXL.
+
+    `learned_embeds.safetensors` is for the first encoder, `learned_embeds_2.safetensors` for the second one, also with
+    `-steps-500` at the end of the name; either may be given. Raises `InputError` if they do not hold the same words.
+    """
+    name = SCRIPT.fullmatch(path.name)
+    pair = [path.with_name(f"learned_embeds{number}{name[2]}") for number in ("", "_2")] if name else []
+    if not all(file.is_file() for file in pair) or not pair:
+        if name and name[1]:
+            raise InputError(f"{path} holds the words of SDXL's second text encoder; {pair[0].name} is not beside it")
+        return rows
+    other = pair[0] if name[1] else pair[1]
+    held = weights_in(read_object(other), other)
+    refuse_not_finite(held, str(other))
+    theirs = {word: value.detach().float().reshape(-1, value.shape[-1]) for word, value in held.items()}
+    one, two = (theirs, rows) if name[1] else (rows, theirs)
+    if {word: len(v) for word, v in one.items()} != {word: len(v) for word, v in two.items()}:
+        raise InputError(f"{pair[0]} and {pair[1].name} are not of one training: they hold {short(list(one))} and "
+                         f"{short(list(two))}, or other numbers of vectors")  # fmt: skip
+    return {word: (vectors, two[word]) for word, vectors in one.items()}
 
 
 def towers(rows: Mapping[str, Tensor], path: str | Path) -> tuple[Tensor, ...]:
