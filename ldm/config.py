@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import io
@@ -194,7 +195,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Any:
 
     Raises `InputError` for a missing or malformed file, a circle of defaults and a malformed override.
     """
-    config = override(_load_with_defaults(Path(path), seen=()), overrides)
+    from omegaconf import OmegaConf
+
+    config = override(OmegaConf.create(_load_with_defaults(Path(path), seen=())), overrides)
     check(config)
     return config
 
@@ -220,8 +223,7 @@ def stored_config(path: str | Path) -> Any:
 
     if trust.trust_config:
         return load_config(path)
-    config = _read_yaml(Path(path), "")
-    held = OmegaConf.to_container(config, resolve=False)
+    held = _read_yaml(Path(path), "")
     way_out = "if the run is yours or you trust it, add --trust_config"
     if "defaults" in held:
         raise InputError(f"{path} refers to other files by defaults, which no run writes; {way_out}")
@@ -235,7 +237,7 @@ def stored_config(path: str | Path) -> Any:
     folder = Path(path).resolve().parent.parent
     if outside := trust.paths_outside(held.get("lightning"), folder):
         raise InputError(f"{path} asks to write to {short(outside[0])}, outside the folder of its run; {way_out}")
-    return config
+    return OmegaConf.create(held)
 
 
 # configs/, models/sd-mini and examples/subjects: in an installed package, else in the checkout (see setup.py).
@@ -344,40 +346,68 @@ def _key(holder: Any, piece: str, name: str, place: list[str]) -> str | int:
     return piece
 
 
-def _load_with_defaults(path: Path, seen: tuple[Path, ...]) -> Any:
+def _load_with_defaults(path: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:
+    """The content of a config over that of its defaults, as plain values; `${...}` is left as it is."""
     path = path.resolve()
     if path in seen:
         raise InputError(f"config {path}: its defaults form a circle: {' -> '.join(p.name for p in (*seen, path))}")
-    config = _read_yaml(path, f" (named in the defaults of {seen[-1]})" if seen else "")
-    defaults = config.pop("defaults", None) or []
-    names = [defaults] if isinstance(defaults, str) else plain(defaults)
+    content = dict(_read_yaml(path, f" (named in the defaults of {seen[-1]})" if seen else ""))
+    defaults = content.pop("defaults", None) or []
+    names = [defaults] if isinstance(defaults, str) else defaults
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"config {path}: defaults must be a relative path or a list of them, got {short(names)}")
     bases = [_load_with_defaults(path.parent / name, (*seen, path)) for name in names]
-    return merged(*bases, config, source=f"config {path}")
+    return functools.reduce(functools.partial(_laid_over, source=f"config {path}"), [*bases, content])
 
 
-def _read_yaml(path: Path, named: str) -> Any:
-    """One file as a mapping, without its `defaults:`; `named` says where its name comes from, for messages."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+def _laid_over(base: dict, top: dict, source: str, place: str = "") -> dict:
+    """A new mapping with the values of both; those of `top` win. It is what `merged` does, at a tenth of its time.
 
+    Raises `InputError` if one has a list where the other has a mapping.
+    """
+    both = dict(base)
+    for key, value in top.items():
+        below, dotted = base.get(key), f"{place}{key}"
+        if isinstance(below, dict | list) and isinstance(value, dict | list) and type(below) is not type(value):
+            kinds = {dict: "a mapping", list: "a list"}
+            raise InputError(f"{source}: {dotted} is {kinds[type(value)]}, in its defaults {kinds[type(below)]}")
+        is_shared = isinstance(below, dict) and isinstance(value, dict)
+        both[key] = _laid_over(below, value, source, f"{dotted}.") if is_shared else value
+    return both
+
+
+def _read_yaml(path: Path, named: str) -> dict[Any, Any]:
+    """One file as a mapping of plain values. Do not change it: files with the same text share it.
+
+    `named` says where the name of the file comes from, for messages.
+    """
     if not path.is_file():
         raise InputError(f"config {path} does not exist{named}; the shipped ones are under configs/")
     try:
         text = read_yaml_text(path)
+    except InputError as error:
+        raise InputError(f"config {error}") from None
+    return _parsed(text, path)
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(text: str, path: Path) -> dict[Any, Any]:
+    """The text of a config as plain values, checked. Raises `InputError`."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
         try:
             config = OmegaConf.load(io.StringIO(text))
         except OSError:  # a number or the like
             config = yaml.safe_load(text)
-    except InputError as error:
-        raise InputError(f"config {error}") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise InputError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(config):
         raise InputError(
             f"config {path} must be a mapping with keys such as model and data, got {short(plain(config))}"
         )
-    check(config, f"config {path}")
-    return config
+    content = OmegaConf.to_container(config, resolve=False)
+    check(content, f"config {path}")
+    return content

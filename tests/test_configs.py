@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm.commands import Program
-from ldm.config import ALIASES, get_obj_from_str, load_config
+from ldm.config import ALIASES, get_obj_from_str, load_config, plain
 from ldm.trust import foreign_targets
 from tests.helpers import words_of
 
@@ -166,3 +166,18 @@ def comparable(config):
 def is_foreign_dataset(value) -> bool:
     target = value.get("target", "") if isinstance(value, dict) else ""
     return target.startswith(("taming.data.", "ldm.data.imagenet.", "ldm.data.lsun."))
+
+
+def test_a_config_lies_over_its_defaults(tmp_path):
+    (tmp_path / "low.yaml").write_text("model: {target: x, params: {a: {b: 1, c: 2}, d: [1, 2], e: {f: 1}, g: 5}}\n")
+    (tmp_path / "side.yaml").write_text("model: {params: {a: {b: 7, h: 8}}}\n")
+    (tmp_path / "top.yaml").write_text(
+        "defaults: [low.yaml, side.yaml]\nmodel: {params: {a: {c: 3}, d: [4], e: null, g: {i: '${model.target}'}}}\n"
+    )
+    expected = {"a": {"b": 7, "c": 3, "h": 8}, "d": [4], "e": None, "g": {"i": "x"}}
+    for _ in range(2):  # the second time from what was read the first time
+        config = plain(load_config(tmp_path / "top.yaml"))
+        assert config == {"model": {"target": "x", "params": expected}}
+        config["model"]["params"]["d"].append(9)
+    (tmp_path / "side.yaml").write_text("model: {params: {a: {b: 6, h: 8}}}\n")
+    assert plain(load_config(tmp_path / "top.yaml"))["model"]["params"]["a"]["b"] == 6

@@ -39,6 +39,8 @@ def work(tmp_path_factory):
         "circle2.yaml": b"defaults: circle.yaml\n",
         "orphan.yaml": b"defaults: nowhere.yaml\n",
         "number.yaml": b"defaults: 5\n",
+        "listed.yaml": b"model: {target: x, params: {a: {b: [1]}}}\n",
+        "mapped.yaml": b"defaults: listed.yaml\nmodel: {params: {a: {b: {c: 1}}}}\n",
         "headless.yaml": b"data: {}\n",
         "blank.txt": b"\n  \n",
     }
@@ -85,6 +87,7 @@ CONFIGS = {
     "zero.yaml": "config .*zero.yaml must be a mapping with keys such as model and data, got 0",
     "circle.yaml": "its defaults form a circle: circle.yaml -> circle2.yaml -> circle.yaml",
     "orphan.yaml": "nowhere.yaml does not exist .named in the defaults of .*orphan.yaml",
+    "mapped.yaml": "mapped.yaml: model.params.a.b is a mapping, in its defaults a list",
     "number.yaml": "number.yaml: defaults must be text or a list, got 5",
 }
 

@@ -42,7 +42,7 @@ NARROW = [  # a published config at the size of the tiny one
     "data.params.num_workers=0",
     "checkpoint.random_seed=0",
     *(f"data.params.{name}.params.size=32" for name in ("train", "reg", "validation")),
-    "lightning.callbacks.image_logger.params.batch_frequency=1000",
+    "lightning.callbacks.image_logger.params={batch_frequency: 1000, steps: 2}",
 ]
 
 
