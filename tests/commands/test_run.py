@@ -161,7 +161,7 @@ def test_scale_lr(tmp_path, scale, rate):
 
 def test_the_whole_unet_learns(tmp_path):
     more = ["model.params.train_level=[unet]", "model.params.unet_config.params.adapter_config=null"]
-    run = train(tmp_path, "run", *more, "--max_steps", 48)
+    run = train(tmp_path, "run", *more, "--max_steps", 24, "model.base_learning_rate=3e-3")
     names = set(last(run)["state_dict"])
     assert names == {name for name, _ in tiny_model(*more).named_parameters() if name.startswith("model.")}
     first, *_, latest = (scalar.value for scalar in events(run).Scalars("val/loss_simple"))
