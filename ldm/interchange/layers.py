@@ -97,6 +97,11 @@ def layers_of(
     return found
 
 
+def unused(model: nn.Module) -> tuple[str, ...]:
+    """The prefixes of layers that a model does not compute: changes of them change nothing."""
+    return tuple(_unused(model, prefix) for prefix, _ in parts(model).values())
+
+
 def _unused(model: nn.Module, prefix: str) -> str:
     """The prefix of the layers that the text encoder of a prefix does not compute; `?` for none."""
     encoder = _text_encoders(model).get(prefix.removesuffix(".model."))

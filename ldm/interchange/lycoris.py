@@ -19,7 +19,7 @@ from ldm.interchange import bundled, lora_keys, packed, peft_config
 from ldm.interchange import kinds as neutral
 from ldm.interchange.formats import Codec, Context, Opened
 from ldm.interchange.kinds import DORA, DOWN, FIXED, KINDS, UP, Kinds, Part
-from ldm.interchange.layers import LAYER_TYPES, NORM_TYPES, dialects
+from ldm.interchange.layers import LAYER_TYPES, NORM_TYPES, dialects, unused
 from ldm.interchange.lora import Lora
 from ldm.modules.encoders.tokens import Vectors
 from ldm.patterns import Patterns
@@ -143,8 +143,13 @@ def write(path: Path, kinds: Kinds, context: Context) -> None:
 
     Raises `InputError` for PEFT's rotations if there are no base weights: LyCORIS has no such rotation.
     """
-    names, tensors = names_of(context.model), {}
-    for layer, part in kinds.layers.items():
+    names, tensors, idle = names_of(context.model), {}, unused(context.model)
+    computed = {layer: part for layer, part in kinds.layers.items() if not f"{layer}.".startswith(idle)}
+    if foreign := [layer for layer in computed if layer not in names]:
+        raise InputError(
+            f"{context.source} changes {foreign[0]} ({len(foreign)} such), for which these files have no name"
+        )
+    for layer, part in computed.items():
         if part.kind in FIXED or part.options.get("with_bias"):
             part = _as_difference(layer, part, context)
         held = {name: value.detach() for name, value in part.tensors.items()}

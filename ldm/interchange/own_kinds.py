@@ -12,12 +12,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import InputError
-from ldm.interchange import own
+from ldm.interchange import own, packed
 from ldm.interchange.formats import Context
 from ldm.interchange.kinds import DORA, DOWN, UP, Kinds, Part, joined, part_of, rank_of
+from ldm.interchange.layers import parts
 from ldm.interchange.names import TEXT, UNET
 from ldm.tuning import table
 from ldm.tuning.lora import LoRA
@@ -94,10 +95,11 @@ def _of_weights(tensors: Mapping[str, Tensor], context: Context, source: str) ->
             "MODEL, the checkpoint or diffusers folder that it was trained on"
         )
     layers: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
+    released, prefixes = packed.split(context.base), _prefixes(context.model)
+    for name, value in packed.rows(tensors).items():
         layer, _, role = name.rpartition(".")
-        base = context.base.get(name)
-        if not name.startswith((UNET, TEXT)) or role not in ("weight", "bias") or base is None:
+        base = released.get(name)
+        if not name.startswith(prefixes) or role not in ("weight", "bias") or base is None:
             raise InputError(f"{source} tunes {name}, which no file of these kinds can hold")
         if base.shape != value.shape:
             raise InputError(
@@ -105,7 +107,12 @@ def _of_weights(tensors: Mapping[str, Tensor], context: Context, source: str) ->
                 f"{list(base.shape)}"
             )
         layers.setdefault(layer, {})[role] = value.float() - base.float()
-    return {layer: _difference(held, context.base[f"{layer}.weight"]) for layer, held in layers.items()}
+    return {layer: _difference(held, released[f"{layer}.weight"]) for layer, held in layers.items()}
+
+
+def _prefixes(model: nn.Module | None) -> tuple[str, ...]:
+    """The prefixes of the UNet and of the text encoders; without a model those of Stable Diffusion v1."""
+    return (UNET, TEXT) if model is None else tuple(prefix for prefix, _ in parts(model).values())
 
 
 def _difference(held: Mapping[str, Tensor], weight: Tensor) -> Part:

@@ -27,6 +27,11 @@ def split(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def rows(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by name with those of q, k and v in place of the matrices that hold them."""
+    return {name: value for name, value in split(weights).items() if not WHOLE.fullmatch(name)}
+
+
 def holder(name: str) -> str:
     """The matrix that holds a weight of q, k or v of a tower of OpenCLIP; another name as it is."""
     match = ROWS.fullmatch(name)

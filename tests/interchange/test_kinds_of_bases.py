@@ -7,17 +7,21 @@ from functools import cache
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ldm.commands import Program
 from ldm.errors import InputError
 from ldm.interchange import identify, layers, load_any, lora_keys, lycoris, packed, read_lora
 from ldm.interchange.formats import Context, by_name, open_file
 from ldm.interchange.inspection import describe
 from ldm.interchange.lora import delta
+from ldm.tuning.lora import merge
 from tests.helpers import assert_close_to
 from tests.interchange.test_lora_keys import random_lora
 from tests.interchange.test_lycoris import CASES, attached_to, outputs
+from tests.interchange.test_own_kinds import lora, tuned
 from tests.interchange.whole_bases import TEXT
 
 torch.set_num_threads(1)
@@ -222,6 +226,47 @@ def test_a_lora_for_all_networks_is_read_by_peft(base, tmp_path):
         for name in base.of(part):
             before, after = (base.submodule(one, name).weight for one in (network, loaded))
             assert_close_to(after - before, delta(lora.layers[name]).reshape(before.shape), 1e-4)
+
+
+# --- what is trained here
+
+
+@pytest.mark.parametrize("base", ["sd2", "sdxl"], indirect=True)
+def test_our_own_trainings(base, tmp_path, capsys):
+    """LoKr in all networks, norms, weights of the UNet and of the text encoders, q, k and v in one matrix included."""
+    OmegaConf.save(base.case.config, tmp_path / "model.yaml")
+    whole = base.case.file("base.safetensors", base.model.state_dict())
+    convert = [str(tmp_path / "own"), str(tmp_path / "x"), "--to", "lycoris", "--config", str(tmp_path / "model.yaml")]
+    targets = [name for name in base.chosen if not base.names[name].endswith("q_proj")]
+    weights = r"(attn1\.to_k\.weight|in_proj_weight|in_proj_bias|self_attn\.q_proj\.weight)$"
+    families = [lora("lokr", targets, rank=1), {"family": "norms"}, by_pattern(weights)]
+    tuned(base.model, tmp_path / "own", *families)
+    Program("convert")([*convert, "--base", whole])
+    ours, loaded = base.case.model(), base.case.model()
+    load_any(ours, tmp_path / "own")
+    merge(ours)
+    load_any(loaded, tmp_path / "x")
+    before, expected, found = (one.state_dict() for one in (base.model, ours, loaded))
+    changed = [name for name in before if not torch.equal(before[name], expected[name])]
+    ends = ("norm2.weight", "to_k.weight", "in_proj_weight", "in_proj_bias", "c_fc.weight", "in_layers.2.weight")
+    assert all(any(name.endswith(end) for name in changed) for end in ends)
+    last = "resblocks.2." if base.case.base == "sd2" else "\0"  # Stable Diffusion 2.x does not compute it
+    for name in [name for name in before if last not in name]:
+        assert_close_to(found[name], expected[name], 1e-6)
+
+
+def test_weights_that_have_no_name_in_these_files(made, tmp_path):
+    case = made("v1")
+    model, whole = case.model(), case.file("base.safetensors", case.state)
+    OmegaConf.save(case.config, tmp_path / "model.yaml")
+    tuned(model, tmp_path / "own", by_pattern(r"position_embedding\.weight$"))
+    with pytest.raises(InputError, match=r"own changes .*position_embedding \(1 such\), for which these"):
+        Program("convert")([str(tmp_path / "own"), str(tmp_path / "x"), "--to", "lycoris", "--config",
+                            str(tmp_path / "model.yaml"), "--base", whole])  # fmt: skip
+
+
+def by_pattern(pattern):
+    return {"family": "weights-by-name", "params": {"pattern": pattern}}
 
 
 # --- LyCORIS
