@@ -15,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import parser, table
@@ -74,12 +76,11 @@ def by_sweep(work: Path, steps: int, together: int, workers: int) -> tuple[float
     return seconds / trials, 1 - rows.seconds.sum() / (seconds * workers)
 
 
-def peer(steps: int) -> None:
-    """One trial of diffusers and peft: LoRA on SD-mini's widths, batches of 4 + 4, then 16 pictures."""
-    from diffusers import DDIMScheduler, UNet2DConditionModel
+def peer_unet() -> Any:
+    """A UNet of diffusers of SD-mini's widths with a LoRA of rank 4."""
+    from diffusers import UNet2DConditionModel
     from peft import LoraConfig
 
-    torch.set_num_threads(1)
     unet = UNet2DConditionModel(
         sample_size=16, block_out_channels=(32, 96, 128), layers_per_block=1, norm_num_groups=4,
         cross_attention_dim=128,
@@ -88,18 +89,41 @@ def peer(steps: int) -> None:
     )  # fmt: skip
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    learning = [p for p in unet.parameters() if p.requires_grad]
-    optimizer, noises = torch.optim.AdamW(learning, lr=1e-3), DDIMScheduler(num_train_timesteps=1000)
-    latents, text = torch.randn(8, 4, 16, 16), torch.randn(8, 32, 128)
-    for _ in range(steps):
-        noise, t = torch.randn_like(latents), torch.randint(0, 1000, (8,))
+    return unet
+
+
+def peer_step(batch: int, unet: Any = None) -> Callable[[], None]:
+    """A training step of the peer."""
+    from diffusers import DDIMScheduler
+
+    unet = peer_unet() if unet is None else unet
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-3)
+    noises = DDIMScheduler(num_train_timesteps=1000)
+    latents, text = torch.randn(batch, 4, 16, 16), torch.randn(batch, 32, 128)
+
+    def step() -> None:
+        noise, t = torch.randn_like(latents), torch.randint(0, 1000, (batch,))
         answer = unet(noises.add_noise(latents, noise, t), t, text).sample
         torch.nn.functional.mse_loss(answer, noise).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    return step
+
+
+def peer(steps: int) -> None:
+    """One trial of diffusers and peft: LoRA on SD-mini's widths, batches of 4 + 4, then 16 pictures."""
+    from diffusers import DDIMScheduler
+
+    torch.set_num_threads(1)
+    unet = peer_unet()
+    step = peer_step(8, unet)
+    for _ in range(steps):
+        step()
+    noises, text = DDIMScheduler(num_train_timesteps=1000), torch.randn(1, 32, 128)
     noises.set_timesteps(25)
     with torch.inference_mode():
-        x, both = torch.randn(16, 4, 16, 16), text[:1].expand(32, -1, -1)
+        x, both = torch.randn(16, 4, 16, 16), text.expand(32, -1, -1)
         for t in noises.timesteps:
             empty, named = unet(torch.cat([x, x]), t, both).sample.chunk(2)
             x = noises.step(empty + 5 * (named - empty), t, x).prev_sample
