@@ -283,7 +283,7 @@ def test_training_and_its_resumption_find_the_parts(mini, tmp_path, caplog):
         "--base", str(ROOT / "configs/sd-mini/attn2o-ffni.yaml"), "-t", "--actual_resume", f"{mini}/unet.safetensors",
         "--vae", f"{tmp_path}/parts.safetensors", "--text_encoder", f"{tmp_path}/parts.safetensors", "--data_root",
         str(tmp_path / "photos"), "--class_word", "dog", "--logdir", str(tmp_path / "logs"), "-n", "mini",
-        "--max_steps", "1", "--accelerator", "cpu", "data.params.reg=null",
+        "--max_steps", "1", "--accelerator", "cpu", "data.params.reg=null", "lightning.callbacks.image_logger=null",
     ]  # fmt: skip
     runs.main_dream_booth(*first)
     run = runs.find_run(tmp_path, "mini")

@@ -66,7 +66,7 @@ def test_training_starts_from_a_folder(folder, tmp_path):
     runs.main_dream_booth(
         "--base", str(ROOT / "configs/sd-mini/attn2o-ffni.yaml"), "-t", "--actual_resume", str(folder), "--data_root",
         str(tmp_path / "photos"), "--class_word", "dog", "--logdir", str(tmp_path / "logs"), "-n", "mini",
-        "--max_steps", "1", "--accelerator", "cpu", "data.params.reg=null",
+        "--max_steps", "1", "--accelerator", "cpu", "data.params.reg=null", "lightning.callbacks.image_logger=null",
     )  # fmt: skip
     run = runs.find_run(tmp_path, "mini")
     assert load_config(run / "configs" / "project.yaml").dreambooth.base == str(folder)
