@@ -129,7 +129,8 @@ class EpochReport(pl.Callback):
         epoch, first = trainer.current_epoch, self.told_epoch + 1
         is_end = trainer.should_stop or trainer.global_step == self.total
         is_early = trainer.global_step >= 2 * self.told_step  # the first lines come soon, the others more rarely
-        if is_early or is_end or self._is_due(trainer):
+        has_news = bool(self.losses or self.validated)  # else a line within the epoch has told all of it
+        if has_news and (is_early or is_end or self._is_due(trainer)):
             self._tell(trainer, module, f"epoch {epoch}" if first == epoch else f"epochs {first} to {epoch}")
             self.told_epoch = epoch
 

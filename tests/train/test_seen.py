@@ -83,6 +83,7 @@ def test_long_epochs_have_lines_in_between(caplog):
                 report.on_train_epoch_end(trainer, module)
                 trainer.current_epoch += 1
                 report.on_train_epoch_start(trainer, module)
+        report.on_train_epoch_end(trainer, module)  # the run ends here; its last step is told already
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 20 and told[0].startswith("epoch 0: loss 20.5000, 40 steps in ")
     assert "step 40 of 800" in told[0] and told[-1].startswith("epoch 1: loss 780.5")
@@ -173,6 +174,21 @@ def test_numbers_as_a_table_and_hyper_parameters(tmp_path):
     rows = list(csv.DictReader((run / "csv" / "metrics.csv").open()))
     assert {"train/loss", "train/loss_with_prior", "train/grad_norm", "lr-AdamW"} <= rows[0].keys()
     assert "model.base_learning_rate:" in (run / "csv" / "hparams.yaml").read_text()
+    assert not (run / "tensorboard").exists()
+
+
+@pytest.mark.slow
+def test_weights_and_biases_without_a_network(tmp_path, monkeypatch):
+    """The package itself, which writes into the folder of the run."""
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "SILENT": "true", "DIR": str(tmp_path / "elsewhere")}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    run = train(tmp_path, "run", "--max_steps", 2, *ENDS, "--logger", "wandb")
+    found, step = dict(wandb.run.summary), wandb.run.summary["trainer/global_step"]
+    wandb.finish()
+    assert {"train/loss", "train/grad_norm", "lr-AdamW", "samples"} <= found.keys() and step == 2
+    [offline] = (run / "wandb").glob("offline-run-*")
+    assert len(list(offline.rglob("*.png"))) == 2 and not (tmp_path / "elsewhere").exists()
     assert not (run / "tensorboard").exists()
 
 
