@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from lightning_fabric.utilities.rank_zero import _get_rank
 from pytorch_lightning.strategies.launchers import subprocess_script
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -161,8 +160,7 @@ def run(words: list[str], environment: dict[str, str]) -> None:
     sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     if (more := fork_a_spare()) is not None:
         os.environ.update(more)
-    if rank := _get_rank():  # by the variables of Lightning, torchrun or SLURM
-        rank_zero_only.rank = rank
+        rank_zero_only.rank = int(more["LOCAL_RANK"])
         for name in [name for name in sys.modules if name.split(".")[0] in ("ldm", "main_dream_booth")]:
             del sys.modules[name]  # what is imported again asks for the rank
     sys.argv = words

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import textwrap
 import time
 from collections import Counter
@@ -16,20 +15,7 @@ from ldm.data.sampling import ResumableBatches, SharedBatches
 from ldm.errors import InputError
 from tests.conftest import ROOT
 from tests.models.test_published_models import narrow
-from tests.runs import (
-    ENVIRONMENT,
-    SERVER,
-    arguments,
-    command,
-    differences,
-    events,
-    find_run,
-    last,
-    pictures,
-    resume,
-    start,
-    train,
-)
+from tests.runs import arguments, command, differences, events, find_run, last, pictures, resume, start, train
 
 pytestmark = pytest.mark.slow
 
@@ -128,36 +114,6 @@ def test_a_step_is_the_same_however_it_is_shared(as_one):
         assert len(ours) == len(theirs) and ours == pytest.approx(theirs, rel=1e-5), tag
     for key, value in last(one)["state_dict"].items():
         assert torch.allclose(last(run)["state_dict"][key], value, rtol=0, atol=1e-4), key
-
-
-# What tells a process which one it is.
-STARTERS = {
-    "slurm": {
-        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
-        "SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "tune", "SLURM_NODELIST": "127.0.0.1", "SLURM_PROCID": "{}",
-        "SLURM_LOCALID": "{}",
-    },
-    "torchrun": {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "RANK": "{}",
-        "LOCAL_RANK": "{}", "TORCHELASTIC_RUN_ID": "mine",
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("starter", STARTERS)
-def test_a_step_is_the_same_whoever_starts_the_processes(as_one, starter):
-    work, one = as_one
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = {"MASTER_PORT": str(free.getsockname()[1])}
-    how = ("-n", starter, *TWO, *PLAIN, "data.params.batch_size=2")
-    told = [{key: value.format(rank) for key, value in STARTERS[starter].items()} | port for rank in range(2)]
-    processes = [SERVER.start(["main_dream_booth.py", *arguments(work, *how)], ENVIRONMENT | one) for one in told]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[0].count("adapters and checkpoints are in") == 1 and "adapters and" not in outputs[1]
-    for key, value in last(one)["state_dict"].items():
-        assert torch.allclose(last(find_run(work, starter))["state_dict"][key], value, rtol=0, atol=1e-4), key
 
 
 def test_a_run_on_two_processes_goes_on_on_one(as_one):
