@@ -10,6 +10,7 @@ from ldm.errors import InputError
 from ldm.train.footprint import Count, measure
 from ldm.train.gpus import Gpu, gpu, seconds
 from tests.conftest import ROOT
+from tests.runs import TINY
 from tests.tuned_models import ROUTE, base_weights, config, family, model
 
 MINI = str(ROOT / "configs/sd-mini/attn2o-ffni.yaml")
@@ -85,8 +86,8 @@ def test_a_roofline_takes_the_longer_of_computing_and_moving():
         gpu("RTX 409")
 
 
-def plan(capsys, *words):
-    Program("plan")(["--base", MINI, *words])
+def plan(capsys, *words, base=MINI):
+    Program("plan")(["--base", str(base), *words])
     return capsys.readouterr().out
 
 
@@ -100,8 +101,8 @@ def test_the_report(capsys):
 
 @pytest.mark.slow
 def test_what_does_not_fit_names_the_switches(capsys):
-    text = plan(capsys, "--memory", "0.65", "--cache", "off", "data.params.batch_size=16")
-    assert "does not fit into 0.65 GiB" in text and "--cache memory" in text
+    text = plan(capsys, "--memory", "0.62", "--cache", "off", "data.params.batch_size=16", base=TINY)
+    assert "does not fit into 0.62 GiB" in text and "--cache memory" in text
     assert text.index("--cache memory") < text.index("--base_precision bf16")
 
 
