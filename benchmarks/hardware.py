@@ -1,6 +1,6 @@
 """Which GPU suffices: the peak memory of a training step by base, family and switches, as `ldm plan` predicts it.
 
-    python benchmarks/hardware.py               # writes the tables of docs/hardware.md, in about ten minutes
+    python benchmarks/hardware.py               # writes the tables of docs/hardware.md, in about half an hour
 
 Nothing is loaded and no GPU is needed: the steps run on fake tensors. `benchmarks/gpu.py` compares them with a GPU.
 """
