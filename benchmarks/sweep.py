@@ -61,19 +61,22 @@ def side_by_side(work: Path, steps: int, together: int, threads: int) -> float:
     return (time.perf_counter() - start) / together
 
 
-def by_sweep(work: Path, steps: int, together: int, workers: int) -> tuple[float, float]:
-    """Seconds of each trial of `ldm sweep`, and the share of the workers' time that was not training or scoring."""
+def by_sweep(work: Path, steps: int, together: int, workers: int) -> tuple[float, float, float]:
+    """Seconds of each trial of `ldm sweep`, seconds until its workers began, and the share of its time that was not
+    training or scoring from then on."""
     import pandas
 
     trials, out = together * workers, work / "sweep"
-    start = time.perf_counter()
+    start = time.time()
     command(["-m", "ldm", "sweep", "--base", CONFIG, f"seed={','.join(map(str, range(1, trials + 1)))}",
              f"subject={SUBJECT}", "--reg_data_root", work / "class", "--max_steps", steps, "--together", together,
              "--workers", workers, "--out", out], 1)  # fmt: skip
-    seconds = time.perf_counter() - start
+    seconds = time.time() - start
     rows = pandas.read_parquet(out / "results.parquet")
     assert rows.status.eq("done").all() and len(rows) == trials
-    return seconds / trials, 1 - rows.seconds.sum() / (seconds * workers)
+    ends = pandas.to_datetime(rows.finished).map(lambda moment: moment.timestamp())
+    began = min(ends[of.index].max() - of.seconds.sum() for _, of in rows.groupby("group")) - start
+    return seconds / trials, began, 1 - rows.seconds.sum() / ((seconds - began) * workers)
 
 
 def peer_unet() -> Any:
@@ -160,13 +163,14 @@ def main() -> None:
                 work, options.steps, options.together, options.threads
             )
             name = f"ldm sweep, {options.together} together, {options.workers} workers"
-            taken[name], overhead = by_sweep(work, options.steps, options.together, options.workers)
+            taken[name], *overhead = by_sweep(work, options.steps, options.together, options.workers)
             overheads.append(overhead)
         for row, seconds in taken.items():
             rows.setdefault(row, []).append(seconds)
     table(rows, "shell loop over the published programs", options.json, "s per trial")
     if not options.json:
-        print(f"of the sweep {100 * sum(overheads) / len(overheads):.1f} % is neither training nor scoring")
+        for began, share in overheads:
+            print(f"sweep: workers began after {began:.0f} s; of the rest {share:.1%} is neither training nor scoring")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ def _encode_pictures(
     if not hasattr(model.first_stage_model, "downsampling_factor"):
         return  # this model has no autoencoder
     for name, dataset in data.datasets.items():
-        data.datasets[name] = EncodedSamples(dataset, pictures(model, dataset, folder, device, name))
+        kept = pictures(model, dataset, folder, device, name, data.num_workers)
+        data.datasets[name] = EncodedSamples(dataset, kept)
     for model in models:
         model.first_stage_model = CachedPosteriors(model.first_stage_model.cpu())
     data.num_workers = 0  # an encoded picture is read faster than it is sent between processes

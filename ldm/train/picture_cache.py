@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.checkpoints import atomic_write, fingerprint, read_weights, refuse_not_finite
@@ -72,11 +73,12 @@ class ByShape:
 
 @torch.no_grad()
 def pictures(
-    model: Any, dataset: PersonalizedBase, folder: Path | None, device: torch.device, name: str
+    model: Any, dataset: PersonalizedBase, folder: Path | None, device: torch.device, name: str, workers: int = 0
 ) -> Tensor | ByShape:
     """The posteriors' parameters [pictures][2, 2c, h, w] of a dataset; read from `folder` if they are there and fit.
 
-    The second index is 1 for flipped pictures. One tensor if all pictures have one shape.
+    The second index is 1 for flipped pictures. One tensor if all pictures have one shape. `workers`: the number of
+    processes that read pictures (0: this one), which changes no number.
     """
     first_stage = model.first_stage_model
     layout = Layout(dataset, first_stage.downsampling_factor)
@@ -89,7 +91,7 @@ def pictures(
     elif folder is not None and any(folder.glob("pictures-*.safetensors")):
         log.info("%s holds encodings of other pictures or of another autoencoder; new ones are added", folder)
     first_stage.to(device).eval()
-    encoded = _encoded(first_stage, dataset, device, name)
+    encoded = _encoded(first_stage, dataset, device, name, workers)
     first = next(encoded)
     with _room(file, layout.shapes(first.shape[1]), first.dtype) as tensors:
         for (tensor, row), moments in zip(layout.places, itertools.chain([first], encoded), strict=True):
@@ -97,11 +99,27 @@ def pictures(
     return layout.joined(tensors if file is None else read_weights(file))
 
 
-def _encoded(first_stage: nn.Module, dataset: PersonalizedBase, device: torch.device, name: str) -> Iterator[Tensor]:
+class Read(Dataset):
+    """Each picture of a dataset [2, 3, H, W], as it is and flipped."""
+
+    def __init__(self, dataset: PersonalizedBase) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset.paths)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return torch.stack([self.dataset.picture(number, flipped).permute(2, 0, 1) for flipped in (False, True)])
+
+
+def _encoded(
+    first_stage: nn.Module, dataset: PersonalizedBase, device: torch.device, name: str, workers: int
+) -> Iterator[Tensor]:
     """For each picture [2, 2c, h, w]: as it is, and flipped."""
-    for number in tqdm(range(len(dataset.paths)), desc=f"encoding pictures ({name})"):
-        both = [dataset.picture(number, flipped).permute(2, 0, 1)[None].to(device) for flipped in (False, True)]
-        encoded = [first_stage.encode(picture) for picture in both]
+    own = torch.Generator()  # a loader draws a seed, which must not be the run's
+    loader = DataLoader(Read(dataset), batch_size=None, num_workers=min(workers, len(dataset.paths)), generator=own)
+    for number, both in enumerate(tqdm(loader, desc=f"encoding pictures ({name})")):
+        encoded = [first_stage.encode(picture[None].to(device)) for picture in both]
         if not isinstance(encoded[0], DiagonalGaussianDistribution):
             raise InputError(f"{type(first_stage).__name__} has no posterior to keep: train with --cache off")
         moments = torch.cat([posterior.parameters.cpu() for posterior in encoded])

@@ -1,5 +1,6 @@
 """Encodings made once: the same numbers, no work by the encoders afterwards, nothing trusted that does not fit."""
 
+import os
 import weakref
 
 import pytest
@@ -80,9 +81,9 @@ def kept(tmp_path, photographs):
     first_stage = AutoencoderKL(config, {"target": "torch.nn.Identity"}, embed_dim=2).eval()
     model = type("Model", (), {"first_stage_model": first_stage})
 
-    def encode(**options):
+    def encode(workers=0, **options):
         dataset = PersonalizedBase(photographs, **{"size": 16, "class_word": "dog"} | options)
-        return picture_cache.pictures(model, dataset, tmp_path / "kept", torch.device("cpu"), "train")
+        return picture_cache.pictures(model, dataset, tmp_path / "kept", torch.device("cpu"), "train", workers)
 
     return encode, tmp_path / "kept", first_stage
 
@@ -100,6 +101,30 @@ def test_what_is_kept_depends_on_pictures_settings_and_encoder(kept, photographs
         first_stage.quant_conv.weight.mul_(2)
     encode()
     assert len(list(folder.iterdir())) == 4
+
+
+def test_processes_that_read_change_no_number(kept, photographs, monkeypatch):
+    encode, folder, _ = kept
+    alone = encode().clone()
+    [file] = folder.iterdir()
+    file.unlink()
+    monkeypatch.setattr(PersonalizedBase, "picture", reads_elsewhere(PersonalizedBase.picture))
+    before = torch.get_rng_state()
+    assert torch.equal(encode(workers=2), alone) and torch.equal(torch.get_rng_state(), before)
+    (photographs / "1.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="^cannot read the picture .*1.png: .*; replace or remove it$"):
+        encode(workers=2)
+
+
+def reads_elsewhere(original):
+    """A method that refuses to work in this process."""
+    here = os.getpid()
+
+    def method(self, *arguments):
+        assert os.getpid() != here
+        return original(self, *arguments)
+
+    return method
 
 
 def test_a_folder_holds_one_picture_in_memory_at_a_time(kept, photographs, monkeypatch):
