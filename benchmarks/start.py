@@ -41,7 +41,7 @@ def stop(module, inputs):
         os._exit(0)
 torch.nn.modules.module.register_module_forward_pre_hook(stop)
 from ldm.__main__ import main
-sys.exit(main(sys.argv[1:]) or 1)
+sys.exit(main() or 1)
 """
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 # Kills, full disks, signals and concurrent runs start programs by the dozen: `make campaign` is for them, and
 # tests/train and tests/commands/files try each of them once.
-FAMILIES = ("hostile", "configs", "adapters", "runs")
+FAMILIES = ("configs", "adapters", "runs")  # hostile files: tests/test_hostile_files.py reads all of them
 
 
 def test_a_few_attacks_do_no_harm():
